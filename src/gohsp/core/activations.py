@@ -1,0 +1,79 @@
+"""What flows through a model's blocks, by module name alone: the one way that `core` looks into a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.structure import BlockStructure, ModelStructure, Readout, UnitSlice
+
+
+def units(model: nn.Module, entry: UnitSlice, count: int) -> Tensor:
+    """View of the parameter entries that units ``0..count-1`` hold (shares memory, no autograd)."""
+    return model.get_parameter(entry.parameter).detach().narrow(entry.axis, entry.start, count)
+
+
+def rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[count, size]`` and bias ``[count]`` (or None) that make ``count`` units from their input."""
+    weight = units(model, slices[0], count)
+    return weight, units(model, slices[1], count) if len(slices) > 1 else None
+
+
+def queries_keys(model: nn.Module, block: BlockStructure, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[images, heads, tokens, qk]`` of an attention whose input is ``x``; norms applied."""
+    heads, width = block.shape.heads, block.shape.qk
+
+    def heads_of(slices: Sequence[UnitSlice], norm: str | None) -> Tensor:
+        flat = F.linear(x, *rows(model, slices, heads * width))
+        split = flat.unflatten(-1, (heads, width))
+        return (model.get_submodule(norm)(split) if norm else split).transpose(1, 2)
+
+    return heads_of(block.query, block.query_norm), heads_of(block.key, block.key_norm)
+
+
+def attention_rows(model: nn.Module, block: BlockStructure, x: Tensor) -> Tensor:
+    """Attention probabilities ``[images, heads, queries, keys]`` of an attention whose input is ``x``."""
+    q, k = queries_keys(model, block, x)
+    return (q @ k.transpose(-2, -1) * block.scale).softmax(dim=-1)
+
+
+def readout_gain(model: nn.Module, readout: Readout) -> Tensor | None:
+    """LayerScale vector ``[size]`` behind a readout, or None."""
+    return model.get_parameter(readout.gain).detach() if readout.gain else None
+
+
+@contextmanager
+def observe_inputs(model: nn.Module, watch: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call ``watch[name]`` with the input of module ``name`` at every forward pass, while the context is open.
+
+    The module's own computation is left alone.
+    """
+    with ExitStack() as stack:
+        for name, call in watch.items():
+
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], call: Callable[[Tensor], None] = call) -> None:
+                call(args[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def forward_all(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Run every batch through the model in evaluation mode, without gradients."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for images in batches:
+            model(images.to(device, non_blocking=True))
+    model.train(training)
+
+
+def readouts(structure: ModelStructure) -> dict[str, Readout]:
+    """Every readout by its module's name."""
+    pairs = ((b.attention_readout, b.ffn_readout) for b in structure.blocks)
+    return {r.module: r for pair in pairs for r in pair}

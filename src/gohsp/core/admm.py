@@ -1,0 +1,306 @@
+"""ADMM with structured constraints: soft pruning while the network trains (design, section 5).
+
+    minimise  L(W)   subject to   W in S          (S: the plan's structured sparsity set, see `projection`)
+
+Scaled form, with penalty ``rho``; every function here is one line of it:
+
+    W-step   the caller's optimiser steps on L, plus a pull of W towards the *anchor* Z - U
+    Z-step   Z <- projection of W + U on S
+    U-step   U <- U + W - Z
+
+In a training loop of your own::
+
+    state = admm.start(model, structure, shapes, moments, scores, settings)
+    for step, (images, labels) in enumerate(loader):
+        loss(model(images), labels).backward()
+        admm.add_penalty_gradients(state)        # does nothing unless the penalty is coupled
+        optimizer.step(); optimizer.zero_grad()
+        state = admm.after_step(state, progress=(step + 1) / len(loader))
+    plan = admm.finish(state)                    # weights now lie on the set; hand the plan to compact()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.core.activations import readout_gain
+from gohsp.core.compensation import BlockMoments
+from gohsp.core.projection import (
+    BlockProjection,
+    ProjectionSettings,
+    Values,
+    constrained,
+    on_support,
+    project,
+    select,
+    squared_size,
+)
+from gohsp.structure import BlockShape, ModelStructure, Plan, check_shapes
+
+Penalty = Literal["decoupled", "coupled"]
+Status = Literal["converged", "not converged"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmmSettings:
+    """How the penalty acts and grows.
+
+    Attributes:
+        penalty: ``decoupled`` moves W by the fraction ``rho`` of its distance to the anchor after each optimiser
+            step, as AdamW decays weights; ``coupled`` adds ``rho (W - Z + U)`` to the gradients before it.
+        rho_start: Penalty at the start.
+        rho_end: Penalty at the end; in between it grows geometrically.
+        ramp: Share of the stage after which ``rho_end`` is reached.
+        interval: Optimiser steps between two Z-steps.
+        reselect: Z-steps between two fresh selections of the support; in between only its weights move.
+        freeze: Share of the stage after which the support is final.
+        hysteresis: Units of the present support count ``1 + hysteresis`` fold when it is selected afresh, so that
+            masks do not flip for nothing.
+        tolerance: Relative primal residual below which the stage has converged.
+        projection: Metric, strength and guidance.
+    """
+
+    penalty: Penalty = "decoupled"
+    rho_start: float = 0.01
+    rho_end: float = 0.3
+    ramp: float = 0.7
+    interval: int = 8
+    reselect: int = 8
+    freeze: float = 0.6
+    hysteresis: float = 0.3
+    tolerance: float = 1e-2
+    projection: ProjectionSettings = ProjectionSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """One Z-step's record.
+
+    Attributes:
+        step: Optimiser steps done.
+        rho: Penalty in force.
+        primal: ``||W - Z|| / ||W||``, in the metric of the projection.
+        dual: ``||Z - Z_before|| / ||W||``, likewise.
+        flips: Units that entered or left the support.
+    """
+
+    step: int
+    rho: float
+    primal: float
+    dual: float
+    flips: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmmState:
+    """Everything between two steps. ``anchors`` (Z - U) and ``duals`` (U) are updated in place; ``weights`` are
+    views of the model's parameters, so the model must stay on its device while a state is in use.
+    """
+
+    model: nn.Module
+    structure: ModelStructure
+    shapes: tuple[BlockShape, ...]
+    moments: tuple[BlockMoments, ...]
+    ranking: tuple[Tensor, ...] | None
+    settings: AdmmSettings
+    weights: tuple[Values, ...]
+    anchors: tuple[Values, ...]
+    duals: tuple[Values, ...]
+    projections: tuple[BlockProjection, ...]
+    rho: float
+    step: int = 0
+    dual_updates: int = 0
+    trace: tuple[Residuals, ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The present support."""
+        return Plan(tuple(p.plan for p in self.projections))
+
+    @property
+    def status(self) -> Status:
+        """Whether the last relative primal residual is below the tolerance."""
+        met = bool(self.trace) and self.trace[-1].primal < self.settings.tolerance
+        return "converged" if met else "not converged"
+
+
+def start(
+    model: nn.Module,
+    structure: ModelStructure,
+    shapes: Sequence[BlockShape],
+    moments: Sequence[BlockMoments],
+    scores: Sequence[Sequence[float]] | None,
+    settings: AdmmSettings,
+) -> AdmmState:
+    """Begin with ``Z`` the projection of the present weights and ``U`` zero.
+
+    Args:
+        model: The model being trained; its parameters are read and pulled in place.
+        structure: Its structure.
+        shapes: Widths to reach.
+        moments: Second moments of its blocks.
+        scores: Head scores of the graph ranking by block, or None for no guidance.
+        settings: Penalty, schedule, metric.
+
+    Raises:
+        PlanError: ``shapes`` do not fit the structure.
+    """
+    check_shapes(structure, shapes)
+    metric = settings.projection.metric
+    weights = tuple(constrained(model, block, metric) for block in structure.blocks)
+    device = next(model.parameters()).device
+    state = AdmmState(
+        model=model,
+        structure=structure,
+        shapes=tuple(shapes),
+        moments=tuple(moments),
+        ranking=None if scores is None else tuple(torch.tensor(s, device=device) for s in scores),
+        settings=settings,
+        weights=weights,
+        anchors=(),
+        duals=tuple({k: torch.zeros_like(v) for k, v in values.items()} for values in weights),
+        projections=(),
+        rho=settings.rho_start,
+    )
+    projections = _project_anew(state, weights, None)
+    anchors = tuple(project(p, values) for p, values in zip(projections, weights, strict=True))
+    return replace(state, projections=projections, anchors=anchors)
+
+
+def _project_anew(
+    state: AdmmState, values: Sequence[Values], present: Plan | None
+) -> tuple[BlockProjection, ...]:
+    settings = state.settings
+    result = []
+    for i, block in enumerate(state.structure.blocks):
+        kept = select(
+            block,
+            values[i],
+            state.moments[i],
+            state.shapes[i],
+            settings.projection,
+            ranking=None if state.ranking is None else state.ranking[i],
+            gains=(
+                readout_gain(state.model, block.attention_readout),
+                readout_gain(state.model, block.ffn_readout),
+            ),
+            present=present.blocks[i] if present else None,
+            hysteresis=settings.hysteresis,
+        )
+        result.append(on_support(block, values[i], state.moments[i], kept, settings.projection))
+    return tuple(result)
+
+
+def add_penalty_gradients(state: AdmmState) -> None:
+    """Add ``rho (W - Z + U)`` to the gradients; call between ``backward`` and the optimiser's step.
+
+    Does nothing when the penalty is decoupled. Parameters without a gradient are left alone.
+    """
+    if state.settings.penalty == "decoupled":
+        return
+    gradients, weights, anchors = [], [], []
+    for values, anchored in zip(state.weights, state.anchors, strict=True):
+        for entry, weight in values.items():
+            gradient = state.model.get_parameter(entry.parameter).grad
+            if gradient is not None:
+                gradients.append(gradient.narrow(entry.axis, entry.start, weight.shape[entry.axis]))
+                weights.append(weight)
+                anchors.append(anchored[entry])
+    torch._foreach_add_(gradients, weights, alpha=state.rho)
+    torch._foreach_add_(gradients, anchors, alpha=-state.rho)
+
+
+def after_step(state: AdmmState, progress: float) -> AdmmState:
+    """Do what is due after an optimiser step: the decoupled pull, and every ``interval`` steps Z- and U-step.
+
+    Args:
+        state: The state before.
+        progress: Share of the stage that is over, 0 to 1; drives the schedule.
+
+    Returns:
+        The state after; use it instead of ``state`` from here on.
+    """
+    if state.settings.penalty == "decoupled":
+        weights = [w for values in state.weights for w in values.values()]
+        anchors = [anchored[k] for values, anchored in zip(state.weights, state.anchors, strict=True) for k in values]
+        torch._foreach_lerp_(weights, anchors, state.rho)
+    state = replace(state, step=state.step + 1)
+    return dual_update(state, progress) if state.step % state.settings.interval == 0 else state
+
+
+def rho_at(settings: AdmmSettings, progress: float) -> float:
+    """Penalty when the share ``progress`` of the stage is over."""
+    share = min(progress / settings.ramp, 1.0) if settings.ramp > 0 else 1.0
+    return settings.rho_start * (settings.rho_end / settings.rho_start) ** share
+
+
+@torch.no_grad()
+def dual_update(state: AdmmState, progress: float) -> AdmmState:
+    """Z-step, U-step and the next ``rho``; ``U`` is rescaled with it, so that the dual variable ``rho U`` stays."""
+    settings, metric = state.settings, state.settings.projection.metric
+    shifted = tuple(
+        {k: w + u[k] for k, w in values.items()} for values, u in zip(state.weights, state.duals, strict=True)
+    )
+    projections, flips = state.projections, 0
+    if progress <= settings.freeze and (state.dual_updates + 1) % settings.reselect == 0:
+        projections = _project_anew(state, shifted, state.plan)
+        flips = count_flips(state.structure, state.plan, Plan(tuple(p.plan for p in projections)))
+    rho = rho_at(settings, progress)
+    sizes = torch.zeros(3, dtype=torch.float64)
+    for i, block in enumerate(state.structure.blocks):
+        weight, anchor, dual = state.weights[i], state.anchors[i], state.duals[i]
+        z = project(projections[i], shifted[i])
+        gap = {k: weight[k] - z[k] for k in weight}
+        move = {k: z[k] - anchor[k] - dual[k] for k in weight}
+        sizes += torch.tensor(
+            [squared_size(block, v, state.moments[i], metric) for v in (gap, move, weight)], dtype=torch.float64
+        )
+        for k in weight:
+            dual[k].add_(gap[k]).mul_(state.rho / rho)
+            torch.sub(z[k], dual[k], out=anchor[k])
+    primal, dual_size = (sizes[:2] / sizes[2].clamp_min(1e-30)).sqrt().tolist()
+    record = Residuals(step=state.step, rho=state.rho, primal=primal, dual=dual_size, flips=flips)
+    return replace(
+        state,
+        projections=projections,
+        rho=rho,
+        dual_updates=state.dual_updates + 1,
+        trace=(*state.trace, record),
+    )
+
+
+def count_flips(structure: ModelStructure, before: Plan, after: Plan) -> int:
+    """Units of all kinds that are in one plan and not in the other."""
+    flips = 0
+    for block, a, b in zip(structure.blocks, before.blocks, after.blocks, strict=True):
+        for kind in ("qk", "vo", "ffn"):
+            flips += len(set(a.units(kind, block.shape)) ^ set(b.units(kind, block.shape)))
+    return flips
+
+
+def refresh(state: AdmmState, moments: Sequence[BlockMoments]) -> AdmmState:
+    """Take over second moments measured anew; the support stays, its refit follows them."""
+    state = replace(state, moments=tuple(moments))
+    projections = tuple(
+        on_support(block, values, m, p.plan, state.settings.projection)
+        for block, values, m, p in zip(state.structure.blocks, state.weights, moments, state.projections, strict=True)
+    )
+    return replace(state, projections=projections)
+
+
+@torch.no_grad()
+def finish(state: AdmmState) -> Plan:
+    """Final projection: put the weights themselves on the set, in place.
+
+    Returns:
+        The plan, ready for compaction.
+    """
+    for values, projection in zip(state.weights, state.projections, strict=True):
+        for entry, target in project(projection, values).items():
+            values[entry].copy_(target)
+    return state.plan

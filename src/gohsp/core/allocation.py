@@ -1,0 +1,235 @@
+"""How much to cut where: damage curves and a budget in, widths out (design, section 4).
+
+A *damage curve* says, for one block and kind, what cutting that piece alone to some width does to the model.
+Where the numbers come from is the caller's business; :mod:`gohsp.core.sensitivity` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from gohsp.errors import BudgetError
+from gohsp.structure import (
+    BlockShape,
+    BlockStructure,
+    BudgetKind,
+    Kind,
+    ModelStructure,
+    block_cost,
+    model_cost,
+)
+
+FIELDS: dict[Kind, str] = {"head": "heads", "qk": "qk", "vo": "vo", "ffn": "ffn"}
+"""The field of a block shape that each kind of unit is counted by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WidthSettings:
+    """Which widths are allowed.
+
+    Attributes:
+        multiple: Query/key, value and FFN widths are multiples of this; the present width is always allowed.
+        min_width: Smallest query/key and value width.
+        min_heads: Fewest heads of a block.
+        min_ffn: Smallest share of a block's hidden units.
+    """
+
+    multiple: int = 8
+    min_width: int = 8
+    min_heads: int = 1
+    min_ffn: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DamageCurve:
+    """Damage by width, for one block and kind.
+
+    Attributes:
+        widths: Ascending; the last is the present width.
+        damage: At each width; the last is 0.
+    """
+
+    widths: tuple[int, ...]
+    damage: tuple[float, ...]
+
+    def __call__(self, width: int) -> float:
+        """Damage at ``width``: linear between measured points, never less than at a larger width."""
+        if width >= self.widths[-1]:
+            return 0.0
+        ceiling = 0.0
+        points = list(zip(self.widths, self.damage, strict=True))
+        for (w0, d0), (w1, d1) in reversed(list(zip(points, points[1:], strict=False))):
+            upper = ceiling = max(ceiling, d1)
+            lower = max(upper, d0)
+            if width >= w0:
+                return upper + (lower - upper) * (w1 - width) / (w1 - w0)
+            ceiling = lower
+        raise BudgetError(f"no damage was measured at width {width}; the curve covers {self.widths}")
+
+
+Curves = tuple[Mapping[Kind, DamageCurve], ...]
+"""One mapping a block; a kind that is missing is not cut there."""
+
+
+def allowed_widths(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:
+    """Widths that a plan may give ``kind`` in this block, ascending; the present one is last."""
+    have = getattr(block.shape, FIELDS[kind])
+    if kind not in block.prunable:
+        return (have,)
+    if kind == "head":
+        return tuple(range(min(settings.min_heads, have), have + 1))
+    step = settings.multiple
+    floor = settings.min_width if kind in ("qk", "vo") else settings.min_ffn * have
+    first = max(step, -(-int(floor) // step) * step)
+    return (*range(first, have, step), have)
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One way to shape a part of a block: the whole attention, or the FFN."""
+
+    fields: Mapping[str, int]
+    cost: int
+    damage: float
+
+
+def allocate(
+    structure: ModelStructure, curves: Curves, kind: BudgetKind, limit: int, settings: WidthSettings
+) -> tuple[BlockShape, ...]:
+    """Minimise the summed damage subject to a budget: a multiple-choice knapsack, by Lagrangian bisection.
+
+    A bisection finds the smallest price per parameter (or MAC) at which the cheapest choices fit; what room is
+    left is then filled by the upgrades that repair most.
+
+    Args:
+        structure: The model.
+        curves: Damage by block and kind. The head curve, made with the ranking's order, lets whole heads compete
+            with narrower ones.
+        kind: What the budget counts.
+        limit: Upper bound on the whole model's cost.
+        settings: Allowed widths.
+
+    Raises:
+        BudgetError: Even the smallest allowed widths cost more than ``limit``.
+    """
+    groups = [g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)]
+    fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
+    _require_feasible(fixed + sum(min(o.cost for o in g) for g in groups), kind, limit)
+
+    def cheapest(price: float) -> list[_Option]:
+        return [min(group, key=lambda o: (o.damage + price * o.cost, o.cost)) for group in groups]
+
+    def fits(choice: Sequence[_Option]) -> bool:
+        return fixed + sum(o.cost for o in choice) <= limit
+
+    low, high = 0.0, 1e-12
+    while not fits(cheapest(high)):
+        low, high = high, high * 10
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(cheapest(middle)) else (middle, high)
+    choice = _fill(cheapest(high), groups, limit - fixed)
+    merged = [dict(a.fields) | dict(f.fields) for a, f in zip(choice[::2], choice[1::2], strict=True)]
+    return tuple(BlockShape(**fields) for fields in merged)
+
+
+def _require_feasible(smallest: int, kind: BudgetKind, limit: int) -> None:
+    if smallest > limit:
+        raise BudgetError(
+            f"no plan meets {limit:,} {kind}: the smallest possible model has {smallest:,}; "
+            "raise the budget, or lower the floors (widths.min_heads, min_width, min_ffn)"
+        )
+
+
+def _groups(
+    structure: ModelStructure,
+    block: BlockStructure,
+    curves: Mapping[Kind, DamageCurve],
+    kind: BudgetKind,
+    settings: WidthSettings,
+) -> Iterator[list[_Option]]:
+    """The block's attention options and its FFN options."""
+    have = block.shape
+
+    def widths(of: Kind) -> tuple[int, ...]:
+        return allowed_widths(block, of, settings) if of in curves else (getattr(have, FIELDS[of]),)
+
+    def damage(of: Kind, width: int) -> float:
+        return curves[of](width) if of in curves else 0.0
+
+    attention = []
+    for heads, qk, vo in product(widths("head"), widths("qk"), widths("vo")):
+        cost = block_cost(structure, block, BlockShape(heads=heads, qk=qk, vo=vo, ffn=0), kind)
+        # A head that is gone cannot be damaged by narrower dimensions as well.
+        narrower = (damage("qk", qk) + damage("vo", vo)) * heads / have.heads
+        attention.append(_Option({"heads": heads, "qk": qk, "vo": vo}, cost, damage("head", heads) + narrower))
+    yield attention
+    yield [
+        _Option({"ffn": n}, block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), kind), damage("ffn", n))
+        for n in widths("ffn")
+    ]
+
+
+def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: int) -> list[_Option]:
+    """Spend the room under ``limit`` on upgrades, best repair per cost first, then on whatever is widest."""
+    choice = list(choice)
+    room = limit - sum(o.cost for o in choice)
+    while True:
+        upgrades = [
+            (max(present.damage - option.damage, 0.0) / (option.cost - present.cost), option.cost, i, option)
+            for i, (present, group) in enumerate(zip(choice, groups, strict=True))
+            for option in group
+            if present.cost < option.cost <= present.cost + room and option.damage <= present.damage
+        ]
+        if not upgrades:
+            return choice
+        _, cost, i, option = max(upgrades, key=lambda u: u[:3])
+        room -= cost - choice[i].cost
+        choice[i] = option
+
+
+def uniform(
+    structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings
+) -> tuple[BlockShape, ...]:
+    """The same share of every width in every block, all heads kept: the plain way, for comparison.
+
+    Room that rounding leaves is given to FFNs, last block first.
+
+    Raises:
+        BudgetError: Even the smallest allowed widths cost more than ``limit``.
+    """
+
+    def at(share: float) -> tuple[BlockShape, ...]:
+        return tuple(_shrunk(b, lambda have: share * have, settings) for b in structure.blocks)
+
+    _require_feasible(model_cost(structure, at(0.0), kind), kind, limit)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if model_cost(structure, at(middle), kind) <= limit else (low, middle)
+    shapes = list(at(low))
+    for i in reversed(range(len(shapes))):
+        for ffn in allowed_widths(structure.blocks[i], "ffn", settings):
+            shape = shapes[i]
+            wider = BlockShape(heads=shape.heads, qk=shape.qk, vo=shape.vo, ffn=max(ffn, shape.ffn))
+            trial = [*shapes[:i], wider, *shapes[i + 1 :]]
+            if model_cost(structure, trial, kind) <= limit:
+                shapes = trial
+        if model_cost(structure, shapes, kind) > 0.995 * limit:
+            break
+    return tuple(shapes)
+
+
+def _shrunk(block: BlockStructure, target: Callable[[int], float], settings: WidthSettings) -> BlockShape:
+    """Every width at the largest allowed value not above ``target`` of the present one; heads stay."""
+
+    def width(kind: Kind, have: int) -> int:
+        allowed = allowed_widths(block, kind, settings)
+        return max((w for w in allowed if w <= target(have)), default=allowed[0])
+
+    shape = block.shape
+    return BlockShape(
+        heads=shape.heads, qk=width("qk", shape.qk), vo=width("vo", shape.vo), ffn=width("ffn", shape.ffn)
+    )

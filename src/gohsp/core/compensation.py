@@ -1,0 +1,212 @@
+"""Closed-form repair of what a cut takes away, in the metric of the data (design, section 6).
+
+All functions work on a linear map ``V`` ``[outputs, n]`` whose input has second moment ``G`` ``[n, n]``
+(mean of ``x x^T`` over tokens). Where the map has a bias, the input carries a last entry 1 and the bias is
+the last column; that column is never a candidate for removal. Solves run in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.core.activations import forward_all, observe_inputs
+from gohsp.errors import NonFiniteError
+from gohsp.structure import ModelStructure
+
+RIDGE = 1e-4
+"""Default ridge, relative to the mean diagonal entry of the Gram matrix."""
+
+ROUNDS = 16
+"""Groups that a greedy removal is done in; each costs one pass over the inverse Gram matrix."""
+
+
+class MomentFitter:
+    """Accumulates ``sum x x^T`` of inputs extended by a constant 1, in constant memory.
+
+    Args:
+        width: Entries of one input.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch ``[..., width]``."""
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        ones = flat.new_ones(flat.shape[0], 1)
+        extended = torch.cat([flat, ones], dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            self._sum += (extended.T @ extended).double()
+        self._count += flat.shape[0]
+
+    @property
+    def moment(self) -> Tensor:
+        """Second moment ``[width + 1, width + 1]``, float64."""
+        return self._sum / max(self._count, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMoments:
+    """Second moments (float64, last entry the constant 1) of what a block's prunable maps read.
+
+    Attributes:
+        attention_input: Of the normalised residual stream that queries, keys and values read, ``[D + 1, D + 1]``.
+        head_outputs: Of the concatenated head outputs, ``[heads * vo + 1, heads * vo + 1]``.
+        hidden: Of the FFN's hidden activations, ``[ffn + 1, ffn + 1]``.
+    """
+
+    attention_input: Tensor
+    head_outputs: Tensor
+    hidden: Tensor
+
+
+def collect_moments(
+    model: nn.Module, structure: ModelStructure, batches: Sequence[Tensor]
+) -> tuple[BlockMoments, ...]:
+    """Stream calibration images ``[B, C, H, W]`` through the model once and take every block's moments.
+
+    Raises:
+        NonFiniteError: An activation is NaN or infinite; the message names the module.
+    """
+    device = next(model.parameters()).device
+    fitters: dict[str, MomentFitter] = {}
+    for block in structure.blocks:
+        shape = block.shape
+        fitters[block.attention] = MomentFitter(structure.embed_dim, device)
+        fitters[block.attention_readout.module] = MomentFitter(shape.heads * shape.vo, device)
+        fitters[block.ffn_readout.module] = MomentFitter(shape.ffn, device)
+    with observe_inputs(model, {name: fitter.update for name, fitter in fitters.items()}):
+        forward_all(model, batches)
+    for name, fitter in fitters.items():
+        if not torch.isfinite(fitter.moment).all():
+            raise NonFiniteError(
+                f"the input of module '{name}' holds NaN or infinite values on the calibration images; "
+                "check the weights and the preprocessing"
+            )
+    return tuple(
+        BlockMoments(
+            attention_input=fitters[b.attention].moment,
+            head_outputs=fitters[b.attention_readout.module].moment,
+            hidden=fitters[b.ffn_readout.module].moment,
+        )
+        for b in structure.blocks
+    )
+
+
+def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
+    """``gram`` with ``ridge`` times its mean diagonal entry added to the diagonal, float64."""
+    gram = gram.double()
+    level = ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def inverse(gram: Tensor) -> Tensor:
+    """Inverse of a symmetric positive definite matrix; warns where the ridge had to be raised to get one."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        warnings.warn("a Gram matrix is singular in spite of its ridge; the ridge is raised", stacklevel=2)
+        factor = torch.linalg.cholesky(ridged(gram, 1e-2))
+    return torch.cholesky_inverse(factor)
+
+
+def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The matrix ``M`` ``[removed, kept]`` by which kept inputs take over removed ones.
+
+    With ``V`` the map before the cut, ``V_keep + V_removed M`` minimises
+    ``E ||V x - Z x_keep||^2 + ridge ||Z - V_keep||^2`` over ``Z``.
+
+    Args:
+        gram: Second moment ``[n, n]`` of the inputs.
+        keep: Boolean mask ``[n]``.
+        ridge: Relative to the mean diagonal entry.
+    """
+    kept = ridged(gram, ridge)[keep][:, keep]
+    return gram.double()[~keep][:, keep] @ inverse(kept)
+
+
+def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
+    """``weight`` ``[outputs, n]`` with removed columns zero and kept ones at the ridge solution of :func:`refit_map`."""
+    return apply_refit(weight, keep, refit_map(gram, keep, ridge))
+
+
+def apply_refit(weight: Tensor, keep: Tensor, takeover: Tensor) -> Tensor:
+    """Move the removed columns of ``weight`` on to the kept ones through ``takeover`` ``[removed, kept]``."""
+    result = torch.zeros_like(weight)
+    result[:, keep] = weight[:, keep] + weight[:, ~keep] @ takeover.to(weight.dtype)
+    return result
+
+
+class BrainSurgeon:
+    """Greedy removal of inputs of a linear map, the others taking over exactly (optimal brain surgeon).
+
+    Args:
+        gram: Second moment ``[n, n]`` of the inputs.
+        weight: The map ``[outputs, n]``.
+        ridge: Relative to the mean diagonal entry of ``gram``.
+    """
+
+    def __init__(self, gram: Tensor, weight: Tensor, ridge: float = RIDGE) -> None:
+        self.inverse = inverse(ridged(gram, ridge))
+        self.weight = weight.detach().double().clone()
+
+    def saliency(self) -> Tensor:
+        """Increase ``[n]`` of the expected squared output error when one input alone goes and the rest is refitted."""
+        return self.weight.square().sum(0) / self.inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def group_saliency(self, groups: Iterable[Tensor]) -> Tensor:
+        """The same for whole groups of inputs, each given by its indices."""
+        return torch.stack([self._coefficients(g).mul(self.weight[:, g]).sum() for g in groups])
+
+    def remove(self, index: Tensor) -> None:
+        """Take the inputs ``index`` out, refit the others and down-date the inverse."""
+        coefficients = self._coefficients(index)
+        self.weight -= coefficients @ self.inverse[index]
+        self.weight[:, index] = 0
+        block = torch.linalg.solve(self.inverse[index][:, index], self.inverse[index])
+        self.inverse -= self.inverse[:, index] @ block
+        self.inverse[index] = 0
+        self.inverse[:, index] = 0
+
+    def _coefficients(self, index: Tensor) -> Tensor:
+        """``V_R (G^-1_RR)^-1`` ``[outputs, removed]``."""
+        return torch.linalg.solve(self.inverse[index][:, index], self.weight[:, index].T).T
+
+
+def select_units(
+    gram: Tensor, weight: Tensor, bonus: Tensor, count: int, *, ridge: float = RIDGE
+) -> Tensor:
+    """Choose ``count`` inputs to keep, by greedy removal in small groups.
+
+    Args:
+        gram: Second moment ``[n, n]``.
+        weight: The map ``[outputs, n]``.
+        bonus: Factors ``[units]`` on the saliencies of the first ``units`` inputs, which are the candidates;
+            those behind them (the constant) always stay.
+        count: How many of the candidates stay.
+        ridge: Relative to the mean diagonal entry.
+
+    Returns:
+        Boolean mask ``[n]``.
+    """
+    keep = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    units = len(bonus)
+    excess = units - count
+    if excess == 0:
+        return keep
+    surgeon = BrainSurgeon(gram, weight, ridge)
+    group = max(1, -(-excess // ROUNDS))
+    while excess > 0:
+        saliency = surgeon.saliency()[:units] * bonus
+        saliency[~keep[:units]] = torch.inf
+        index = saliency.topk(min(group, excess), largest=False).indices
+        surgeon.remove(index)
+        keep[index] = False
+        excess -= len(index)
+    return keep

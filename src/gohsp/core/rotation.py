@@ -1,0 +1,120 @@
+"""Changes of basis inside attention that leave the function alone and sort dimensions by importance (design, section 6).
+
+``q^T k`` depends on ``W_Q^T W_K`` only, and a head's contribution on ``W_O W_V`` only, so either pair may be mixed
+by an invertible matrix and its inverse. After :func:`rotate`, keeping a head's first dimensions is the best
+low-rank approximation of it in the data's metric, which makes unit-wise pruning as good as truncating an SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.core.activations import rows, units
+from gohsp.core.compensation import BlockMoments
+from gohsp.structure import BlockStructure, ModelStructure, UnitSlice
+
+
+def rotate(
+    model: nn.Module, structure: ModelStructure, moments: Sequence[BlockMoments]
+) -> tuple[BlockMoments, ...]:
+    """Rotate query/key and value dimensions of every block that allows it, in place.
+
+    Args:
+        model: The model; its function changes by rounding only.
+        structure: Its structure.
+        moments: Its second moments.
+
+    Returns:
+        The second moments after the change.
+    """
+    return tuple(_rotate_block(model, b, m) for b, m in zip(structure.blocks, moments, strict=True))
+
+
+def _rotate_block(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> BlockMoments:
+    heads, qk, vo = block.shape.heads, block.shape.qk, block.shape.vo
+    if "qk" in block.rotatable:
+        query = extended_rows(model, block.query, heads * qk)
+        key = extended_rows(model, block.key, heads * qk)
+        moment = moments.attention_input[: query.shape[1], : query.shape[1]]
+        for h in range(heads):
+            part = slice(h * qk, (h + 1) * qk)
+            to_query, to_key = balance_query_key(query[part], key[part], moment)
+            _mix_rows(model, block.query, h, qk, to_query)
+            _mix_rows(model, block.key, h, qk, to_key)
+    if "vo" not in block.rotatable:
+        return moments
+    mixing = torch.eye(heads * vo + 1, dtype=torch.float64, device=moments.head_outputs.device)
+    columns = units(model, block.attention_readout.columns, heads * vo)
+    for h in range(heads):
+        part = slice(h * vo, (h + 1) * vo)
+        forward, backward = order_values(columns[:, part], moments.head_outputs[part, part])
+        _mix_rows(model, block.value, h, vo, forward)
+        columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
+        mixing[part, part] = forward
+    return replace(moments, head_outputs=mixing @ moments.head_outputs @ mixing.T)
+
+
+def extended_rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> Tensor:
+    """Rows ``[count, inputs (+ 1)]`` in float64, the bias (if any) as last column."""
+    weight, bias = rows(model, slices, count)
+    return (weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)).double()
+
+
+def _mix_rows(model: nn.Module, slices: Sequence[UnitSlice], head: int, width: int, matrix: Tensor) -> None:
+    for entry in slices:
+        part = units(model, entry, (head + 1) * width).narrow(0, head * width, width)
+        part.copy_((matrix @ part.double()).to(part.dtype))
+
+
+def _half(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root of ``rows moment rows^T`` ``[d, d]``, null directions dropped."""
+    values, vectors = torch.linalg.eigh(rows @ moment @ rows.T)
+    floor = values.max().clamp_min(torch.finfo(torch.float64).tiny) * 1e-12
+    root = values.clamp_min(floor).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def balance_query_key(query: Tensor, key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Invertible matrices that order a head's query/key dimensions by their share of the attention logits.
+
+    With ``X = query C^1/2`` and ``Y = key C^1/2``, the singular vectors of ``X^T Y`` give the basis in which
+    dropping trailing dimensions is the best low-rank approximation (Eckart-Young) of the logits' map.
+
+    Args:
+        query: Rows ``[d, n]`` that make a head's queries from inputs (bias as last column, if any).
+        key: Rows ``[d, n]`` that make its keys.
+        moment: Second moment ``C`` ``[n, n]`` of the inputs.
+
+    Returns:
+        ``(S, T)``, each ``[d, d]`` with ``S^T T = 1``: new queries ``S q``, new keys ``T k``.
+    """
+    moment = moment.double()
+    root_q, inverse_root_q = _half(moment, query.double())
+    root_k, _ = _half(moment, key.double())
+    u, s, _ = torch.linalg.svd(root_q @ root_k)
+    # A floor keeps both matrices invertible where trailing dimensions carry nothing.
+    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * 1e-6).sqrt()
+    to_query = gain[:, None] * (u.T @ inverse_root_q)
+    return to_query, torch.linalg.inv(to_query).T
+
+
+def order_values(readout: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Invertible matrix that orders a head's value dimensions by their share of its contribution's energy.
+
+    Args:
+        readout: The head's columns ``[D, d]`` of the output projection.
+        moment: Second moment ``[d, d]`` of the head's output.
+
+    Returns:
+        ``(T, T^-1)``: new values ``T v``, new columns ``readout T^-1``.
+    """
+    root, inverse_root = _half(moment.double(), torch.eye(len(moment), dtype=torch.float64, device=moment.device))
+    _, s, vt = torch.linalg.svd(readout.double() @ root, full_matrices=False)
+    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * 1e-6).sqrt()
+    forward = gain[:, None] * (vt @ inverse_root)
+    backward = (root @ vt.T) / gain
+    return forward, backward

@@ -1,0 +1,66 @@
+"""The one tree of exceptions that gohsp raises on purpose.
+
+Every message names what was given, what is allowed and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GohspError(Exception):
+    """Base of every error that gohsp raises for bad input or a failed check."""
+
+
+class UnsupportedModelError(GohspError):
+    """A model, or a module in it, that no adapter knows."""
+
+
+class BudgetError(GohspError):
+    """A budget that cannot be read, or that no plan can meet."""
+
+
+class PlanError(GohspError):
+    """A plan that does not fit the model's structure."""
+
+
+class NonFiniteError(GohspError):
+    """NaN or infinite weights, activations or losses."""
+
+
+class DataError(GohspError):
+    """A data source that is missing, empty, unreadable or wrongly labelled."""
+
+
+class RecipeError(GohspError):
+    """A recipe with unknown keys or values out of range."""
+
+
+class CheckpointError(GohspError):
+    """A model folder or weights file that is damaged, foreign or does not fit."""
+
+
+class RunError(GohspError):
+    """A run folder that cannot be used as asked."""
+
+
+class EqualityError(GohspError):
+    """The compacted model does not compute what the masked dense model computes."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a hint naming the valid entry closest to ``name``, or all of them when none is close.
+
+    Args:
+        name: The entry that was given.
+        valid: The entries that are allowed.
+
+    Returns:
+        ``"did you mean 'x'?"`` or ``"valid: 'a', 'b'"``.
+    """
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "valid: " + ", ".join(f"'{n}'" for n in names)

@@ -1,0 +1,376 @@
+"""The report's pictures, as matplotlib figures that need no display and keep no global state.
+
+All are drawn narrow (4.8 inches or less) with 8 to 9 point text, so that the same vector picture can be
+read across a phone and fills half a desktop page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from gohsp.errors import RunError
+
+INK, EDGE, MUTED, LINE, PALE = "#1f2937", "#475569", "#6b7280", "#9ca3af", "#e5e7eb"
+KEPT, REMOVED = "#2563eb", "#c2410c"
+STAGES = {  # colour, line style and name of each training curve; the style tells them apart without colour
+    "dense": ("#6b7280", "-", "dense"),
+    "admm": ("#7c3aed", "-", "ADMM"),
+    "finetune": ("#2563eb", "-", "pruned, fine-tuned"),
+    "dense_retrained": ("#c2410c", "--", "dense, trained longer"),
+}
+KINDS = {"heads": "heads", "qk": "q/k width", "vo": "v/o width", "ffn": "FFN units"}
+
+# Up to this many heads, scores are written out and every edge is drawn.
+FEW_HEADS = 8
+STRONGEST_EDGES = 3
+_WIDTH = 4.8
+_SMALL, _TEXT = 8, 9
+_HEAT: LinearSegmentedColormap = LinearSegmentedColormap.from_list(
+    "heat", ["#eff6ff", "#bfdbfe", "#60a5fa", "#2563eb", "#172554"]
+)
+
+
+def head_importance(report: Mapping[str, Any]) -> Figure:
+    """Draw the ranking as a heat map: one row a block, one column a head, removed heads crossed out.
+
+    Args:
+        report: A valid report.
+
+    Returns:
+        A figure; scores are written into the cells where no block has more than eight heads.
+    """
+    scores: list[list[float]] = report["ranking"]["scores"]
+    kept = [set(block["heads"]) for block in report["plan"]["kept"]]
+    blocks, heads = len(scores), max(map(len, scores))
+    grid = np.full((blocks, heads), np.nan)
+    for block, row in enumerate(scores):
+        grid[block, : len(row)] = row
+    scale = Normalize(float(np.nanmin(grid)), float(np.nanmax(grid)))
+
+    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * blocks)), layout="constrained")
+    axes = figure.subplots()
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors="white", linewidth=1.5
+    )
+    removed = [(b, h) for b, row in enumerate(scores) for h in range(len(row)) if h not in kept[b]]
+    few = heads <= FEW_HEADS
+    for block, row in enumerate(scores):
+        for head, score in enumerate(row) if few else ():
+            ink = "white" if scale(score) > 0.62 else INK
+            axes.text(
+                head + 0.5, block + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center"
+            )
+    cross = axes.plot(
+        [head + (0.16 if few else 0.5) for _, head in removed],
+        [block + 0.5 for block, _ in removed],
+        "X",
+        markersize=7,
+        color=REMOVED,
+        markeredgecolor="white",
+        label="removed head",
+    )
+    axes.set_xticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
+    _block_axis(axes, np.arange(blocks) + 0.5, blocks)
+    axes.set_xlabel("head", size=_TEXT)
+    _tidy(axes)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05, aspect=max(20, 2 * blocks))
+    bar.set_label("importance score (no unit)", size=_TEXT, color=INK)
+    bar.ax.tick_params(labelsize=_SMALL, colors=INK, length=2)
+    for solids in bar.ax.collections:
+        solids.set(rasterized=False, edgecolor="face")  # else the one bitmap in a vector picture
+    bar.outline.set_visible(False)  # pyrefly: ignore
+    if removed:
+        _legend(axes, cross)
+    return figure
+
+
+def head_graph(
+    transition: Sequence[Sequence[float]] | np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    kept: Collection[int] | None = None,
+    title: str = "",
+    key: bool = True,
+) -> Figure:
+    """Draw the Markov chain on the heads of one block, heads on a circle.
+
+    A node's area is its score and an edge's width and opacity its transition probability, each relative to
+    the picture's largest. With more than eight heads only the three likeliest moves from each head are
+    drawn. Moves from a head to itself are not drawn.
+
+    Args:
+        transition: [H, H], ``transition[i][j]`` the probability of moving from head i to head j.
+        scores: [H], the stationary distribution.
+        kept: Indices of the heads that stay, drawn filled, the others hollow and crossed; None for all.
+        title: Text above the picture, shown as it is.
+        key: Write below the picture what its sizes mean.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: ``transition`` is not square of the length of ``scores``.
+    """
+    matrix, score = np.array(transition, dtype=float), np.array(scores, dtype=float)
+    count = len(score)
+    if matrix.shape != (count, count):
+        raise ValueError(f"transition has shape {matrix.shape}, {count} scores ask for {(count, count)}")
+    np.fill_diagonal(matrix, 0)
+    few = count <= FEW_HEADS
+    stays = [kept is None or head in kept for head in range(count)]
+
+    angle = np.pi / 2 - 2 * np.pi * np.arange(count) / count
+    direction = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    ring = 46.0 if few else 64.0
+    place = ring * direction
+    largest = min(16.0, 0.8 * ring * np.sin(np.pi / max(count, 2)))  # neighbours must not touch
+
+    # Data units are points, so that nodes, gaps and labels can be laid out without touching.
+    label = 28.0 if few else 14.0
+    low, high = place[:, 1].min() - largest - label, place[:, 1].max() + largest + label
+    width, above, below = 200.0, 20.0, 42.0 if key else 2.0
+    total = above + high - low + below
+    figure = Figure(figsize=(width / 72, total / 72))
+    axes = figure.add_axes((0, below / total, 1, (high - low) / total))
+    axes.set(xlim=(-width / 2, width / 2), ylim=(low, high))
+    axes.set_axis_off()
+    figure.text(
+        0.5, 1 - 5 / total, title, size=10, weight="bold", color=INK, ha="center", va="top", parse_math=False
+    )
+
+    tiny = np.finfo(float).tiny
+    radius = largest * np.sqrt(score / max(score.max(), tiny))
+    strength = matrix / max(matrix.max(), tiny)
+    for start in range(count):
+        likeliest = np.argsort(matrix[start])[::-1][: count if few else STRONGEST_EDGES]
+        for end in likeliest[matrix[start, likeliest] > 0]:
+            share = strength[start, end]
+            arrow = FancyArrowPatch(
+                tuple(place[start]),
+                tuple(place[end]),
+                connectionstyle="arc3,rad=0.16",
+                arrowstyle="-|>,head_length=0.5,head_width=0.22",
+                mutation_scale=9 if few else 6,
+                shrinkA=radius[start] + 1,
+                shrinkB=radius[end] + 1,
+                linewidth=(2.4 if few else 1.4) * share,
+                alpha=0.1 + 0.6 * share,
+                color=EDGE,
+            )
+            axes.add_patch(arrow)
+
+    for head in range(count):
+        _node(axes, place[head], radius[head], stays[head])
+        across, up = direction[head].round(6)
+        x, y = place[head] + direction[head] * (radius[head] + 4)
+        axes.text(
+            x,
+            y,
+            f"head {head}\n{score[head]:.3f}" if few else str(head),
+            size=9 if few else 10,
+            color=INK if stays[head] else REMOVED,
+            linespacing=1.05,
+            ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
+            va="bottom" if up > 0.75 else "top" if up < -0.75 else "center",
+        )
+    if key:
+        edges = "edge: transition probability" + ("" if few else f" ({STRONGEST_EDGES} likeliest a head)")
+        lines = ["node area: stationary probability", edges]
+        if kept is not None:
+            lines.append("filled: kept; hollow and crossed: removed")
+        figure.text(0.5, 5 / total, "\n".join(lines), size=7, color=MUTED, ha="center", va="bottom")
+    return figure
+
+
+def kept_widths(report: Mapping[str, Any]) -> Figure:
+    """Draw what each block keeps: one row a block, one panel a kind, bars as shares of the dense width.
+
+    Args:
+        report: A valid report.
+
+    Returns:
+        A figure; the number beside each bar is the kept width in units of its kind.
+    """
+    dense, pruned = report["plan"]["dense"], report["plan"]["pruned"]
+    blocks = len(dense)
+    rows = np.arange(blocks)
+    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * blocks)), layout="constrained")
+    panels = figure.subplots(1, len(KINDS), sharey=True)
+    for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
+        before = np.array([block[kind] for block in dense])
+        after = np.array([block[kind] for block in pruned])
+        share = after / np.maximum(before, 1)
+        axes.barh(rows, np.ones(blocks), color=PALE, height=0.72)
+        axes.barh(rows, share, color=KEPT, height=0.72)
+        for row in rows:
+            axes.text(1.06, row, str(after[row]), size=_SMALL, color=INK, va="center")
+        of = f"{before.min()}" if before.min() == before.max() else f"{before.min()}–{before.max()}"
+        axes.set_title(f"{name}\nof {of}", size=_TEXT, color=INK)
+        axes.set_xlim(0, 1.5)
+        axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+        _tidy(axes)
+        axes.spines["left"].set_visible(False)
+        axes.spines["bottom"].set_bounds(0, 1)
+        axes.tick_params(axis="y", length=0)
+    _block_axis(panels[0], rows, blocks)
+    figure.supxlabel("kept share of the dense width (%)", size=_TEXT, color=INK)
+    return figure
+
+
+def training(report: Mapping[str, Any]) -> Figure:
+    """Draw how training went: ADMM's residuals and penalty, then accuracy and loss of every stage.
+
+    The stages stand one after the other, at the epochs trained so far; ``dense_retrained`` starts, as the
+    pruning does, where ``dense`` ends. Panels without data are left out.
+
+    Args:
+        report: A valid report.
+
+    Returns:
+        A figure of one to three panels, one above the other.
+
+    Raises:
+        RunError: The report has neither an ADMM trace nor a training curve.
+    """
+    if not has_training(report):
+        raise RunError("the report holds no training to draw: it has no admm.trace and all curves are empty")
+    curves = {stage: report["curves"][stage] for stage in STAGES if report["curves"].get(stage)}
+    trace = report["admm"]["trace"] if report.get("admm") else []
+    scored = any(epoch["top1"] is not None for epochs in curves.values() for epoch in epochs)
+    panels = ["residuals"] * bool(trace) + ["top1"] * scored + ["loss"] * bool(curves)
+
+    figure = Figure(figsize=(_WIDTH, 0.4 + 2.3 * len(panels)), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06)  # pyrefly: ignore
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        _tidy(axes)
+        if panel == "residuals":
+            _draw_residuals(axes, trace)
+        else:
+            _draw_curves(axes, curves, panel)
+    return figure
+
+
+def has_training(report: Mapping[str, Any]) -> bool:
+    """Tell whether there is anything for `training` to draw."""
+    return bool((report.get("admm") or {}).get("trace")) or any(report["curves"].values())
+
+
+def _draw_residuals(axes: Axes, trace: Sequence[Mapping[str, float]]) -> None:
+    epoch = [step["epoch"] for step in trace]
+    lines = []
+    for name, colour, marker in (("primal", KEPT, "o"), ("dual", REMOVED, "^")):
+        lines += axes.plot(
+            epoch, _positive(trace, name), color=colour, marker=marker, markersize=3, label=f"{name} residual"
+        )
+    _log_scale(axes, [step[name] for step in trace for name in ("primal", "dual")])
+    axes.set_xlabel("epoch of the ADMM stage", size=_TEXT)
+    axes.set_ylabel("relative residual", size=_TEXT)
+    penalty = axes.twinx()
+    lines += penalty.plot(epoch, _positive(trace, "rho"), "--", color=MUTED, label="penalty ρ (right axis)")
+    _log_scale(penalty, [step["rho"] for step in trace])
+    _tidy(penalty)
+    penalty.spines["left"].set_visible(False)
+    penalty.spines["right"].set_visible(True)
+    penalty.set_ylabel("penalty ρ", size=_TEXT)
+    _legend(axes, lines)
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
+    start = _stage_starts(curves)
+    handles: list[Any] = []
+    for stage, epochs in curves.items():
+        colour, style, name = STAGES[stage]
+        x = [start[stage] + epoch["epoch"] for epoch in epochs]
+        y = np.array([epoch[metric] for epoch in epochs], dtype=float)
+        known = ~np.isnan(y)
+        handles += axes.plot(
+            np.array(x)[known], y[known], style, color=colour, marker="o", markersize=3.5, label=name
+        )
+        if metric == "loss":
+            axes.plot(x, [epoch["train_loss"] for epoch in epochs], ":", color=colour)
+    if metric == "loss":
+        handles = [
+            Line2D([], [], color=INK, marker="o", markersize=3.5, label="validation loss"),
+            Line2D([], [], color=INK, linestyle=":", label="training loss"),
+        ]
+    axes.set_ylabel({"top1": "top-1 accuracy (%)", "loss": "loss (nats)"}[metric], size=_TEXT)
+    axes.set_xlabel("epochs trained", size=_TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    _legend(axes, handles)
+
+
+def _stage_starts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    """Return the epochs trained before each stage."""
+    length = {stage: curves[stage][-1]["epoch"] if stage in curves else 0 for stage in STAGES}
+    return {
+        "dense": 0,
+        "admm": length["dense"],
+        "finetune": length["dense"] + length["admm"],
+        "dense_retrained": length["dense"],
+    }
+
+
+def _positive(trace: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
+    """Return one column of the trace with zeros as gaps, for a log axis."""
+    values = np.array([step[name] for step in trace], dtype=float)
+    return np.where(values > 0, values, np.nan)
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y axis logarithmic, with plain decimal labels that do not crowd."""
+    axes.set_yscale("log")
+    positive = [value for value in values if value > 0]
+    narrow = bool(positive) and max(positive) < 100 * min(positive)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _node(axes: Axes, place: np.ndarray, radius: float, stays: bool) -> None:
+    size = 2 * radius
+    if stays:
+        axes.plot(*place, "o", markersize=size, color=KEPT, markeredgecolor="white")
+        return
+    axes.plot(*place, "o", markersize=size, color="white", markeredgecolor=REMOVED, markeredgewidth=1.2)
+    axes.plot(*place, "x", markersize=size / 2, color=REMOVED, markeredgewidth=1.4)
+
+
+def _block_axis(axes: Axes, places: np.ndarray, blocks: int) -> None:
+    axes.set_yticks(places, [str(block) for block in range(blocks)])
+    axes.set_ylim(places[-1] + 0.5, places[0] - 0.5)  # block 0, the first to see the image, on top
+    axes.set_ylabel("block", size=_TEXT)
+
+
+def _legend(axes: Axes, handles: Sequence[Any]) -> None:
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2 if len(handles) > 3 else 3,
+        frameon=False,
+        fontsize=_SMALL,
+        borderpad=0.2,
+        handlelength=1.8,
+        columnspacing=1.4,
+    )
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(LINE)
+    axes.tick_params(labelsize=_SMALL, labelcolor=INK, color=LINE, length=3)
+    axes.tick_params(which="minor", color=LINE, length=2)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)

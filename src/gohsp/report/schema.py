@@ -1,0 +1,310 @@
+"""The schema of ``report.json``, version 1: what a run writes, and what is accepted when read back.
+
+The same schema in prose, key by key with units, is ``docs/report.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from gohsp.errors import RunError, nearest
+
+SCHEMA_VERSION = 1
+
+# A chain's rows are written in float64 after a float64 normalisation; float32 input costs 1e-6.
+_ROW_SUM_TOLERANCE = 1e-4
+_SHOWN_PROBLEMS = 5
+
+
+def _is_utc(text: str) -> str:
+    if datetime.fromisoformat(text).utcoffset() != timedelta(0):
+        raise ValueError(f"'{text}' is not in UTC: end it with 'Z' or '+00:00'")
+    return text
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Indices = list[Count]
+FreeDict = dict[str, JsonValue]
+
+
+class _Level(BaseModel):
+    """One level of the report: exact types, finite numbers, no key that is not declared."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_key(cls, given: Any) -> Any:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key '{key}', {nearest(str(key), cls.model_fields)}")
+        return given
+
+
+class Machine(_Level):
+    """Where the run took place."""
+
+    device: str
+    processor: str
+    cores: Positive
+    python: str
+
+
+class Model(_Level):
+    """The dense model, as its library builds it."""
+
+    library: str
+    architecture: str
+    arguments: FreeDict
+
+
+class Data(_Level):
+    """The images that trained and scored the models."""
+
+    source: str
+    train_split: str
+    validation_split: str
+    image_size: Positive
+    classes: Positive
+    train_images: Count
+    validation_images: Count
+    unreadable_images: Count
+
+
+class Budget(_Level):
+    """The bound that was asked for, and what the pruned model takes."""
+
+    kind: Literal["params", "macs"]
+    requested: str
+    limit: Positive
+    achieved: Positive
+
+
+class Metrics(_Level):
+    """Size and validation scores of one model; ``n`` images were scored."""
+
+    params: Positive
+    macs: Positive
+    top1: Percent
+    top5: Percent
+    loss: NonNegative
+    n: Positive
+
+
+class Widths(_Level):
+    """The widths of one block; ``qk`` and ``vo`` are those of each head."""
+
+    heads: Count
+    qk: Count
+    vo: Count
+    ffn: Count
+
+
+class Kept(_Level):
+    """The dense indices that one block keeps; ``qk`` and ``vo`` have a list for each kept head."""
+
+    heads: Indices
+    qk: list[Indices]
+    vo: list[Indices]
+    ffn: Indices
+
+
+class Plan(_Level):
+    """Dense and pruned widths and the kept indices, block by block."""
+
+    dense: Annotated[list[Widths], Field(min_length=1)]
+    pruned: list[Widths]
+    kept: list[Kept]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Plan:
+        blocks = len(self.dense)
+        if not len(self.pruned) == len(self.kept) == blocks:
+            raise ValueError(
+                f"dense has {blocks} blocks, pruned {len(self.pruned)} and kept {len(self.kept)}: "
+                "give every block in each"
+            )
+        for block, (dense, pruned, kept) in enumerate(zip(self.dense, self.pruned, self.kept, strict=True)):
+            _check_indices(f"kept[{block}].heads", kept.heads, pruned.heads, dense.heads)
+            _check_indices(f"kept[{block}].ffn", kept.ffn, pruned.ffn, dense.ffn)
+            for kind, per_head in (("qk", kept.qk), ("vo", kept.vo)):
+                if len(per_head) != pruned.heads:
+                    raise ValueError(
+                        f"kept[{block}].{kind} has {len(per_head)} lists for {pruned.heads} kept heads"
+                    )
+                for position, indices in enumerate(per_head):
+                    name = f"kept[{block}].{kind}[{position}]"
+                    _check_indices(name, indices, getattr(pruned, kind), getattr(dense, kind))
+        return self
+
+
+class Ranking(_Level):
+    """The heads' scores, and the Markov chain they come from, block by block."""
+
+    method: str
+    edge: str
+    scope: Literal["layer", "global"]
+    damping: Annotated[float, Field(ge=0, le=1)]
+    teleport: str
+    scores: list[list[NonNegative]]
+    transition: list[list[list[NonNegative]]]
+    iterations: Count
+    residual: NonNegative
+    images: Count
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _is_chain(self) -> Ranking:
+        if len(self.transition) != len(self.scores):
+            raise ValueError(f"transition has {len(self.transition)} blocks, scores {len(self.scores)}")
+        for block, (scores, matrix) in enumerate(zip(self.scores, self.transition, strict=True)):
+            heads = len(scores)
+            if len(matrix) != heads or any(len(row) != heads for row in matrix):
+                raise ValueError(f"transition[{block}] is not {heads} x {heads}, as its {heads} scores ask")
+            for head, row in enumerate(matrix):
+                total = sum(row)
+                # With scope "global" a row holds only the moves that stay in its block.
+                short = self.scope == "layer" and total < 1 - _ROW_SUM_TOLERANCE
+                if short or total > 1 + _ROW_SUM_TOLERANCE:
+                    allowed = "1" if self.scope == "layer" else "at most 1"
+                    raise ValueError(f"transition[{block}][{head}] sums to {total:.6g}, must be {allowed}")
+        return self
+
+
+class TraceStep(_Level):
+    """One Z-step of ADMM."""
+
+    step: Count
+    epoch: NonNegative
+    rho: NonNegative
+    primal: NonNegative
+    dual: NonNegative
+    flips: Count
+
+
+class Admm(_Level):
+    """How the ADMM stage went and ended."""
+
+    status: str
+    metric: str
+    penalty: str
+    trace: list[TraceStep]
+    loss_before_cut: NonNegative
+    loss_after_cut: NonNegative
+
+
+class Equality(_Level):
+    """The check that the compacted model computes what the masked dense model computes."""
+
+    max_relative_difference: NonNegative
+    tolerance: NonNegative
+    images: Positive
+
+
+class Epoch(_Level):
+    """One epoch of training; ``top1`` and ``loss`` are None where it was not scored."""
+
+    epoch: Count
+    train_loss: float
+    top1: Percent | None
+    loss: NonNegative | None
+    learning_rate: NonNegative
+    seconds: NonNegative
+
+
+class Curves(_Level):
+    """The epochs of every training stage; a stage that was not run is empty or absent."""
+
+    dense: list[Epoch] = []
+    admm: list[Epoch] = []
+    finetune: list[Epoch] = []
+    dense_retrained: list[Epoch] = []
+
+
+class Report(_Level):
+    """The whole of ``report.json``."""
+
+    schema_version: Literal[1]
+    gohsp: str
+    created: Annotated[str, AfterValidator(_is_utc)]
+    command: list[str]
+    seed: int
+    machine: Machine
+    versions: dict[str, str]
+    model: Model
+    data: Data
+    budget: Budget
+    dense: Metrics
+    dense_retrained: Metrics | None = None
+    pruned: Metrics
+    plan: Plan
+    ranking: Ranking
+    admm: Admm | None = None
+    equality: Equality
+    curves: Curves
+    timings: dict[str, NonNegative]
+    recipe: FreeDict
+
+    @model_validator(mode="after")
+    def _one_score_a_head(self) -> Report:
+        given = [len(scores) for scores in self.ranking.scores]
+        heads = [block.heads for block in self.plan.dense]
+        if given != heads:
+            raise ValueError(f"ranking.scores has {given} heads by block, plan.dense has {heads}")
+        return self
+
+
+def validate(report: Mapping[str, Any]) -> None:
+    """Check a report against the schema.
+
+    Args:
+        report: Plain JSON data: dicts, lists, strings, finite numbers, booleans, None.
+
+    Raises:
+        RunError: Of another schema version, or a key is missing, unknown or has a wrong value; the message
+            names every such key (the first five).
+    """
+    if not isinstance(report, Mapping):
+        raise RunError(f"a report is a JSON object, got {type(report).__name__}; see docs/report.md")
+    version = report.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"the report has schema_version {version!r}, this gohsp knows {SCHEMA_VERSION}: "
+            "use the gohsp that wrote it, or run again"
+        )
+    try:
+        Report.model_validate(dict(report))
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+        shown = "; ".join(problems[:_SHOWN_PROBLEMS])
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise RunError(f"the report does not follow its schema: {shown}{more}. See docs/report.md") from error
+
+
+def _check_indices(name: str, indices: list[int], kept: int, dense: int) -> None:
+    if len(indices) != kept:
+        raise ValueError(f"{name} has {len(indices)} indices, the pruned width is {kept}")
+    if any(a >= b for a, b in pairwise(indices)):
+        raise ValueError(f"{name} must be strictly increasing")
+    if indices and indices[-1] >= dense:
+        raise ValueError(f"{name} names index {indices[-1]}, the dense width is {dense}")
+
+
+def _problem(detail: Any) -> str:
+    where = ""
+    for part in detail["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    if detail["type"] == "missing":
+        return f"'{where}' is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], str | int | float | bool | None):
+        message += f" (given {detail['input']!r})"
+    return f"'{where}': {message}" if where else message

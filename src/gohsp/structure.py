@@ -1,0 +1,378 @@
+"""Plain data that everything speaks of: a model's structure, block shapes, plans and budgets (design, section 2).
+
+A *unit* is the smallest thing that can be removed. Query/key units and value units lie on a grid
+``[heads, width]``; flat unit ``u = head * width + dimension``. A head goes by all of its units going.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from gohsp.errors import BudgetError, PlanError, nearest
+
+Kind = Literal["head", "qk", "vo", "ffn"]
+KINDS: tuple[Kind, ...] = ("head", "qk", "vo", "ffn")
+BudgetKind = Literal["params", "macs"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockShape:
+    """Widths of one block.
+
+    Attributes:
+        heads: Attention heads.
+        qk: Query/key dimensions of each head.
+        vo: Value dimensions of each head.
+        ffn: Hidden units of the FFN.
+    """
+
+    heads: int
+    qk: int
+    vo: int
+    ffn: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitSlice:
+    """Where the units of one kind sit in one parameter: unit ``u`` is entry ``start + u`` along ``axis``.
+
+    Attributes:
+        parameter: Name in the model's state dict.
+        axis: The axis that the units lie along.
+        start: Entry of unit 0.
+        size: Numbers per unit: the residual width for a weight, 1 for a bias.
+    """
+
+    parameter: str
+    axis: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Readout:
+    """The linear map that takes units back to the residual stream; unit ``u`` is column ``u`` of its weight.
+
+    Attributes:
+        module: Name of the linear module; its input holds the units' activations.
+        weight: Name of its weight, ``[residual width, units]``.
+        bias: Name of its bias, or None.
+        gain: Name of the LayerScale vector that follows it, or None.
+        size: Residual width.
+    """
+
+    module: str
+    weight: str
+    bias: str | None
+    gain: str | None
+    size: int
+
+    @property
+    def columns(self) -> UnitSlice:
+        """The units' columns of the weight."""
+        return UnitSlice(parameter=self.weight, axis=1, start=0, size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockStructure:
+    """One pre-norm transformer block, as the algorithm sees it.
+
+    Attributes:
+        name: Module name of the block; its input and output are the residual stream.
+        shape: Present widths.
+        prunable: Kinds that may be cut here.
+        rotatable: Of ``qk`` and ``vo``, those whose units may be mixed by an invertible matrix.
+        scale: Factor on ``q k^T`` before the softmax.
+        attention: Module name of the attention; its input is what queries, keys and values are read from.
+        query: Rows (weight, then bias if any) that make queries.
+        key: Rows that make keys.
+        value: Rows that make values.
+        query_norm: Module name of the norm on queries, or None.
+        key_norm: Module name of the norm on keys, or None.
+        attention_readout: The output projection.
+        ffn_in: Rows that make hidden units; weight and bias, for both halves of a gated FFN.
+        ffn_readout: The FFN's second linear map.
+    """
+
+    name: str
+    shape: BlockShape
+    prunable: frozenset[Kind]
+    rotatable: frozenset[Kind]
+    scale: float
+    attention: str
+    query: tuple[UnitSlice, ...]
+    key: tuple[UnitSlice, ...]
+    value: tuple[UnitSlice, ...]
+    query_norm: str | None
+    key_norm: str | None
+    attention_readout: Readout
+    ffn_in: tuple[UnitSlice, ...]
+    ffn_readout: Readout
+
+    def slices(self, kind: Kind) -> tuple[UnitSlice, ...]:
+        """Every parameter slice that a unit of ``kind`` couples (design, section 2); a head couples qk and vo."""
+        qk = self.query + self.key
+        vo = (*self.value, self.attention_readout.columns)
+        return {"qk": qk, "vo": vo, "head": qk + vo, "ffn": (*self.ffn_in, self.ffn_readout.columns)}[kind]
+
+    def unit_params(self, kind: Literal["qk", "vo", "ffn"]) -> int:
+        """Parameters that one unit holds."""
+        return sum(s.size for s in self.slices(kind))
+
+    def unit_macs(self, kind: Literal["qk", "vo", "ffn"]) -> int:
+        """Multiply-accumulates per token of one unit's linear maps (biases are free)."""
+        return sum(s.size for s in self.slices(kind) if s.size > 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelStructure:
+    """A whole model.
+
+    Attributes:
+        blocks: Its transformer blocks, first to last.
+        embed_dim: Width of the residual stream.
+        tokens: Tokens per image, prefix tokens counted in.
+        fixed_params: Parameters that no plan can remove.
+        fixed_macs: Multiply-accumulates per image outside the blocks.
+    """
+
+    blocks: tuple[BlockStructure, ...]
+    embed_dim: int
+    tokens: int
+    fixed_params: int
+    fixed_macs: int
+
+    @property
+    def shapes(self) -> tuple[BlockShape, ...]:
+        """Present widths of every block."""
+        return tuple(b.shape for b in self.blocks)
+
+
+def block_cost(structure: ModelStructure, block: BlockStructure, shape: BlockShape, kind: BudgetKind) -> int:
+    """Cost of ``block`` cut down to ``shape``, in parameters or in MACs per image.
+
+    MACs are those of the linear maps and of attention's two ``tokens^2`` products; norms, softmax and
+    biases are not counted (design, section 8).
+    """
+    if kind == "params":
+        attention = shape.heads * (shape.qk * block.unit_params("qk") + shape.vo * block.unit_params("vo"))
+        return attention + shape.ffn * block.unit_params("ffn")
+    n = structure.tokens
+    linear = shape.heads * (shape.qk * block.unit_macs("qk") + shape.vo * block.unit_macs("vo"))
+    linear += shape.ffn * block.unit_macs("ffn")
+    return n * linear + n * n * shape.heads * (shape.qk + shape.vo)
+
+
+def model_cost(structure: ModelStructure, shapes: Sequence[BlockShape], kind: BudgetKind) -> int:
+    """Cost of the whole model with its blocks cut down to ``shapes``."""
+    fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
+    return fixed + sum(block_cost(structure, b, s, kind) for b, s in zip(structure.blocks, shapes, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPlan:
+    """What stays of one block, as ascending indices into its present units.
+
+    Attributes:
+        heads: Kept heads.
+        qk: For each kept head, its kept query/key dimensions; equally many for every head.
+        vo: For each kept head, its kept value dimensions; equally many for every head.
+        ffn: Kept hidden units.
+    """
+
+    heads: tuple[int, ...]
+    qk: tuple[tuple[int, ...], ...]
+    vo: tuple[tuple[int, ...], ...]
+    ffn: tuple[int, ...]
+
+    @property
+    def shape(self) -> BlockShape:
+        """Widths after the cut."""
+        return BlockShape(
+            heads=len(self.heads), qk=len(self.qk[0]), vo=len(self.vo[0]), ffn=len(self.ffn)
+        )
+
+    def units(self, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> list[int]:
+        """Flat indices of the kept units of ``kind`` in a block that now has ``shape``."""
+        if kind == "ffn":
+            return list(self.ffn)
+        width, kept = (shape.qk, self.qk) if kind == "qk" else (shape.vo, self.vo)
+        return [h * width + j for h, dims in zip(self.heads, kept, strict=True) for j in dims]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What stays of every block. The one thing that everything downstream takes."""
+
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def shapes(self) -> tuple[BlockShape, ...]:
+        """Widths after the cut."""
+        return tuple(b.shape for b in self.blocks)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain lists of kept indices, a block each."""
+        return [asdict(b) for b in self.blocks]
+
+    @staticmethod
+    def from_json(blocks: Sequence[Mapping[str, Any]]) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: A block lacks a key, has an unknown one, or holds something else than indices.
+        """
+        return Plan(tuple(_block_plan(i, b) for i, b in enumerate(blocks)))
+
+
+def _block_plan(index: int, block: Mapping[str, Any]) -> BlockPlan:
+    _require_keys(index, block)
+    try:
+        return BlockPlan(
+            heads=tuple(int(h) for h in block["heads"]),
+            qk=tuple(tuple(int(j) for j in dims) for dims in block["qk"]),
+            vo=tuple(tuple(int(j) for j in dims) for dims in block["vo"]),
+            ffn=tuple(int(j) for j in block["ffn"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"block {index} of the plan: kept units must be lists of indices ({error})") from error
+
+
+def _require_keys(index: int, block: Mapping[str, Any]) -> None:
+    fields = BlockShape.__dataclass_fields__.keys()
+    for key in block:
+        if key not in fields:
+            raise PlanError(f"block {index} of the plan: unknown key '{key}'; {nearest(key, fields)}")
+    missing = [key for key in fields if key not in block]
+    if missing:
+        raise PlanError(f"block {index} of the plan lacks {missing}; give heads, qk, vo and ffn for every block")
+
+
+def dense_plan(structure: ModelStructure) -> Plan:
+    """The plan that keeps everything."""
+
+    def keep_all(shape: BlockShape) -> BlockPlan:
+        return BlockPlan(
+            heads=tuple(range(shape.heads)),
+            qk=(tuple(range(shape.qk)),) * shape.heads,
+            vo=(tuple(range(shape.vo)),) * shape.heads,
+            ffn=tuple(range(shape.ffn)),
+        )
+
+    return Plan(tuple(keep_all(s) for s in structure.shapes))
+
+
+def check_plan(structure: ModelStructure, plan: Plan) -> None:
+    """Check that ``plan`` can be carried out on a model of this structure.
+
+    Raises:
+        PlanError: Wrong number of blocks, indices out of range, repeated or unordered, heads of unequal
+            width, nothing kept, or a kind cut that this model does not allow.
+    """
+    check_shapes(structure, plan.shapes)
+    for i, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True)):
+        shape = block.shape
+        groups = [("heads", kept.heads, shape.heads), ("ffn", kept.ffn, shape.ffn)]
+        for kind, per_head, width in (("qk", kept.qk, shape.qk), ("vo", kept.vo, shape.vo)):
+            if len(per_head) != len(kept.heads) or len({len(dims) for dims in per_head}) != 1:
+                raise PlanError(
+                    f"block {i}: '{kind}' must list equally many dimensions for each of the {len(kept.heads)} "
+                    f"kept heads, got lists of {[len(dims) for dims in per_head]}"
+                )
+            groups += [(kind, dims, width) for dims in per_head]
+        for label, indices, width in groups:
+            if list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= width:
+                raise PlanError(
+                    f"block {i}: '{label}' must be ascending distinct indices from 0 to {width - 1}, got {indices}"
+                )
+
+
+def check_shapes(structure: ModelStructure, shapes: Sequence[BlockShape]) -> None:
+    """Check that a model of this structure can be cut down to ``shapes``.
+
+    Raises:
+        PlanError: Wrong number of blocks, a width of 0 or above the present one, or a kind that may not be cut.
+    """
+    if len(shapes) != len(structure.blocks):
+        raise PlanError(f"the plan has {len(shapes)} blocks, the model has {len(structure.blocks)}")
+    for i, (block, shape) in enumerate(zip(structure.blocks, shapes, strict=True)):
+        for field, kind in (("heads", "head"), ("qk", "qk"), ("vo", "vo"), ("ffn", "ffn")):
+            want, have = getattr(shape, field), getattr(block.shape, field)
+            if not 1 <= want <= have:
+                raise PlanError(f"block {i}: '{field}' must be from 1 to {have}, got {want}")
+            if want < have and kind not in block.prunable:
+                raise PlanError(
+                    f"block {i}: '{field}' cannot be cut in this model (allowed here: {sorted(block.prunable)}); "
+                    f"keep it at {have}"
+                )
+
+
+def shapes_to_json(shapes: Iterable[BlockShape]) -> list[dict[str, int]]:
+    """Widths as plain data: what ``plan.json`` holds and a user may edit."""
+    return [asdict(s) for s in shapes]
+
+
+def shapes_from_json(blocks: Sequence[Mapping[str, Any]]) -> tuple[BlockShape, ...]:
+    """Read widths back.
+
+    Raises:
+        PlanError: A block lacks a key, has an unknown one, or a width is no integer.
+    """
+    shapes = []
+    for i, block in enumerate(blocks):
+        _require_keys(i, block)
+        for key, width in block.items():
+            if not isinstance(width, int) or isinstance(width, bool):
+                raise PlanError(f"block {i} of the plan: '{key}' must be a whole number, got {width!r}")
+        shapes.append(BlockShape(**block))
+    return tuple(shapes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """An upper bound on a model's cost.
+
+    Attributes:
+        kind: What is counted.
+        requested: The text it was read from.
+        limit: The bound, in parameters or MACs per image.
+    """
+
+    kind: BudgetKind
+    requested: str
+    limit: int
+
+
+_BUDGET = re.compile(r"(?P<kind>\w+)=(?P<sign>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>[%KMG]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_budget(text: str, structure: ModelStructure) -> Budget:
+    """Read a budget such as ``params=4.0M``, ``params=-30%``, ``macs=0.9G`` or ``macs=60%``.
+
+    ``-30%`` takes 30 % off the given model; ``60%`` leaves 60 % of it. K, M and G are powers of 1000.
+
+    Raises:
+        BudgetError: Unreadable text, an unknown kind, or a bound that is not below the model's present cost.
+    """
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None:
+        raise BudgetError(f"budget '{text}' cannot be read; write params=4.0M, params=-30%, macs=0.9G or macs=-50%")
+    kind, sign, number, unit = match["kind"].lower(), match["sign"], float(match["number"]), match["unit"].upper()
+    if kind != "params" and kind != "macs":
+        raise BudgetError(f"budget kind '{kind}' is unknown; {nearest(kind, ('params', 'macs'))}")
+    dense = model_cost(structure, structure.shapes, kind)
+    if unit == "%":
+        limit = int(dense * ((100 - number) if sign else number) / 100)
+    elif sign:
+        raise BudgetError(f"budget '{text}': a negative number must be a percentage, as in {kind}=-30%")
+    else:
+        limit = int(number * _UNITS[unit])
+    if not 0 < limit < dense:
+        raise BudgetError(
+            f"budget '{text}' allows {limit:,} {kind}, the model has {dense:,}; ask for less than it has and more than 0"
+        )
+    return Budget(kind=kind, requested=text, limit=limit)
