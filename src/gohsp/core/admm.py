@@ -21,9 +21,9 @@ In a training loop of your own::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -304,3 +304,36 @@ def finish(state: AdmmState) -> Plan:
         for entry, target in project(projection, values).items():
             values[entry].copy_(target)
     return state.plan
+
+
+def export(state: AdmmState) -> dict[str, Any]:
+    """What :func:`restore` needs, as tensors and plain data."""
+    return {
+        "anchors": [list(values.values()) for values in state.anchors],
+        "duals": [list(values.values()) for values in state.duals],
+        "moments": [[m.attention_input, m.head_outputs, m.hidden] for m in state.moments],
+        "plan": state.plan.to_json(),
+        "rho": state.rho,
+        "step": state.step,
+        "dual_updates": state.dual_updates,
+        "trace": [asdict(r) for r in state.trace],
+    }
+
+
+def restore(state: AdmmState, exported: Mapping[str, Any]) -> AdmmState:
+    """Continue from what :func:`export` returned; ``state`` is a fresh one of the same model and settings."""
+    for mine, theirs in ((state.anchors, exported["anchors"]), (state.duals, exported["duals"])):
+        for values, tensors in zip(mine, theirs, strict=True):
+            for value, tensor in zip(values.values(), tensors, strict=True):
+                value.copy_(tensor)
+    plan = Plan.from_json(exported["plan"])
+    projections = tuple(replace(p, plan=kept) for p, kept in zip(state.projections, plan.blocks, strict=True))
+    state = replace(
+        state,
+        projections=projections,
+        rho=exported["rho"],
+        step=exported["step"],
+        dual_updates=exported["dual_updates"],
+        trace=tuple(Residuals(**r) for r in exported["trace"]),
+    )
+    return refresh(state, [BlockMoments(*m) for m in exported["moments"]])

@@ -12,6 +12,7 @@ from itertools import product
 
 from gohsp.errors import BudgetError
 from gohsp.structure import (
+    KINDS,
     BlockShape,
     BlockStructure,
     BudgetKind,
@@ -116,7 +117,7 @@ def allocate(
     """
     groups = [g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)]
     fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
-    _require_feasible(fixed + sum(min(o.cost for o in g) for g in groups), kind, limit)
+    require_feasible(structure, kind, limit, settings)
 
     def cheapest(price: float) -> list[_Option]:
         return [min(group, key=lambda o: (o.damage + price * o.cost, o.cost)) for group in groups]
@@ -135,7 +136,18 @@ def allocate(
     return tuple(BlockShape(**fields) for fields in merged)
 
 
-def _require_feasible(smallest: int, kind: BudgetKind, limit: int) -> None:
+def require_feasible(
+    structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings
+) -> None:
+    """Check that the smallest allowed widths fit under ``limit``, before anything is measured.
+
+    Raises:
+        BudgetError: They do not; the message says what the smallest possible model costs.
+    """
+    floors = [
+        BlockShape(**{FIELDS[k]: allowed_widths(block, k, settings)[0] for k in KINDS}) for block in structure.blocks
+    ]
+    smallest = model_cost(structure, floors, kind)
     if smallest > limit:
         raise BudgetError(
             f"no plan meets {limit:,} {kind}: the smallest possible model has {smallest:,}; "
@@ -198,13 +210,18 @@ def uniform(
     Room that rounding leaves is given to FFNs, last block first.
 
     Raises:
-        BudgetError: Even the smallest allowed widths cost more than ``limit``.
+        BudgetError: Even the smallest allowed widths, or all heads at their smallest, cost more than ``limit``.
     """
 
     def at(share: float) -> tuple[BlockShape, ...]:
         return tuple(_shrunk(b, lambda have: share * have, settings) for b in structure.blocks)
 
-    _require_feasible(model_cost(structure, at(0.0), kind), kind, limit)
+    require_feasible(structure, kind, limit, settings)
+    if (smallest := model_cost(structure, at(0.0), kind)) > limit:
+        raise BudgetError(
+            f"uniform widths with all heads kept cost at least {smallest:,} {kind}, the budget allows {limit:,}; "
+            "use allocation = \"measured\""
+        )
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2

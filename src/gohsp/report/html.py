@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -84,7 +83,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     """
     environment = Environment(
         loader=PackageLoader("gohsp.report", "."),
-        autoescape=False,
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -210,7 +209,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     return warnings + [f"Ranking: {note}" for note in report["ranking"]["notes"]]
 
 
-def _svg(figure: Figure, name: str, label: str) -> Markup:
+def _svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as inline SVG that scales with its box; ``name`` keeps its ids apart on the page."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -222,4 +221,4 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", svg)
     svg = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", svg)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,78 @@
+"""What a model scores on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.errors import DataError, NonFiniteError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """Scores on a split.
+
+    Attributes:
+        top1: Share of images whose label is the first prediction, in percent.
+        top5: Share whose label is among the first five (or all, with fewer classes), in percent.
+        loss: Mean cross entropy, in nats.
+        n: Images counted.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    advance: Callable[[], None] = lambda: None,
+) -> Metrics:
+    """Score a model.
+
+    Args:
+        model: Takes images ``[B, C, H, W]``, returns logits ``[B, classes]``.
+        batches: Images and labels.
+        device: Where the model is.
+        precision: Data type of the forward pass; below float32 by autocast.
+        advance: Called after each batch, for progress.
+
+    Raises:
+        DataError: There are no images.
+        NonFiniteError: The model returns NaN or infinite logits.
+    """
+    training = model.training
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    kind = torch.device(device).type
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(kind, precision, enabled=precision != torch.float32):
+            logits = model(images)
+        logits = logits.float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()
+        advance()
+    model.train(training)
+    top1, top5, loss, n = counts.tolist()
+    if n == 0:
+        raise DataError("there are no images to evaluate on; check the split")
+    if loss != loss or loss == float("inf"):
+        raise NonFiniteError("the model's outputs hold NaN or infinite values; check its weights and the preprocessing")
+    return Metrics(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n, n=int(n))

@@ -1,0 +1,149 @@
+"""Recipes: everything that a run can be told, as nested frozen dataclasses, read from and written to TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from gohsp.core.admm import AdmmSettings
+from gohsp.core.allocation import WidthSettings
+from gohsp.core.ranking import RankingSettings
+from gohsp.errors import RecipeError, nearest
+from gohsp.training import StageSettings, TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which images are used for what.
+
+    Attributes:
+        train_split: Trained on, and calibrated on.
+        validation_split: Scored on, nothing else.
+        image_key: Column of the images, if it cannot be told.
+        label_key: Column of the labels, if it cannot be told.
+        strict: Whether one unreadable image ends the run; otherwise it is left out and counted.
+        calibration_images: Unlabelled training images for statistics.
+        allocation_images: How many of these the damage curves are measured on.
+        ranking_images: How many of these heads are ranked on.
+    """
+
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_key: str | None = None
+    label_key: str | None = None
+    strict: bool = False
+    calibration_images: int = 1024
+    allocation_images: int = 256
+    ranking_images: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.calibration_images, self.allocation_images, self.ranking_images) < 1:
+            raise RecipeError("data.calibration_images, allocation_images and ranking_images must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run of the training route.
+
+    Attributes:
+        seed: Of everything that is drawn.
+        device: ``cpu`` to stay off an accelerator that is there.
+        model_arguments: Arguments of ``timm.create_model`` for a model given by name.
+        allocation: ``measured``: damage curves and a knapsack; ``uniform``: the same share everywhere.
+        data: Images.
+        ranking: Heads' graph, chain and baselines.
+        widths: Allowed widths.
+        dense: Training of the dense model on this data before anything else; 0 epochs where it is trained.
+        admm: Penalty, schedule and metric.
+        admm_stage: Length and rate of the ADMM stage; 0 epochs project once instead.
+        finetune: Fine-tuning after the cut.
+        training: What all stages have in common.
+        retrain_dense: Whether to train the dense model for as many epochs, for an honest comparison.
+    """
+
+    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+    model_arguments: dict[str, Any] = field(default_factory=dict)
+    allocation: Literal["measured", "uniform"] = "measured"
+    data: DataSettings = field(default_factory=DataSettings)
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    widths: WidthSettings = field(default_factory=WidthSettings)
+    dense: StageSettings = field(default_factory=StageSettings)
+    admm: AdmmSettings = field(default_factory=AdmmSettings)
+    admm_stage: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, schedule="constant"))
+    finetune: StageSettings = field(default_factory=lambda: StageSettings(epochs=6))
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    retrain_dense: bool = True
+
+
+def from_mapping(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Build a recipe from nested plain data; what is left out keeps its default.
+
+    Raises:
+        RecipeError: An unknown key (the nearest valid one is named), a wrong type, or a value out of range.
+    """
+    _check_keys(data, Recipe, where, "")
+    try:
+        return TypeAdapter(Recipe).validate_python(_merged(dataclasses.asdict(Recipe()), data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: '{place}' is {first['input']!r}: {first['msg']}") from error
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if nested else value
+    return result
+
+
+def _check_keys(data: Mapping[str, Any], cls: type, where: str, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        if key not in hints:
+            raise RecipeError(f"{where}: unknown key '{prefix}{key}'; {nearest(key, hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{where}: '{prefix}{key}' must be a table, got {value!r}")
+            _check_keys(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
+
+
+def read(path: Path) -> Recipe:
+    """Read a TOML recipe.
+
+    Raises:
+        RecipeError: No such file, no TOML, or what :func:`from_mapping` refuses.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe '{path}' does not exist") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe '{path}' is no TOML: {error}") from error
+    return from_mapping(data, where=f"recipe '{path}'")
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Nested plain data; entries that are None are left out, as TOML has no word for it."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without_none(v) for k, v in value.items() if v is not None}
+        return value
+
+    return without_none(dataclasses.asdict(recipe))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every setting written out."""
+    return tomli_w.dumps(to_mapping(recipe))
