@@ -39,9 +39,7 @@ RGB = Preprocessing(
     crop_pct=0.9,
     interpolation="bicubic",
 )
-GREY = Preprocessing(
-    image_size=8, channels=1, mean=(0.5,), std=(0.2,), crop_pct=1.0, interpolation="bilinear"
-)
+GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.2,), crop_pct=1.0, interpolation="bilinear")
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -123,6 +121,8 @@ def test_folder_finds_the_split_under_its_synonym(folder: Path):
 
 
 def test_folder_numbers_classes_alike_in_splits_that_lack_one(folder: Path):
+    (folder / "train" / ".thumbnails").mkdir()
+    (folder / "train" / "a-note.txt").touch()
     validation = open_split(DataSource(source=str(folder)), "validation")
     assert validation.labels().tolist() == [1, 1, 2, 2]
     assert validation.class_names == ("ant", "bee", "cat")
@@ -161,9 +161,7 @@ def test_images_outside_class_folders_are_no_class(folder: Path):
     with pytest.raises(DataError, match="beside its class folders"):
         open_split(DataSource(source=str(folder)), "train")
     flat = folder / "train" / "ant"
-    assert (
-        len(calibration_images(DataSource(source=str(flat)), "train", 5, transform=eval_transform(RGB))) == 1
-    )
+    assert len(calibration_images(DataSource(source=str(flat)), "train", 5, transform=eval_transform(RGB))) == 1
     with pytest.raises(DataError, match="no class folders"):
         open_split(DataSource(source=str(flat)), "train").labels()
 
@@ -190,9 +188,7 @@ def test_hfds_names_the_columns_when_it_cannot_choose(hub):
 
     features = {"image": Image(), "fine": ClassLabel(names=["a", "b"]), "coarse": ClassLabel(names=["c"])}
     source = hub(features, train={"image": image_column(2), "fine": [0, 1], "coarse": [0, 0]})
-    with pytest.raises(
-        DataError, match=r"2 ClassLabel columns.*image_key.*label_key to one of.*'fine', 'coarse'"
-    ):
+    with pytest.raises(DataError, match=r"2 ClassLabel columns.*image_key.*label_key to one of.*'fine', 'coarse'"):
         open_split(source, "train").labels()
     chosen = DataSource(source=source.source, label_key="fine")
     assert open_split(chosen, "train").labels().tolist() == [0, 1]
@@ -236,10 +232,10 @@ def write_shard(path: Path, files: dict[str, bytes]) -> None:
 
 def test_wds_reads_shards_by_position(tmp_path: Path):
     for shard in range(2):
-        files = {}
+        files = {f"a/orphan{shard}.cls": b"0"}  # no image, no sample
         for index in range(3):
             number = 3 * shard + index
-            files[f"a/{number}.v1.txt"] = b"ignored"
+            files[f"a/{number}.mask.png"] = b"another file of the sample, not a sample"
             files[f"a/{number}.png"] = encoded(picture(number))
             files[f"a/{number}.cls"] = str(number % 2).encode()
             files[f"a/{number}.json"] = json.dumps({"kind": number}).encode()
@@ -287,15 +283,11 @@ def test_digits_splits_are_disjoint_and_stratified():
 # Labels
 
 
-@pytest.mark.parametrize(
-    ("bad", "shown"), [(-1, "-1"), (3, "3"), (None, "None"), (0.5, "0.5"), ("cat", "'cat'")]
-)
+@pytest.mark.parametrize(("bad", "shown"), [(-1, "-1"), (3, "3"), (None, "None"), (0.5, "0.5"), ("cat", "'cat'")])
 def test_labels_that_do_not_fit_are_named_before_any_work(folder: Path, bad: object, shown: str):
     split = open_split(DataSource(source=str(folder)), "train")
     split.raw_labels[7] = bad  # type: ignore[index]
-    with pytest.raises(
-        DataError, match=rf"image 7 \(bee.2\.png\).*label {shown}, allowed: 0 to 2 \(3 classes\)"
-    ):
+    with pytest.raises(DataError, match=rf"image 7 \(bee.2\.png\).*label {shown}, allowed: 0 to 2 \(3 classes\)"):
         loader(split, transform=eval_transform(RGB), batch_size=4, shuffle=False)
 
 
@@ -345,9 +337,15 @@ def test_unreadable_image_is_dropped_and_counted_once(
 def test_kept_images_stay_with_their_labels(damaged: Path):
     split = open_split(DataSource(source=str(damaged)), "train")
     transform = eval_transform(RGB)
-    images = torch.cat([image for image, _ in batches(split, transform=transform, shuffle=False)])
-    readable = [index for index in range(13) if index not in split.unreadable]
-    assert torch.equal(images, torch.stack([transform(split.image(index)) for index in readable]))
+    drawn = batches(split, transform=transform, batch_size=5)  # 4 would leave a batch of one image
+    images, labels = torch.cat([image for image, _ in drawn]), torch.cat([label for _, label in drawn])
+    found = []
+    for index in set(range(13)) - set(split.unreadable):
+        (place,) = (images == transform(split.image(index))).flatten(1).all(1).nonzero()
+        assert labels[place].item() == split.raw_labels[index]
+        found.append(place.item())
+    assert sorted(found) == list(range(12))
+    assert found != sorted(found)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -435,8 +433,7 @@ def test_cache_changes_nothing(folder: Path, augment: data.Augment):
     Image.new("L", (30, 30), 80).save(folder / "train" / "ant" / "grey.jpg")
     options = {"transform": train_transform(RGB, augment=augment), "workers": 0}
     plain, cached = (
-        batches(open_split(DataSource(source=str(folder)), "train"), **options, cache=cache)
-        for cache in (False, True)
+        batches(open_split(DataSource(source=str(folder)), "train"), **options, cache=cache) for cache in (False, True)
     )
     assert same(plain, cached)
 
@@ -505,6 +502,16 @@ def test_preprocessing_follows_the_model_as_built():
     assert eval_transform(wide)(picture(0)).shape == (3, 32, 64)
 
 
+def test_crop_mode_is_honoured():
+    half_dark = Image.fromarray(np.repeat(np.uint8([[0] * 40 + [255] * 40]), 20, axis=0))
+    plain = {"image_size": 8, "channels": 1, "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0}
+    marked = half_dark.copy()
+    marked.paste(128, (0, 0, 10, 20))  # outside the centre crop, inside the squashed image
+    for mode, seen in (("center", False), ("squash", True)):
+        transform = eval_transform(Preprocessing(**plain, interpolation="bilinear", crop_mode=mode))
+        assert torch.equal(transform(marked), transform(half_dark)) != seen
+
+
 def test_preprocessing_needs_a_timm_model():
     with pytest.raises(DataError, match="Linear has no timm pretrained_cfg"):
         Preprocessing.from_model(torch.nn.Linear(1, 1))
@@ -568,8 +575,7 @@ def test_calibration_reads_no_labels(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(data._FolderSplit, "raw_labels", property(refuse))
     source, transform = DataSource(source=str(folder)), eval_transform(RGB)
     drawn, again, other = (
-        calibration_images(source, "train", 7, transform=transform, seed=seed, batch_size=3)
-        for seed in (1, 1, 2)
+        calibration_images(source, "train", 7, transform=transform, seed=seed, batch_size=3) for seed in (1, 1, 2)
     )
     assert [len(batch) for batch in drawn] == [3, 3, 1]
     assert torch.equal(torch.cat(drawn), torch.cat(again))

@@ -1,4 +1,4 @@
-"""Model folders: ``config.json`` for people, ``model.safetensors`` for the weights, and no pickle (design, section 7)."""
+"""Model folders: ``config.json`` for people, ``model.safetensors`` for weights, and no pickle (design, section 7)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import safetensors
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -172,7 +172,9 @@ def _read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, T
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path}' is missing") from error
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors") from error
+        raise CheckpointError(
+            f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
+        ) from error
 
 
 def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -239,7 +241,9 @@ def open_model(
     """
     if is_model_folder(name) or Path(name).is_dir():
         if weights or pretrained or arguments:
-            raise CheckpointError(f"'{name}' is a model folder and brings its own weights and arguments; give no others")
+            raise CheckpointError(
+                f"'{name}' is a model folder and brings its own weights and arguments; give no others"
+            )
         return load(name)
     if weights and pretrained:
         raise CheckpointError("give either a weights file or pretrained weights, not both")

@@ -97,7 +97,7 @@ class Rank:
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
     settings: Flat[ranking.RankingSettings] = field(default_factory=ranking.RankingSettings)
 
-    def __call__(self, command: Sequence[str]) -> None:
+    def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
         model = checkpoint.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
         structure = models.describe(model)
@@ -192,7 +192,7 @@ class Evaluate:
     """Print one line of JSON and nothing else."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
 
-    def __call__(self, command: Sequence[str]) -> None:
+    def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""
         model = checkpoint.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
         accelerator = training.make_accelerator(self.precision)
@@ -230,7 +230,7 @@ class Report:
     run: Positional[Path]
     """Folder of a finished run."""
 
-    def __call__(self, command: Sequence[str]) -> None:
+    def __call__(self, _command: Sequence[str]) -> None:
         """Report."""
         content = report.read(self.run)
         report.write(content, self.run)
@@ -279,7 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 refused or failed, 2 misused, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

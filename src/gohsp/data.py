@@ -178,7 +178,7 @@ class Split(ABC):
         for index in range(0, len(self), -(-len(self) // 32)):
             try:
                 with self.open(index) as image:
-                    sizes.append(image.width * image.height * len(image.getbands()))
+                    sizes.append(image.width * image.height * (1 if image.mode == "L" else 3))
             except _DECODE_ERRORS:
                 continue  # counted and named when the image is read
         return len(self) * sum(sizes) // max(1, len(sizes))
@@ -212,9 +212,7 @@ class Split(ABC):
         try:
             with self.open(index) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise ValueError(
-                        f"mode {image.mode!r}: PIL would clip its 16 or 32 bits to 8; convert it"
-                    )
+                    raise ValueError(f"mode {image.mode!r}: PIL would clip its 16 or 32 bits to 8; convert it")
                 image.load()
                 return image if image.mode in ("L", "RGB") else image.convert("RGB")
         except _DECODE_ERRORS as error:
@@ -265,9 +263,7 @@ class _FolderSplit(Split):
 
     def __init__(self, root: Path, split: str) -> None:
         if not root.is_dir():
-            raise DataError(
-                f"source '{root}': no such folder; a source is a folder, 'hfds/...', 'wds/...' or 'digits'"
-            )
+            raise DataError(f"source '{root}': no such folder; a source is a folder, 'hfds/...', 'wds/...' or 'digits'")
         existing = [root / name for group in self.SYNONYMS for name in group if (root / name).is_dir()]
         folder = self._split_folder(root, split, existing)
         try:
@@ -280,7 +276,7 @@ class _FolderSplit(Split):
             raise DataError(f"{self.name} has images beside its class folders; move them into one of these")
         # The reader numbers the classes that it finds in this split. A class absent from it would shift the
         # numbers of all that follow, so the classes of all splits are numbered together.
-        known = {path.name for other in existing for path in other.iterdir() if path.is_dir()}
+        known = {path.name for other in existing for path in other.glob("[!.]*/")}
         if folder in existing and found < known:
             names = sorted(known, key=_natural_key)
             self._reader = create_reader("", root=str(folder), class_map={n: i for i, n in enumerate(names)})
@@ -299,7 +295,7 @@ class _FolderSplit(Split):
         return root
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(self._reader[index][0])
+        return Image.open(self._reader.samples[index][0])
 
     def filename(self, index: int) -> str:
         return self._reader.filename(index)
@@ -307,9 +303,7 @@ class _FolderSplit(Split):
     @functools.cached_property
     def raw_labels(self) -> Sequence[Any]:
         if self.class_names is None:
-            raise DataError(
-                f"{self.name} has no class folders, hence no labels; put its images in such folders"
-            )
+            raise DataError(f"{self.name} has no class folders, hence no labels; put its images in such folders")
         return [label for _, label in self._reader.samples]
 
     @property
@@ -364,9 +358,7 @@ class _HfdsSplit(Split):
             return fitting[0]
         if given is not None and given in features:
             return given
-        problem = (
-            f"has no column '{given}'" if given else f"has {len(fitting)} {feature.__name__} columns, not one"
-        )
+        problem = f"has no column '{given}'" if given else f"has {len(fitting)} {feature.__name__} columns, not one"
         columns = ", ".join(f"'{name}'" for name in features)
         raise DataError(f"{self.name} {problem}; set image_key and label_key: {field} to one of {columns}")
 
@@ -494,9 +486,7 @@ class _DigitsSplit(Split):
         rest, test = train_test_split(
             np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
         )
-        train, validation = train_test_split(
-            rest, test_size=180, stratify=digits.target[rest], random_state=0
-        )
+        train, validation = train_test_split(rest, test_size=180, stratify=digits.target[rest], random_state=0)
         self._rows = np.sort({"train": train, "validation": validation, "test": test}[split])
         self._pixels_by_row = np.round(digits.images[self._rows] * (255 / 16)).astype(np.uint8)
         self._labels = digits.target[self._rows].tolist()
@@ -546,9 +536,7 @@ class Preprocessing:
         if self.channels not in (1, 3):
             raise DataError(f"channels={self.channels}: images are read as grey (1) or RGB (3)")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise DataError(
-                f"mean={self.mean} and std={self.std} must each have {self.channels} values, one a channel"
-            )
+            raise DataError(f"mean={self.mean} and std={self.std} must each have {self.channels} values, one a channel")
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct={self.crop_pct}: allowed is a share in (0, 1]")
         for name, value, allowed in (
@@ -582,9 +570,7 @@ class Preprocessing:
                 "pass Preprocessing(image_size=..., channels=..., mean=..., ...) instead"
             )
         config: dict[str, Any] = resolve_model_data_config(model)
-        height, width = (
-            getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        )
+        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
         convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
         first = next(convolutions, None)
         channels = config["input_size"][0] if first is None else first.in_channels
@@ -624,9 +610,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
     )
 
 
-def train_transform(
-    preprocessing: Preprocessing, *, augment: Augment = "light", mirror: bool = True
-) -> Transform:
+def train_transform(preprocessing: Preprocessing, *, augment: Augment = "light", mirror: bool = True) -> Transform:
     """Build the training transform.
 
     Args:
@@ -715,9 +699,7 @@ def loader(
     """
     labels = split.labels(num_classes)
     if drop_last and len(split) < batch_size:
-        raise DataError(
-            f"{split.name} has {len(split)} images, less than one batch of {batch_size} (drop_last)"
-        )
+        raise DataError(f"{split.name} has {len(split)} images, less than one batch of {batch_size} (drop_last)")
     if split.decoded_bytes() <= CACHE_LIMIT if cache is None else cache:
         split.preload()
     return DataLoader(

@@ -221,9 +221,7 @@ def _bench(
     settings = recipe.training
     preprocessing = data.Preprocessing.from_model(model)
     plain = data.eval_transform(preprocessing)
-    augmented = data.train_transform(
-        preprocessing, augment=settings.augment, mirror=train_split.mirrored_alike
-    )
+    augmented = data.train_transform(preprocessing, augment=settings.augment, mirror=train_split.mirrored_alike)
     common: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "workers": settings.workers,
@@ -233,9 +231,7 @@ def _bench(
     return _Bench(
         recipe=recipe,
         folder=folder,
-        accelerator=training.make_accelerator(
-            settings.precision, "cpu" if recipe.device == "cpu" else None
-        ),
+        accelerator=training.make_accelerator(settings.precision, "cpu" if recipe.device == "cpu" else None),
         train_split=train_split,
         validation_split=validation_split,
         train_loader=data.loader(
@@ -274,6 +270,7 @@ def _prune(
     curves: dict[str, Any] = {}
     if recipe.dense.epochs > 0:
         curves["dense"] = _trained(bench, "dense", dense, recipe.dense, teacher=None)["curve"]
+        checkpoint.save(dense, folder.path / "dense")
     dense_metrics = _scored(bench, "dense_score", dense)
     heads = _ranked(bench, dense, structure)
     work, moments, scores = _based(bench, dense, structure, heads)
@@ -489,9 +486,7 @@ def _soft_pruned(
     return plan, record
 
 
-def _refreshed(
-    bench: _Bench, work: nn.Module, structure: ModelStructure, state: admm.AdmmState
-) -> admm.AdmmState:
+def _refreshed(bench: _Bench, work: nn.Module, structure: ModelStructure, state: admm.AdmmState) -> admm.AdmmState:
     with bench.autocast():
         return admm.refresh(state, compensation.collect_moments(work, structure, bench.calibration))
 

@@ -72,7 +72,9 @@ def begin(path: Path, request: Mapping[str, Any], *, resume: bool, overwrite: bo
     if path.is_dir() and any(path.iterdir()) and not holds_run:
         raise RunError(f"'{path}' holds files that are no gohsp run; name another folder")
     if holds_run and not (resume or overwrite):
-        raise RunError(f"'{path}' already holds a run; go on with --resume, replace it with --overwrite, or name another")
+        raise RunError(
+            f"'{path}' already holds a run; go on with --resume, replace it with --overwrite, or name another"
+        )
     if holds_run and resume:
         _require_same(path, request)
     elif holds_run:

@@ -191,9 +191,7 @@ class BlockPlan:
     @property
     def shape(self) -> BlockShape:
         """Widths after the cut."""
-        return BlockShape(
-            heads=len(self.heads), qk=len(self.qk[0]), vo=len(self.vo[0]), ffn=len(self.ffn)
-        )
+        return BlockShape(heads=len(self.heads), qk=len(self.qk[0]), vo=len(self.vo[0]), ffn=len(self.ffn))
 
     def units(self, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> list[int]:
         """Flat indices of the kept units of ``kind`` in a block that now has ``shape``."""
@@ -361,7 +359,12 @@ def parse_budget(text: str, structure: ModelStructure) -> Budget:
     match = _BUDGET.fullmatch(text.strip())
     if match is None:
         raise BudgetError(f"budget '{text}' cannot be read; write params=4.0M, params=-30%, macs=0.9G or macs=-50%")
-    kind, sign, number, unit = match["kind"].lower(), match["sign"], float(match["number"]), match["unit"].upper()
+    kind, sign, number, unit = (
+        match["kind"].lower(),
+        match["sign"],
+        float(match["number"]),
+        match["unit"].upper(),
+    )
     if kind != "params" and kind != "macs":
         raise BudgetError(f"budget kind '{kind}' is unknown; {nearest(kind, ('params', 'macs'))}")
     dense = model_cost(structure, structure.shapes, kind)

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -339,7 +346,7 @@ class _Run:
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"the loss of stage '{name}' became NaN or infinite by step {self.updates}; lower its learning_rate, "
-                "or set training.precision = \"no\""
+                'or set training.precision = "no"'
             )
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -356,7 +363,10 @@ class _Run:
             soft = self.teacher(images)
         t = settings.temperature
         divergence = F.kl_div(
-            (logits / t).log_softmax(-1), (soft.float() / t).log_softmax(-1), reduction="batchmean", log_target=True
+            (logits / t).log_softmax(-1),
+            (soft.float() / t).log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
         )
         return (1 - settings.distillation) * loss + settings.distillation * t * t * divergence
 
@@ -377,9 +387,7 @@ class _Run:
         torch.save(content, temporary)
         os.replace(temporary, path)
 
-    def restore(
-        self, path: Path, state: admm.AdmmState | None
-    ) -> tuple[int, list[Epoch], admm.AdmmState | None]:
+    def restore(self, path: Path, state: admm.AdmmState | None) -> tuple[int, list[Epoch], admm.AdmmState | None]:
         """Take up what :meth:`save` wrote; nothing but tensors and plain data is unpickled."""
         try:
             content = torch.load(path, map_location=self.accelerator.device, weights_only=True)

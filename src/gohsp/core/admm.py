@@ -22,7 +22,7 @@ In a training loop of your own::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -74,7 +74,7 @@ class AdmmSettings:
     freeze: float = 0.6
     hysteresis: float = 0.3
     tolerance: float = 1e-2
-    projection: ProjectionSettings = ProjectionSettings()
+    projection: ProjectionSettings = field(default_factory=ProjectionSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,10 @@ class Residuals:
 
 @dataclass(frozen=True, kw_only=True)
 class AdmmState:
-    """Everything between two steps. ``anchors`` (Z - U) and ``duals`` (U) are updated in place; ``weights`` are
-    views of the model's parameters, so the model must stay on its device while a state is in use.
+    """Everything between two steps.
+
+    ``anchors`` (Z - U) and ``duals`` (U) are updated in place; ``weights`` are views of the model's parameters,
+    so the model must stay on its device while a state is in use.
     """
 
     model: nn.Module
@@ -172,9 +174,7 @@ def start(
     return replace(state, projections=projections, anchors=anchors)
 
 
-def _project_anew(
-    state: AdmmState, values: Sequence[Values], present: Plan | None
-) -> tuple[BlockProjection, ...]:
+def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | None) -> tuple[BlockProjection, ...]:
     settings = state.settings
     result = []
     for i, block in enumerate(state.structure.blocks):
@@ -258,7 +258,8 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
         gap = {k: weight[k] - z[k] for k in weight}
         move = {k: z[k] - anchor[k] - dual[k] for k in weight}
         sizes += torch.tensor(
-            [squared_size(block, v, state.moments[i], metric) for v in (gap, move, weight)], dtype=torch.float64
+            [squared_size(block, v, state.moments[i], metric) for v in (gap, move, weight)],
+            dtype=torch.float64,
         )
         for k in weight:
             dual[k].add_(gap[k]).mul_(state.rho / rho)

@@ -115,7 +115,9 @@ def allocate(
     Raises:
         BudgetError: Even the smallest allowed widths cost more than ``limit``.
     """
-    groups = [g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)]
+    groups = [
+        g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)
+    ]
     fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
     require_feasible(structure, kind, limit, settings)
 
@@ -136,9 +138,7 @@ def allocate(
     return tuple(BlockShape(**fields) for fields in merged)
 
 
-def require_feasible(
-    structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings
-) -> None:
+def require_feasible(structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings) -> None:
     """Check that the smallest allowed widths fit under ``limit``, before anything is measured.
 
     Raises:
@@ -179,7 +179,11 @@ def _groups(
         attention.append(_Option({"heads": heads, "qk": qk, "vo": vo}, cost, damage("head", heads) + narrower))
     yield attention
     yield [
-        _Option({"ffn": n}, block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), kind), damage("ffn", n))
+        _Option(
+            {"ffn": n},
+            block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), kind),
+            damage("ffn", n),
+        )
         for n in widths("ffn")
     ]
 
@@ -202,9 +206,7 @@ def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: int
         choice[i] = option
 
 
-def uniform(
-    structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings
-) -> tuple[BlockShape, ...]:
+def uniform(structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings) -> tuple[BlockShape, ...]:
     """The same share of every width in every block, all heads kept: the plain way, for comparison.
 
     Room that rounding leaves is given to FFNs, last block first.
@@ -220,7 +222,7 @@ def uniform(
     if (smallest := model_cost(structure, at(0.0), kind)) > limit:
         raise BudgetError(
             f"uniform widths with all heads kept cost at least {smallest:,} {kind}, the budget allows {limit:,}; "
-            "use allocation = \"measured\""
+            'use allocation = "measured"'
         )
     low, high = 0.0, 1.0
     for _ in range(40):

@@ -7,7 +7,7 @@ the last column; that column is never a candidate for removal. Solves run in flo
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gohsp.core.activations import forward_all, observe_inputs
 from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1e-4
 """Default ridge, relative to the mean diagonal entry of the Gram matrix."""
@@ -67,9 +69,7 @@ class BlockMoments:
     hidden: Tensor
 
 
-def collect_moments(
-    model: nn.Module, structure: ModelStructure, batches: Sequence[Tensor]
-) -> tuple[BlockMoments, ...]:
+def collect_moments(model: nn.Module, structure: ModelStructure, batches: Sequence[Tensor]) -> tuple[BlockMoments, ...]:
     """Stream calibration images ``[B, C, H, W]`` through the model once and take every block's moments.
 
     Raises:
@@ -108,11 +108,20 @@ def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def inverse(gram: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix; warns where the ridge had to be raised to get one."""
+    """Inverse of a symmetric positive definite matrix; where the ridge had to be raised to get one, that is logged.
+
+    Raises:
+        NonFiniteError: No ridge helps.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
+    extra = 1e-8
+    while failed and extra < 1:
+        extra *= 10
+        factor, failed = torch.linalg.cholesky_ex(ridged(gram, extra))
+    if extra > 1e-8:
+        logger.warning("a Gram matrix is singular in spite of its ridge; raised by %.0e of its mean diagonal", extra)
     if failed:
-        warnings.warn("a Gram matrix is singular in spite of its ridge; the ridge is raised", stacklevel=2)
-        factor = torch.linalg.cholesky(ridged(gram, 1e-2))
+        raise NonFiniteError("a Gram matrix of activations cannot be inverted; check the weights for huge values")
     return torch.cholesky_inverse(factor)
 
 
@@ -179,9 +188,7 @@ class BrainSurgeon:
         return torch.linalg.solve(self.inverse[index][:, index], self.weight[:, index].T).T
 
 
-def select_units(
-    gram: Tensor, weight: Tensor, bonus: Tensor, count: int, *, ridge: float = RIDGE
-) -> Tensor:
+def select_units(gram: Tensor, weight: Tensor, bonus: Tensor, count: int, *, ridge: float = RIDGE) -> Tensor:
     """Choose ``count`` inputs to keep, by greedy removal in small groups.
 
     Args:

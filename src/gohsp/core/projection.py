@@ -211,9 +211,7 @@ def _grid_strength(
     return flat.view(block.shape.heads, -1)
 
 
-def _ffn_strength(
-    block: BlockStructure, values: Values, moments: BlockMoments, settings: ProjectionSettings
-) -> Tensor:
+def _ffn_strength(block: BlockStructure, values: Values, moments: BlockMoments, settings: ProjectionSettings) -> Tensor:
     if settings.strength == "norm":
         return _squared_norm(values, block.slices("ffn"))
     return values[block.ffn_readout.columns].double().square().sum(0) * moments.hidden.diagonal()[:-1]
@@ -269,7 +267,11 @@ class BlockProjection:
 
 
 def on_support(
-    block: BlockStructure, values: Values, moments: BlockMoments, plan: BlockPlan, settings: ProjectionSettings
+    block: BlockStructure,
+    values: Values,
+    moments: BlockMoments,
+    plan: BlockPlan,
+    settings: ProjectionSettings,
 ) -> BlockProjection:
     """Make the projection on the support ``plan``."""
     shape, device = block.shape, values[block.ffn_readout.columns].device
@@ -323,7 +325,10 @@ def squared_size(block: BlockStructure, values: Values, moments: BlockMoments, m
         return float(sum(v.double().square().sum() for v in values.values()))
     total = _energy(values, block.query, moments.attention_input).sum()
     total = total + _energy(values, block.key, moments.attention_input).sum()
-    for readout, moment in ((block.attention_readout, moments.head_outputs), (block.ffn_readout, moments.hidden)):
+    for readout, moment in (
+        (block.attention_readout, moments.head_outputs),
+        (block.ffn_readout, moments.hidden),
+    ):
         weight, gram = full_map(values, readout, moment)
         total = total + (weight @ gram.to(weight.dtype)).mul(weight).sum().double()
     return float(total)

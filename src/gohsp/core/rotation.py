@@ -17,10 +17,11 @@ from gohsp.core.activations import rows, units
 from gohsp.core.compensation import BlockMoments
 from gohsp.structure import BlockStructure, ModelStructure, UnitSlice
 
+_FLOOR = 1e-8
+"""Share of the largest eigenvalue below which a direction counts as carrying nothing; bounds the condition number."""
 
-def rotate(
-    model: nn.Module, structure: ModelStructure, moments: Sequence[BlockMoments]
-) -> tuple[BlockMoments, ...]:
+
+def rotate(model: nn.Module, structure: ModelStructure, moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
     """Rotate query/key and value dimensions of every block that allows it, in place.
 
     Args:
@@ -55,7 +56,8 @@ def _rotate_block(model: nn.Module, block: BlockStructure, moments: BlockMoments
         _mix_rows(model, block.value, h, vo, forward)
         columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
         mixing[part, part] = forward
-    return replace(moments, head_outputs=mixing @ moments.head_outputs @ mixing.T)
+    turned = mixing @ moments.head_outputs @ mixing.T
+    return replace(moments, head_outputs=(turned + turned.T) / 2)
 
 
 def extended_rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> Tensor:
@@ -73,7 +75,7 @@ def _mix_rows(model: nn.Module, slices: Sequence[UnitSlice], head: int, width: i
 def _half(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Square root and inverse square root of ``rows moment rows^T`` ``[d, d]``, null directions dropped."""
     values, vectors = torch.linalg.eigh(rows @ moment @ rows.T)
-    floor = values.max().clamp_min(torch.finfo(torch.float64).tiny) * 1e-12
+    floor = values.max().clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR
     root = values.clamp_min(floor).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
@@ -97,7 +99,7 @@ def balance_query_key(query: Tensor, key: Tensor, moment: Tensor) -> tuple[Tenso
     root_k, _ = _half(moment, key.double())
     u, s, _ = torch.linalg.svd(root_q @ root_k)
     # A floor keeps both matrices invertible where trailing dimensions carry nothing.
-    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * 1e-6).sqrt()
+    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR).sqrt()
     to_query = gain[:, None] * (u.T @ inverse_root_q)
     return to_query, torch.linalg.inv(to_query).T
 
@@ -114,7 +116,7 @@ def order_values(readout: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """
     root, inverse_root = _half(moment.double(), torch.eye(len(moment), dtype=torch.float64, device=moment.device))
     _, s, vt = torch.linalg.svd(readout.double() @ root, full_matrices=False)
-    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * 1e-6).sqrt()
+    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR).sqrt()
     forward = gain[:, None] * (vt @ inverse_root)
     backward = (root @ vt.T) / gain
     return forward, backward

@@ -58,9 +58,7 @@ def measure_curves(
                 continue
             damage = []
             for width in grid[:-1]:
-                damage.append(
-                    _damage(model, block, moments[i], kind, width, ranking, settings, batches, reference)
-                )
+                damage.append(_damage(model, block, moments[i], kind, width, ranking, settings, batches, reference))
                 advance()
             of_block[kind] = DamageCurve(grid, (*damage, 0.0))
         curves.append(of_block)

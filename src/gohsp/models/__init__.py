@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Adapter(Protocol):
     def set_fused_attention(self, model: nn.Module, fused: bool) -> None: ...  # noqa: D102
 
 
-ADAPTERS: tuple[Adapter, ...] = (_timm,)
+ADAPTERS: tuple[Adapter, ...] = (cast(Adapter, _timm),)
 
 EQUALITY_TOLERANCE = 1e-5
 """Largest difference of compacted and masked model, relative to the logits' scale, in float32 (design, section 2)."""
@@ -91,7 +91,7 @@ def build(spec: Mapping[str, Any], shapes: Sequence[BlockShape]) -> nn.Module:
         CheckpointError: An unknown library, or an architecture that the installed library cannot make.
     """
     for adapter in ADAPTERS:
-        if adapter.LIBRARY == spec.get("library"):
+        if spec.get("library") == adapter.LIBRARY:
             model = adapter.build(spec)
             adapter.resize(model, shapes)
             model.gohsp_arguments = dict(spec["arguments"])  # type: ignore[assignment]
@@ -110,7 +110,9 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if bad:
-            raise NonFiniteError(f"tensor '{name}' holds {bad} NaN or infinite values of {tensor.numel()}; mend the weights")
+            raise NonFiniteError(
+                f"tensor '{name}' holds {bad} NaN or infinite values of {tensor.numel()}; mend the weights"
+            )
 
 
 @dataclass(frozen=True, slots=True)

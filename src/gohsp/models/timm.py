@@ -41,7 +41,7 @@ def describe(model: nn.Module) -> ModelStructure:
         UnsupportedModelError: A module of it is of a class that cannot be cut; the message names it.
     """
     vit = cast(VisionTransformer, model)
-    blocks = tuple(_describe_block(i, b, vit.embed_dim) for i, b in enumerate(vit.blocks))
+    blocks = tuple(_describe_block(i, b, vit.embed_dim) for i, b in enumerate(_blocks(vit)))
     prunable = sum(
         b.shape.heads * (b.shape.qk * b.unit_params("qk") + b.shape.vo * b.unit_params("vo"))
         + b.shape.ffn * b.unit_params("ffn")
@@ -57,6 +57,11 @@ def describe(model: nn.Module) -> ModelStructure:
     )
 
 
+def _blocks(model: nn.Module) -> list[Any]:
+    """The blocks; untyped, since attributes of foreign modules are."""
+    return list(cast(VisionTransformer, model).blocks)
+
+
 def _tokens_and_fixed_macs(vit: VisionTransformer) -> tuple[int, int]:
     """Token count, and MACs outside the blocks, by PyTorch's own counter on a bare copy without blocks."""
     arguments = {**architecture_arguments(vit), "depth": 0}
@@ -70,11 +75,12 @@ def _tokens_and_fixed_macs(vit: VisionTransformer) -> tuple[int, int]:
     return features.shape[1], counter.get_total_flops() // 2
 
 
-def _describe_block(index: int, block: nn.Module, dim: int) -> BlockStructure:
+def _describe_block(index: int, block: Any, dim: int) -> BlockStructure:
     name = f"blocks.{index}"
     if type(block) is not Block:
         raise _unsupported(name, block)
-    attn, mlp = block.attn, block.mlp
+    attn: Any = block.attn
+    mlp: Any = block.mlp
     if type(attn) not in (Attention, PrunedAttention) or getattr(attn, "gate", None) is not None:
         raise _unsupported(f"{name}.attn", attn)
     if type(mlp) not in (Mlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
@@ -93,9 +99,7 @@ def _describe_block(index: int, block: nn.Module, dim: int) -> BlockStructure:
         prunable -= {"ffn"}
     rows = [attn.qkv.weight] + ([attn.qkv.bias] if attn.qkv.bias is not None else [])
     starts = (0, shape.heads * shape.qk, 2 * shape.heads * shape.qk)
-    query, key, value = (
-        tuple(_rows(f"{name}.attn.qkv", i, start, dim) for i in range(len(rows))) for start in starts
-    )
+    query, key, value = (tuple(_rows(f"{name}.attn.qkv", i, start, dim) for i in range(len(rows))) for start in starts)
     return BlockStructure(
         name=name,
         shape=shape,
@@ -114,7 +118,7 @@ def _describe_block(index: int, block: nn.Module, dim: int) -> BlockStructure:
     )
 
 
-def _shape(attn: AnyAttention, mlp: nn.Module) -> BlockShape:
+def _shape(attn: AnyAttention, mlp: Any) -> BlockShape:
     qk, vo = (attn.qk_dim, attn.vo_dim) if isinstance(attn, PrunedAttention) else (attn.head_dim, attn.head_dim)
     return BlockShape(heads=attn.num_heads, qk=qk, vo=vo, ffn=mlp.fc2.in_features)
 
@@ -124,7 +128,7 @@ def _rows(linear: str, parameter: int, start: int, dim: int) -> UnitSlice:
     return UnitSlice(parameter=f"{linear}.{name}", axis=0, start=start, size=size)
 
 
-def _ffn_rows(name: str, mlp: nn.Module, units: int, dim: int) -> tuple[UnitSlice, ...]:
+def _ffn_rows(name: str, mlp: Any, units: int, dim: int) -> tuple[UnitSlice, ...]:
     if isinstance(mlp, SwiGLU):
         halves = [("fc1_g", mlp.fc1_g, 0), ("fc1_x", mlp.fc1_x, 0)]
     elif isinstance(mlp, GluMlp):  # one packed linear map: gate and value halves follow each other
@@ -162,7 +166,7 @@ def resize(model: nn.Module, shapes: Sequence[BlockShape]) -> None:
     Attention stays timm's own class while ``qk == vo``, and becomes :class:`PrunedAttention` otherwise.
     Either scales ``q k^T`` by ``qk ** -0.5``.
     """
-    for block, shape in zip(cast(VisionTransformer, model).blocks, shapes, strict=True):
+    for block, shape in zip(_blocks(model), shapes, strict=True):
         if _shape(block.attn, block.mlp) == shape:
             continue
         block.attn = _resized_attention(block.attn, shape)
@@ -210,7 +214,7 @@ def _linear(old: nn.Linear, *, in_features: int | None = None, out_features: int
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose between PyTorch's fused attention kernel and plain matrix products, for every block."""
-    for block in cast(VisionTransformer, model).blocks:
+    for block in _blocks(model):
         block.attn.fused_attn = fused
 
 
@@ -246,7 +250,7 @@ def architecture_arguments(model: nn.Module) -> dict[str, Any]:
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
     vit = cast(VisionTransformer, model)
-    block, patch = vit.blocks[0], vit.patch_embed
+    block, patch = _blocks(vit)[0], vit.patch_embed
     hidden = block.mlp.fc2.in_features * (2 if isinstance(block.mlp, GluMlp) else 1)
     return {
         "img_size": list(patch.img_size) if patch.img_size else None,

@@ -197,9 +197,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     budget, equality, admm = report["budget"], report["equality"], report.get("admm")
     warnings = []
     if budget["achieved"] > budget["limit"]:
-        warnings.append(
-            f"The budget is not met: {budget['achieved']:,} {budget['kind']}, {budget['limit']:,} allowed."
-        )
+        warnings.append(f"The budget is not met: {budget['achieved']:,} {budget['kind']}, {budget['limit']:,} allowed.")
     if equality["max_relative_difference"] > equality["tolerance"]:
         warnings.append("The compacted model does not compute what the masked dense model computes.")
     if admm and admm["status"] != "converged":

@@ -58,17 +58,13 @@ def head_importance(report: Mapping[str, Any]) -> Figure:
 
     figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * blocks)), layout="constrained")
     axes = figure.subplots()
-    mesh = axes.pcolormesh(
-        np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors="white", linewidth=1.5
-    )
+    mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors="white", linewidth=1.5)
     removed = [(b, h) for b, row in enumerate(scores) for h in range(len(row)) if h not in kept[b]]
     few = heads <= FEW_HEADS
     for block, row in enumerate(scores):
         for head, score in enumerate(row) if few else ():
             ink = "white" if scale(score) > 0.62 else INK
-            axes.text(
-                head + 0.5, block + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center"
-            )
+            axes.text(head + 0.5, block + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center")
     cross = axes.plot(
         [head + (0.16 if few else 0.5) for _, head in removed],
         [block + 0.5 for block, _ in removed],
@@ -144,9 +140,7 @@ def head_graph(
     axes = figure.add_axes((0, below / total, 1, (high - low) / total))
     axes.set(xlim=(-width / 2, width / 2), ylim=(low, high))
     axes.set_axis_off()
-    figure.text(
-        0.5, 1 - 5 / total, title, size=10, weight="bold", color=INK, ha="center", va="top", parse_math=False
-    )
+    figure.text(0.5, 1 - 5 / total, title, size=10, weight="bold", color=INK, ha="center", va="top", parse_math=False)
 
     tiny = np.finfo(float).tiny
     radius = largest * np.sqrt(score / max(score.max(), tiny))
@@ -293,9 +287,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, Any]]], 
         x = [start[stage] + epoch["epoch"] for epoch in epochs]
         y = np.array([epoch[metric] for epoch in epochs], dtype=float)
         known = ~np.isnan(y)
-        handles += axes.plot(
-            np.array(x)[known], y[known], style, color=colour, marker="o", markersize=3.5, label=name
-        )
+        handles += axes.plot(np.array(x)[known], y[known], style, color=colour, marker="o", markersize=3.5, label=name)
         if metric == "loss":
             axes.plot(x, [epoch["train_loss"] for epoch in epochs], ":", color=colour)
     if metric == "loss":

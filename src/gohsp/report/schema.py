@@ -137,9 +137,7 @@ class Plan(_Level):
             _check_indices(f"kept[{block}].ffn", kept.ffn, pruned.ffn, dense.ffn)
             for kind, per_head in (("qk", kept.qk), ("vo", kept.vo)):
                 if len(per_head) != pruned.heads:
-                    raise ValueError(
-                        f"kept[{block}].{kind} has {len(per_head)} lists for {pruned.heads} kept heads"
-                    )
+                    raise ValueError(f"kept[{block}].{kind} has {len(per_head)} lists for {pruned.heads} kept heads")
                 for position, indices in enumerate(per_head):
                     name = f"kept[{block}].{kind}[{position}]"
                     _check_indices(name, indices, getattr(pruned, kind), getattr(dense, kind))
