@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, Union
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from gohsp import checkpoint, data, models, pipeline, report, training
@@ -288,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = tyro.cli(_verbs(_recipe_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
         verb(["gohsp", *arguments])
     except GohspError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False, markup=True)
+        message = f"[bold red]error:[/bold red] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; what is finished is kept: go on with --resume")

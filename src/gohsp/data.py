@@ -44,7 +44,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers import create_reader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import Compose
 
 from gohsp.errors import DataError, nearest
@@ -679,7 +679,8 @@ def loader(
     workers does not change a single pixel, and the global random generators are left as they were. Each
     ``iter()`` is one more epoch; ``loader.sampler.set_epoch(k)`` sets the next one, to resume a run.
 
-    An image that cannot be decoded is left out of its batch, logged once, and listed in `Split.unreadable`.
+    An image that cannot be decoded is left out of its batch, logged once, and listed in `Split.unreadable`. A batch
+    may be empty for that reason: whoever iterates skips it.
 
     Args:
         split: The images and labels.
@@ -694,8 +695,8 @@ def loader(
         cache: Whether to decode all images now and keep them (`Split.preload`). Default: up to `CACHE_LIMIT`.
 
     Raises:
-        DataError: A label does not fit; ``drop_last`` leaves no batch. While iterating: all images of a batch
-            are unreadable, or one is and ``strict`` is set.
+        DataError: A label does not fit; ``drop_last`` leaves no batch. While iterating: all images of the split
+            turn out to be unreadable, or one is and ``strict`` is set.
     """
     labels = split.labels(num_classes)
     if drop_last and len(split) < batch_size:
@@ -710,6 +711,7 @@ def loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
+        collate_fn=_collate,
         generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the global generator
     )
 
@@ -762,12 +764,17 @@ class _Batches(Dataset[Any]):
                         raise
                     continue
                 samples.append((self.transform(image), int(self.labels[index])))
-        if not samples:
+        if not samples and len(self.split.unreadable) == len(self.split):
             raise DataError(
-                f"all {len(keys)} images of a batch of {self.split.name} are unreadable, the first being "
-                f"image {keys[0][0]} ({self.split.filename(keys[0][0])}); mend them or enlarge the batch"
+                f"all {len(keys)} images of a batch of {self.split.name} are unreadable, like all others of it, the "
+                f"first being image {keys[0][0]} ({self.split.filename(keys[0][0])}); mend them"
             )
         return samples
+
+
+def _collate(samples: Sequence[tuple[Tensor, int]]) -> Any:
+    """Stack a batch; torch's own function refuses the empty list that a batch of unreadable images leaves."""
+    return default_collate(samples) if samples else (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         model: Takes images ``[B, C, H, W]``, returns logits ``[B, classes]``.
-        batches: Images and labels.
+        batches: Images and labels; empty batches are skipped.
         device: Where the model is.
         precision: Data type of the forward pass; below float32 by autocast.
         advance: Called after each batch, for progress.
@@ -61,6 +61,8 @@ def evaluate(
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     kind = torch.device(device).type
     for images, labels in batches:
+        if not len(labels):  # none of its images could be read
+            continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(kind, precision, enabled=precision != torch.float32):
             logits = model(images)

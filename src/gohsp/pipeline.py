@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from gohsp import checkpoint, data, models, report, run, training
 from gohsp import recipe as recipes
 from gohsp.core import admm, allocation, compensation, ranking, rotation, sensitivity
-from gohsp.errors import PlanError
+from gohsp.errors import DataError, PlanError
 from gohsp.measure import Metrics, evaluate
 from gohsp.recipe import Recipe
 from gohsp.structure import (
@@ -151,6 +151,12 @@ def prune(
         source = dataclasses.replace(source, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
     train_split = data.open_split(source, recipe.data.train_split)
     validation_split = data.open_split(source, recipe.data.validation_split)
+    if train_split.name == validation_split.name:
+        raise DataError(
+            f"training and validation images are the same, {train_split.name}: scores would mean nothing; set "
+            "data.train_split and data.validation_split to different splits. A folder needs a sub-folder for each, "
+            "such as train/ and validation/; 'hfds/...' takes slices, such as train[:90%] and train[90%:]"
+        )
     dense = _open(model, weights, pretrained, recipe, train_split)
     structure = models.describe(dense)
     models.check_finite(dense)

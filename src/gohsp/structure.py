@@ -191,7 +191,8 @@ class BlockPlan:
     @property
     def shape(self) -> BlockShape:
         """Widths after the cut."""
-        return BlockShape(heads=len(self.heads), qk=len(self.qk[0]), vo=len(self.vo[0]), ffn=len(self.ffn))
+        qk, vo = (len(dims[0]) if dims else 0 for dims in (self.qk, self.vo))
+        return BlockShape(heads=len(self.heads), qk=qk, vo=vo, ffn=len(self.ffn))
 
     def units(self, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> list[int]:
         """Flat indices of the kept units of ``kind`` in a block that now has ``shape``."""
@@ -228,15 +229,18 @@ class Plan:
 
 def _block_plan(index: int, block: Mapping[str, Any]) -> BlockPlan:
     _require_keys(index, block)
-    try:
-        return BlockPlan(
-            heads=tuple(int(h) for h in block["heads"]),
-            qk=tuple(tuple(int(j) for j in dims) for dims in block["qk"]),
-            vo=tuple(tuple(int(j) for j in dims) for dims in block["vo"]),
-            ffn=tuple(int(j) for j in block["ffn"]),
-        )
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"block {index} of the plan: kept units must be lists of indices ({error})") from error
+
+    def listed(value: Any, *types: type) -> tuple[Any, ...]:
+        if isinstance(value, list | tuple) and all(type(v) in types for v in value):
+            return tuple(value)
+        raise PlanError(f"block {index} of the plan: kept units must be lists of indices, got {value!r}")
+
+    return BlockPlan(
+        heads=listed(block["heads"], int),
+        qk=tuple(listed(dims, int) for dims in listed(block["qk"], list, tuple)),
+        vo=tuple(listed(dims, int) for dims in listed(block["vo"], list, tuple)),
+        ffn=listed(block["ffn"], int),
+    )
 
 
 def _require_keys(index: int, block: Mapping[str, Any]) -> None:

@@ -320,6 +320,8 @@ class _Run:
         self.sampler.set_epoch(number)  # type: ignore[attr-defined]
         total, seen, began = torch.zeros((), device=self.accelerator.device), 0, time.perf_counter()
         for images, labels in self.loader:
+            if not len(labels):  # none of its images could be read
+                continue
             loss = self.loss(images, labels)
             self.accelerator.backward(loss)
             if state is not None:

@@ -6,7 +6,7 @@ Scaled form, with penalty ``rho``; every function here is one line of it:
 
     W-step   the caller's optimiser steps on L, plus a pull of W towards the *anchor* Z - U
     Z-step   Z <- projection of W + U on S
-    U-step   U <- U + W - Z
+    U-step   U <- U + gamma (W - Z)
 
 In a training loop of your own::
 
@@ -40,6 +40,7 @@ from gohsp.core.projection import (
     select,
     squared_size,
 )
+from gohsp.errors import RecipeError
 from gohsp.structure import BlockShape, ModelStructure, Plan, check_shapes
 
 Penalty = Literal["decoupled", "coupled"]
@@ -57,6 +58,8 @@ class AdmmSettings:
         rho_end: Penalty at the end; in between it grows geometrically.
         ramp: Share of the stage after which ``rho_end`` is reached.
         interval: Optimiser steps between two Z-steps.
+        dual_step: Step gamma of the dual variable, above 0 and at most 1 (textbook ADMM). None takes 1 when the
+            penalty is coupled, and :func:`critical_dual_step` when it is decoupled.
         reselect: Z-steps between two fresh selections of the support; in between only its weights move.
         freeze: Share of the stage after which the support is final.
         hysteresis: Units of the present support count ``1 + hysteresis`` fold when it is selected afresh, so that
@@ -67,14 +70,34 @@ class AdmmSettings:
 
     penalty: Penalty = "decoupled"
     rho_start: float = 0.01
-    rho_end: float = 0.3
-    ramp: float = 0.7
-    interval: int = 8
-    reselect: int = 8
+    rho_end: float = 0.1
+    ramp: float = 0.6
+    interval: int = 4
+    dual_step: float | None = None
+    reselect: int = 12
     freeze: float = 0.6
     hysteresis: float = 0.3
     tolerance: float = 1e-2
     projection: ProjectionSettings = field(default_factory=ProjectionSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho_start <= self.rho_end:
+            raise RecipeError(f"admm: 0 < rho_start <= rho_end is needed, got {self.rho_start} and {self.rho_end}")
+        if self.penalty == "decoupled" and self.rho_end > 1:
+            raise RecipeError(
+                f"admm.rho_end is a fraction when the penalty is decoupled, at most 1; got {self.rho_end}"
+            )
+        if self.interval < 1 or self.reselect < 1:
+            raise RecipeError(f"admm.interval and reselect must be at least 1, got {self.interval}, {self.reselect}")
+        if self.dual_step is not None and not 0 < self.dual_step <= 1:
+            raise RecipeError(f"admm.dual_step must be above 0 and at most 1, got {self.dual_step}")
+        for name in ("ramp", "freeze"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"admm.{name} is a share of the stage, 0 to 1; got {getattr(self, name)}")
+        if self.hysteresis < 0 or self.tolerance <= 0:
+            raise RecipeError(
+                f"admm: hysteresis >= 0 and tolerance > 0 are needed, got {self.hysteresis}, {self.tolerance}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +262,19 @@ def rho_at(settings: AdmmSettings, progress: float) -> float:
     return settings.rho_start * (settings.rho_end / settings.rho_start) ** share
 
 
+def critical_dual_step(settings: AdmmSettings, rho: float) -> float:
+    """The dual step: as set, or the largest that does not make pull and dual overshoot.
+
+    A decoupled pull moves a removed weight ``w`` by ``-rho (w + u)`` a step, and its dual by ``gamma w`` every
+    ``interval`` steps: a damped oscillator with damping ratio ``sqrt(rho interval / gamma) / 2``. At
+    ``gamma = rho interval / 4`` it is critically damped. Textbook ADMM (``gamma = 1``) assumes an exact W-step
+    between dual steps; with a gentle pull it winds the dual up and drives removed weights far through zero.
+    """
+    if settings.dual_step is not None:
+        return settings.dual_step
+    return 1.0 if settings.penalty == "coupled" else min(1.0, rho * settings.interval / 4)
+
+
 @torch.no_grad()
 def dual_update(state: AdmmState, progress: float) -> AdmmState:
     """Z-step, U-step and the next ``rho``; ``U`` is rescaled with it, so that the dual variable ``rho U`` stays."""
@@ -250,7 +286,7 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
     if progress <= settings.freeze and (state.dual_updates + 1) % settings.reselect == 0:
         projections = _project_anew(state, shifted, state.plan)
         flips = count_flips(state.structure, state.plan, Plan(tuple(p.plan for p in projections)))
-    rho = rho_at(settings, progress)
+    rho, gamma = rho_at(settings, progress), critical_dual_step(settings, state.rho)
     sizes = torch.zeros(3, dtype=torch.float64)
     for i, block in enumerate(state.structure.blocks):
         weight, anchor, dual = state.weights[i], state.anchors[i], state.duals[i]
@@ -262,7 +298,7 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
             dtype=torch.float64,
         )
         for k in weight:
-            dual[k].add_(gap[k]).mul_(state.rho / rho)
+            dual[k].add_(gap[k], alpha=gamma).mul_(state.rho / rho)
             torch.sub(z[k], dual[k], out=anchor[k])
     primal, dual_size = (sizes[:2] / sizes[2].clamp_min(1e-30)).sqrt().tolist()
     record = Residuals(step=state.step, rho=state.rho, primal=primal, dual=dual_size, flips=flips)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gohsp.errors import BudgetError
+from gohsp.errors import BudgetError, RecipeError
 from gohsp.structure import (
     KINDS,
     BlockShape,
@@ -41,6 +41,13 @@ class WidthSettings:
     min_width: int = 8
     min_heads: int = 1
     min_ffn: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.multiple, self.min_width, self.min_heads) < 1 or not 0 <= self.min_ffn <= 1:
+            raise RecipeError(
+                "widths: multiple, min_width and min_heads must be at least 1 and min_ffn a share, 0 to 1; got "
+                f"{self.multiple}, {self.min_width}, {self.min_heads}, {self.min_ffn}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gohsp.core.activations import units
 from gohsp.core.compensation import RIDGE, BlockMoments, BrainSurgeon, apply_refit, refit_map, select_units
+from gohsp.errors import RecipeError
 from gohsp.structure import BlockPlan, BlockShape, BlockStructure, Readout, UnitSlice
 
 Metric = Literal["data", "euclidean"]
@@ -46,6 +47,12 @@ class ProjectionSettings:
     strength: Strength = "activation"
     guidance: float = 0.5
     ridge: float = RIDGE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance <= 1:
+            raise RecipeError(f"projection.guidance is a share, 0 to 1; got {self.guidance}")
+        if self.ridge <= 0:
+            raise RecipeError(f"projection.ridge must be above 0, got {self.ridge}")
 
 
 def bias_slice(readout: Readout) -> UnitSlice | None:

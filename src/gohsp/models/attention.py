@@ -26,6 +26,7 @@ class PrunedAttention(nn.Module):
         proj_bias: bool,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        norm: nn.Module | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         device: torch.device | None = None,
@@ -39,6 +40,7 @@ class PrunedAttention(nn.Module):
         self.q_norm = q_norm or nn.Identity()
         self.k_norm = k_norm or nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm or nn.Identity()
         self.proj = nn.Linear(heads * vo, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -63,4 +65,4 @@ class PrunedAttention(nn.Module):
             )[..., :vo]
         else:
             out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, h * vo)))
+        return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).reshape(b, n, h * vo))))

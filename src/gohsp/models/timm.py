@@ -66,6 +66,7 @@ def _tokens_and_fixed_macs(vit: VisionTransformer) -> tuple[int, int]:
     """Token count, and MACs outside the blocks, by PyTorch's own counter on a bare copy without blocks."""
     arguments = {**architecture_arguments(vit), "depth": 0}
     bare = cast(VisionTransformer, build({"architecture": architecture_name(vit), "arguments": arguments}))
+    bare.requires_grad_(False)  # the counter trips over parameters that enter a module as its input (pooling latents)
     height, width = bare.patch_embed.img_size or (224, 224)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -92,7 +93,7 @@ def _describe_block(index: int, block: Any, dim: int) -> BlockStructure:
     if qk_normed:  # the norm sees a head's whole width: neither its size nor its basis may change
         prunable -= {"qk"}
         rotatable -= {"qk"}
-    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):  # likewise over all heads' values
+    if not isinstance(attn.norm, nn.Identity):  # likewise over all heads' values
         prunable -= {"head", "vo"}
         rotatable -= {"vo"}
     if not isinstance(mlp.norm, nn.Identity):
@@ -193,6 +194,7 @@ def _resized_attention(attn: AnyAttention, shape: BlockShape) -> AnyAttention:
         proj_bias=attn.proj.bias is not None,
         q_norm=attn.q_norm,
         k_norm=attn.k_norm,
+        norm=attn.norm,
         attn_drop=attn.attn_drop.p,
         proj_drop=attn.proj_drop.p,
         device=attn.proj.weight.device,
@@ -264,6 +266,8 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
         "mlp_ratio": hidden / vit.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
         "class_token": vit.cls_token is not None,

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gohsp.core.compensation import (
+    BrainSurgeon,
+    MomentFitter,
+    collect_moments,
+    inverse,
+    refit,
+    refit_map,
+    ridged,
+    select_units,
+)
+from gohsp.errors import NonFiniteError
+from gohsp.structure import ModelStructure
+
+seeds = st.integers(0, 10**6)
+CPU = torch.device("cpu")
+
+
+def problem(seed: int, n: int = 6, outputs: int = 3, count: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlated inputs ``[count, n]`` with a last entry 1, their second moment, and a map on them."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(n) + 0.5 * torch.randn(n, n, generator=generator)
+    x = (torch.randn(count, n, generator=generator) @ mix + 0.3).double()
+    x[:, -1] = 1
+    weight = torch.randn(outputs, n, generator=generator).double()
+    return x, x.T @ x / count, weight
+
+
+def best_error(gram: Tensor, weight: Tensor, gone: list[int]) -> float:
+    """min over Z, Z's columns ``gone`` zero, of tr((weight - Z) gram (weight - Z)^T): an explicit least squares."""
+    root = torch.linalg.cholesky(gram).T  # gram = root^T root
+    keep = [j for j in range(len(gram)) if j not in gone]
+    target = root @ weight.T
+    solution = torch.linalg.lstsq(root[:, keep], target).solution
+    return float((target - root[:, keep] @ solution).square().sum())
+
+
+masks = st.lists(st.booleans(), min_size=5, max_size=5).map(lambda m: torch.tensor([*m, True]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, masks)
+def test_refit_is_least_squares_on_the_inputs_that_stay(seed: int, keep: Tensor) -> None:
+    x, gram, weight = problem(seed)
+    fitted = refit(gram, weight, keep, ridge=0)
+    solution = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution
+    torch.testing.assert_close(fitted[:, keep], solution.T, rtol=1e-6, atol=1e-8)
+    assert not fitted[:, ~keep].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, masks, st.floats(1e-3, 1.0))
+def test_ridge_pulls_the_refit_towards_the_map_that_was(seed: int, keep: Tensor, ridge: float) -> None:
+    x, gram, weight = problem(seed)
+    level = ridge * float(gram.diagonal().mean())
+    # E ||V x - Z x_keep||^2 + level ||Z - V_keep||^2 as one least-squares system
+    design = torch.cat([x[:, keep] / len(x) ** 0.5, level**0.5 * torch.eye(int(keep.sum()), dtype=torch.float64)])
+    target = torch.cat([x @ weight.T / len(x) ** 0.5, level**0.5 * weight[:, keep].T])
+    solution = torch.linalg.lstsq(design, target).solution
+    torch.testing.assert_close(refit(gram, weight, keep, ridge)[:, keep], solution.T, rtol=1e-6, atol=1e-8)
+
+
+def test_refit_map_has_a_row_for_every_removed_input() -> None:
+    _, gram, _ = problem(0)
+    keep = torch.tensor([True, False, True, False, False, True])
+    assert refit_map(gram, keep).shape == (3, 3)
+    assert refit_map(gram, torch.ones(6, dtype=torch.bool)).shape == (0, 6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.sampled_from([0.0, 1e-4, 0.1]))
+def test_saliency_is_the_error_that_removal_and_refit_leave(seed: int, ridge: float) -> None:
+    _, gram, weight = problem(seed)
+    surgeon = BrainSurgeon(gram, weight, ridge)
+    metric = ridged(gram, ridge)
+    expected = torch.tensor([best_error(metric, weight, [j]) for j in range(6)], dtype=torch.float64)
+    torch.testing.assert_close(surgeon.saliency(), expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.permutations(range(6)))
+def test_group_saliency_is_the_error_of_the_whole_group(seed: int, order: list[int]) -> None:
+    _, gram, weight = problem(seed)
+    groups = [order[:2], order[2:5], order[5:]]
+    expected = torch.tensor([best_error(ridged(gram, 0), weight, g) for g in groups], dtype=torch.float64)
+    got = BrainSurgeon(gram, weight, 0).group_saliency([torch.tensor(g) for g in groups])
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.permutations(range(6)))
+def test_down_dating_equals_starting_afresh(seed: int, order: list[int]) -> None:
+    _, gram, weight = problem(seed)
+    surgeon = BrainSurgeon(gram, weight, 1e-4)
+    surgeon.remove(torch.tensor(order[:1]))
+    surgeon.remove(torch.tensor(order[1:3]))
+    keep = torch.ones(6, dtype=torch.bool)
+    keep[order[:3]] = False
+    torch.testing.assert_close(surgeon.weight, refit(gram, weight, keep, 1e-4), rtol=1e-6, atol=1e-8)
+    left = torch.linalg.inv(ridged(gram, 1e-4)[keep][:, keep])
+    torch.testing.assert_close(surgeon.inverse[keep][:, keep], left, rtol=1e-6, atol=1e-8)
+    assert not surgeon.inverse[~keep].any()
+    assert not surgeon.inverse[:, ~keep].any()
+    # the next removal costs what the whole set then costs, less what it has cost so far
+    for j in order[3:]:
+        so_far = best_error(ridged(gram), weight, order[:3])
+        then = best_error(ridged(gram), weight, [*order[:3], j])
+        assert float(surgeon.saliency()[j]) == pytest.approx(then - so_far, rel=1e-5, abs=1e-8)
+
+
+def test_the_surgeon_leaves_its_arguments_alone() -> None:
+    _, gram, weight = problem(1)
+    before = gram.clone(), weight.clone()
+    BrainSurgeon(gram, weight).remove(torch.tensor([0, 3]))
+    assert torch.equal(gram, before[0])
+    assert torch.equal(weight, before[1])
+
+
+def test_a_copy_of_an_input_goes_first_and_for_nothing() -> None:
+    x, _, weight = problem(2)
+    x[:, 4] = x[:, 1]
+    gram = x.T @ x / len(x)
+    keep = select_units(gram, weight, torch.ones(5, dtype=torch.float64), 4, ridge=1e-9)
+    assert (~keep).nonzero().flatten().tolist() in ([1], [4])
+    fitted = refit(gram, weight, keep, ridge=1e-9)
+    torch.testing.assert_close(x @ fitted.T, x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_streamed_moments_equal_those_of_one_batch(seed: int, sizes: list[int]) -> None:
+    x = torch.randn(sum(sizes), 2, 4, generator=torch.Generator().manual_seed(seed))
+    streamed = MomentFitter(4, CPU)
+    for part in x.split(sizes):
+        streamed.update(part)
+    flat = torch.cat([x.reshape(-1, 4), torch.ones(2 * len(x), 1)], dim=1).double()
+    torch.testing.assert_close(streamed.moment, flat.T @ flat / len(flat), rtol=1e-5, atol=1e-5)
+    assert streamed.moment.dtype == torch.float64
+
+
+def test_half_precision_activations_are_accumulated_in_full() -> None:
+    x = torch.full((4096, 1), 0.1, dtype=torch.bfloat16)
+    fitter = MomentFitter(1, CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fitter.update(x)
+    value = float(x[0].double())
+    assert float(fitter.moment[0, 0]) == pytest.approx(value**2, rel=1e-5)
+    assert float(fitter.moment[0, 1]) == pytest.approx(value, rel=1e-5)
+
+
+def test_collected_moments_are_those_of_the_modules_inputs(
+    model: nn.Module, structure: ModelStructure, images: Tensor
+) -> None:
+    model.train()
+    got = collect_moments(model, structure, list(images.split(5)))
+    assert model.training
+    seen: dict[str, Tensor] = {}
+    for name in ("attn", "attn.proj", "mlp.fc2"):
+        module = model.blocks[1].get_submodule(name)
+        module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].double()))
+    with torch.no_grad():
+        model.eval()(images)
+    for name, moment in zip(seen, (got[1].attention_input, got[1].head_outputs, got[1].hidden), strict=True):
+        flat = seen[name].flatten(0, -2)
+        flat = torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
+        torch.testing.assert_close(moment, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
+
+
+def test_non_finite_activations_are_named(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"input of module 'blocks\.1\.mlp\.fc2' holds NaN"):
+        collect_moments(model, structure, [images])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_singular_moments_still_give_finite_solutions(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, rank, generator=generator).double() @ torch.randn(rank, 8, generator=generator).double()
+    gram, weight = x.T @ x / 40, torch.randn(3, 8, generator=generator).double()
+    keep = select_units(gram, weight, torch.ones(8, dtype=torch.float64), 3)
+    assert int(keep.sum()) == 3
+    fitted = refit(gram, weight, keep)
+    assert torch.isfinite(fitted).all()
+    if rank == 3:  # three units carry everything
+        torch.testing.assert_close(x @ fitted.T, x @ weight.T, rtol=1e-2, atol=1e-2)
+
+
+def test_a_raised_ridge_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    singular = torch.ones(4, 4, dtype=torch.float64) - 1e-12 * torch.eye(4, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        assert torch.isfinite(inverse(singular)).all()
+    assert "singular in spite of its ridge" in caplog.text
+    caplog.clear()
+    inverse(torch.eye(3, dtype=torch.float64))
+    assert not caplog.text
+
+
+def test_what_no_ridge_mends_is_an_error() -> None:
+    with pytest.raises(NonFiniteError, match="cannot be inverted"):
+        inverse(torch.full((3, 3), torch.nan, dtype=torch.float64))
