@@ -27,7 +27,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-            elif "norm" in name and name.endswith("weight") or name.endswith("gamma"):
+            elif ("norm" in name and name.endswith("weight")) or name.endswith("gamma"):
                 parameter.copy_(1 + 0.3 * noise)
             else:
                 parameter.copy_(0.3 * noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -208,7 +209,11 @@ def load_weights(model: nn.Module, file: str | Path, *, new_classifier: bool = F
     path = Path(file)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"weights '{path}': only .safetensors files are read, since other formats can run code")
-    state = checkpoint_filter_fn(_read_tensors(path), model)  # type: ignore[arg-type]
+    given = _read_tensors(path)
+    try:
+        state = checkpoint_filter_fn(given, model)  # type: ignore[arg-type]
+    except (RuntimeError, IndexError, KeyError, ValueError) as error:  # timm resamples before anything is checked
+        raise CheckpointError(f"weights '{path}' are not those of a timm ViT: {error}") from error
     expected = model.state_dict()
     classifier = [k for k in expected if k.startswith(("head.", "head_dist."))]
     fits = all(k in state and state[k].shape == expected[k].shape for k in classifier)
@@ -248,11 +253,11 @@ def open_model(
     if weights and pretrained:
         raise CheckpointError("give either a weights file or pretrained weights, not both")
     if not timm.is_model(str(name).split("/")[-1]) and not str(name).startswith("hf"):
-        close = timm.list_models(f"*{str(name).split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(str(name), timm.list_models(), n=5)
         raise CheckpointError(f"'{name}' is neither a model folder nor a timm model; close timm names: {close}")
     try:
         model = timm.create_model(str(name), pretrained=pretrained, **dict(arguments or {}))
-    except (TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise CheckpointError(f"timm cannot make '{name}' with {dict(arguments or {})}: {error}") from error
     if weights:
         load_weights(model, weights, new_classifier=new_classifier)

@@ -122,12 +122,12 @@ class Rank:
             record["transition"][self.block], record["scores"][self.block], title=f"block {self.block}"
         )
         figure.savefig(self.out / "graph.png", dpi=150)
-        table = Table("block", "heads, best first (score)", title=f"{self.model}: {record['method']}, {record['edge']}")
+        table = Table("block", "heads, best first (score)", title=f"{escape(self.model)}: {record['method']}, {record['edge']}")
         for i, scores in enumerate(record["scores"]):
             order = sorted(range(len(scores)), key=lambda h: -scores[h])
             table.add_row(str(i), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))
         console.print(table)
-        console.print(f"wrote {self.out / 'ranking.json'} and {self.out / 'graph.png'}")
+        _say(f"wrote {self.out / 'ranking.json'} and {self.out / 'graph.png'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,12 @@ def show_summary(content: dict[str, Any], folder: Path) -> None:
     for row in report.summary_table(content):
         table.add_row(*(f"{value} ({change})" if change else value for value, change in row.cells()))
     console.print(table)
-    console.print(f"model and report in {folder} (open {folder / 'report.html'})")
+    _say(f"model and report in {folder} (open {folder / 'report.html'})")
+
+
+def _say(text: str) -> None:
+    """Print a line as it is: brackets in a path are no markup, and a path is not broken."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _read_plan(path: Path) -> tuple[BlockShape, ...]:

@@ -283,7 +283,8 @@ def _prune(
     shapes = tuple(given) if given else _allocated(bench, work, structure, moments, scores, goal)
     checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
     plan, soft = _soft_pruned(bench, work, dense, structure, shapes, moments, scores)
-    curves |= {"admm": soft.pop("curve")} if soft.get("curve") else {}
+    if soft["curve"]:
+        curves["admm"] = soft["curve"]
     with bench.timed("compact"):
         compaction = models.compact(work, plan, bench.calibration[0][:PROBE_IMAGES])
     small = compaction.model
@@ -310,7 +311,7 @@ def _prune(
             "kept": plan.to_json(),
         },
         "ranking": heads,
-        "admm": {k: v for k, v in soft.items() if k != "plan"},
+        "admm": {k: v for k, v in soft.items() if k not in ("plan", "curve")},
         "equality": {
             "max_relative_difference": compaction.max_relative_difference,
             "tolerance": models.EQUALITY_TOLERANCE,
@@ -420,7 +421,7 @@ def _allocated(
             shapes = allocation.uniform(structure, goal.kind, goal.limit, recipe.widths)
         else:
             points = sensitivity.count_points(structure, recipe.widths)
-            with training.progress_bar(disable=bench.quiet) as bar, bench.autocast():
+            with training.progress_bar(disable=bench.quiet) as bar:
                 task = bar.add_task("damage curves", total=points, rate="")
                 curves = sensitivity.measure_curves(
                     work,
@@ -430,6 +431,7 @@ def _allocated(
                     scores,
                     recipe.widths,
                     recipe.admm.projection,
+                    precision=training.autocast_dtype(bench.accelerator),
                     advance=lambda: bar.advance(task),
                 )
             shapes = allocation.allocate(structure, curves, goal.kind, goal.limit, recipe.widths)

@@ -215,7 +215,10 @@ class Plan:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain lists of kept indices, a block each."""
-        return [asdict(b) for b in self.blocks]
+        return [
+            {"heads": list(b.heads), "qk": [list(d) for d in b.qk], "vo": [list(d) for d in b.vo], "ffn": list(b.ffn)}
+            for b in self.blocks
+        ]
 
     @staticmethod
     def from_json(blocks: Sequence[Mapping[str, Any]]) -> Plan:
@@ -321,14 +324,16 @@ def shapes_from_json(blocks: Sequence[Mapping[str, Any]]) -> tuple[BlockShape, .
     """Read widths back.
 
     Raises:
-        PlanError: A block lacks a key, has an unknown one, or a width is no integer.
+        PlanError: No list of tables; a block lacks a key, has an unknown one, or a width is no positive integer.
     """
+    if not isinstance(blocks, Sequence) or not all(isinstance(block, Mapping) for block in blocks):
+        raise PlanError(f"the plan's widths must be a list of one table a block, got {blocks!r}")
     shapes = []
     for i, block in enumerate(blocks):
         _require_keys(i, block)
         for key, width in block.items():
-            if not isinstance(width, int) or isinstance(width, bool):
-                raise PlanError(f"block {i} of the plan: '{key}' must be a whole number, got {width!r}")
+            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+                raise PlanError(f"block {i} of the plan: '{key}' must be a whole number above 0, got {width!r}")
         shapes.append(BlockShape(**block))
     return tuple(shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import (
     BarColumn,
@@ -24,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from gohsp import models
 from gohsp.core import admm
-from gohsp.errors import CheckpointError, NonFiniteError, RecipeError
+from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, nearest
 from gohsp.measure import Metrics
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
@@ -75,6 +77,9 @@ class TrainingSettings:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.optimizer not in list_optimizers():
+            hint = nearest(self.optimizer, list_optimizers())
+            raise RecipeError(f"training.optimizer '{self.optimizer}' is unknown; {hint}")
         shares = {"label_smoothing": self.label_smoothing, "distillation": self.distillation, "ema": self.ema}
         for name, value in shares.items():
             if not 0 <= value <= 1:
@@ -103,7 +108,7 @@ class StageSettings:
     schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.learning_rate <= 0 or self.warmup < 0:
+        if self.epochs < 0 or not 0 < self.learning_rate < math.inf or not 0 <= self.warmup < math.inf:
             raise RecipeError(
                 f"a stage needs epochs >= 0, learning_rate > 0, warmup >= 0; got epochs={self.epochs}, "
                 f"learning_rate={self.learning_rate}, warmup={self.warmup}"
@@ -143,6 +148,8 @@ def make_accelerator(precision: Precision, device: str | None = None) -> Acceler
         device: ``cpu`` to stay off an accelerator that is there; None takes the best.
     """
     cpu = device == "cpu" or not torch.accelerator.is_available()
+    # Accelerate holds one device and precision a process and refuses others; each run here has its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=resolve_precision(precision, cpu=cpu), cpu=cpu)
 
 
@@ -275,7 +282,7 @@ class _Run:
         teacher: nn.Module | None,
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
-        self.raw_model, self.sampler = model, loader.sampler
+        self.raw_model = model
         self.teacher = teacher.eval() if teacher is not None and settings.distillation > 0 else None
         optimizer = create_optimizer_v2(
             model, opt=settings.optimizer, lr=stage.learning_rate, weight_decay=settings.weight_decay
@@ -317,7 +324,8 @@ class _Run:
     ) -> tuple[float, admm.AdmmState | None]:
         """One pass over the images; returns the mean loss and ADMM's state after it."""
         self.model.train()
-        self.sampler.set_epoch(number)  # type: ignore[attr-defined]
+        # Through Accelerate's loader, which otherwise sets its sampler back to the number of its own iterations.
+        self.loader.set_epoch(number)
         total, seen, began = torch.zeros((), device=self.accelerator.device), 0, time.perf_counter()
         for images, labels in self.loader:
             if not len(labels):  # none of its images could be read

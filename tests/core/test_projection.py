@@ -69,9 +69,7 @@ def moments_of(inputs: Tensor, heads: Tensor, hidden: Tensor) -> BlockMoments:
 
 
 def random_moments(seed: int) -> BlockMoments:
-    return moments_of(
-        random_inputs(seed, DIM), random_inputs(seed + 1, HEADS * WIDTH), random_inputs(seed + 2, FFN)
-    )
+    return moments_of(random_inputs(seed, DIM), random_inputs(seed + 1, HEADS * WIDTH), random_inputs(seed + 2, FFN))
 
 
 WHITE = BlockMoments(*(torch.eye(n + 1, dtype=torch.float64) for n in (DIM, HEADS * WIDTH, FFN)))
@@ -114,7 +112,9 @@ def test_euclidean_projection_is_the_nearest_point_of_the_set(shape: BlockShape,
     projected = project(on_support(block, values, WHITE, kept, NORM), values)
     distance = float(sum((values[k] - projected[k]).double().square().sum() for k in values))
 
-    energy = {kind: unit_energy(values, block.slices(kind), n).tolist() for kind, n in (("qk", 6), ("vo", 6), ("ffn", 6))}
+    energy = {
+        kind: unit_energy(values, block.slices(kind), n).tolist() for kind, n in (("qk", 6), ("vo", 6), ("ffn", 6))
+    }
     everything = sum(sum(e) for e in energy.values())
     nearest = min(
         everything - sum(energy[kind][u] for kind in energy for u in plan.units(kind, FULL)) for plan in supports(shape)
@@ -136,7 +136,9 @@ def test_euclidean_projection_keeps_units_untouched_and_is_idempotent(
         stays = torch.zeros(6, dtype=torch.bool)
         stays[kept.units(kind, FULL)] = True
         for entry in block.slices(kind):
-            assert torch.equal(projected[entry].movedim(entry.axis, 0)[stays], values[entry].movedim(entry.axis, 0)[stays])
+            assert torch.equal(
+                projected[entry].movedim(entry.axis, 0)[stays], values[entry].movedim(entry.axis, 0)[stays]
+            )
             assert not projected[entry].movedim(entry.axis, 0)[~stays].any()
     assert all(torch.equal(again, projected[k]) for k, again in project(projection, projected).items())
     assert select(block, projected, moments, shape, how) == kept
@@ -236,8 +238,8 @@ def test_removing_one_unit_is_optimal() -> None:
 @pytest.mark.parametrize("count", [6, 4, 2])
 def test_greedy_selection_is_close_to_the_best_subset(count: int) -> None:
     ratios = sorted(greedy_over_best(seed, count) for seed in range(12))
-    assert ratios[6] < 1.2
-    assert ratios[-1] < 3
+    assert ratios[8] < 1.05
+    assert ratios[-1] < 4
 
 
 @pytest.mark.parametrize("count", [1, 20, 39, 40])
@@ -254,7 +256,9 @@ def test_removing_one_head_in_the_data_metric_is_optimal(seed: int) -> None:
     values = random_values(block, DATA, seed)
     heads = random_inputs(seed, 6)
     moments = replace(random_moments(seed), head_outputs=heads.T @ heads / len(heads))
-    weight = torch.cat([values[block.attention_readout.columns], values[bias_slice(block.attention_readout)][:, None]], 1)
+    weight = torch.cat(
+        [values[block.attention_readout.columns], values[bias_slice(block.attention_readout)][:, None]], 1
+    )
     target = heads @ weight.double().T
 
     def error(head: int) -> float:
@@ -356,9 +360,7 @@ def test_size_in_the_data_metric_is_the_energy_of_what_is_computed(bias: bool) -
 
 
 @pytest.mark.parametrize("metric", ["data", "euclidean"])
-def test_constrained_tensors_are_views_of_the_model(
-    metric: str, model: nn.Module, structure: ModelStructure
-) -> None:
+def test_constrained_tensors_are_views_of_the_model(metric: str, model: nn.Module, structure: ModelStructure) -> None:
     block = structure.blocks[1]
     values = constrained(model, block, metric)
     assert (block.value[0] in values) == (metric == "euclidean")

@@ -112,7 +112,9 @@ def test_after_rotation_selection_keeps_leading_dimensions(
     moments = rotate(model, structure, collect_moments(model, structure, [images]))
     block = structure.blocks[0]
     how = ProjectionSettings(metric="euclidean", strength="activation", guidance=0)
-    kept = select(block, constrained(model, block, "euclidean"), moments[0], BlockShape(heads=4, qk=3, vo=5, ffn=64), how)
+    kept = select(
+        block, constrained(model, block, "euclidean"), moments[0], BlockShape(heads=4, qk=3, vo=5, ffn=64), how
+    )
     assert kept.qk == ((0, 1, 2),) * 4
     assert kept.vo == ((0, 1, 2, 3, 4),) * 4
 

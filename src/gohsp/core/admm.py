@@ -234,8 +234,9 @@ def add_penalty_gradients(state: AdmmState) -> None:
                 gradients.append(gradient.narrow(entry.axis, entry.start, weight.shape[entry.axis]))
                 weights.append(weight)
                 anchors.append(anchored[entry])
-    torch._foreach_add_(gradients, weights, alpha=state.rho)
-    torch._foreach_add_(gradients, anchors, alpha=-state.rho)
+    if gradients:
+        torch._foreach_add_(gradients, weights, alpha=state.rho)
+        torch._foreach_add_(gradients, anchors, alpha=-state.rho)
 
 
 def after_step(state: AdmmState, progress: float) -> AdmmState:

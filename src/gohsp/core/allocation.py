@@ -6,6 +6,7 @@ Where the numbers come from is the caller's business; :mod:`gohsp.core.sensitivi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -90,7 +91,7 @@ def allowed_widths(block: BlockStructure, kind: Kind, settings: WidthSettings) -
         return tuple(range(min(settings.min_heads, have), have + 1))
     step = settings.multiple
     floor = settings.min_width if kind in ("qk", "vo") else settings.min_ffn * have
-    first = max(step, -(-int(floor) // step) * step)
+    first = max(step, math.ceil(floor / step) * step)
     return (*range(first, have, step), have)
 
 
@@ -126,7 +127,7 @@ def allocate(
         g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)
     ]
     fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
-    require_feasible(structure, kind, limit, settings)
+    _require_within(limit, fixed + sum(min(o.cost for o in group) for group in groups), kind)
 
     def cheapest(price: float) -> list[_Option]:
         return [min(group, key=lambda o: (o.damage + price * o.cost, o.cost)) for group in groups]
@@ -154,7 +155,10 @@ def require_feasible(structure: ModelStructure, kind: BudgetKind, limit: int, se
     floors = [
         BlockShape(**{FIELDS[k]: allowed_widths(block, k, settings)[0] for k in KINDS}) for block in structure.blocks
     ]
-    smallest = model_cost(structure, floors, kind)
+    _require_within(limit, model_cost(structure, floors, kind), kind)
+
+
+def _require_within(limit: int, smallest: int, kind: BudgetKind) -> None:
     if smallest > limit:
         raise BudgetError(
             f"no plan meets {limit:,} {kind}: the smallest possible model has {smallest:,}; "

@@ -134,7 +134,7 @@ class HeadStatisticsFitter:
         """
         inputs, outputs = self._forward(images)
         with torch.no_grad():
-            flat = [z.detach().flatten(0, 1).float() for z in outputs]
+            flat = [z.detach().flatten(0, 1) for z in outputs]
             for moments, z in zip(self._moments, flat, strict=True):
                 moments.update(z)
             if self._edge not in _OUTPUT_EDGES:
@@ -192,7 +192,10 @@ class HeadStatisticsFitter:
                 f"scope 'global' compares heads of all blocks, which here see {sorted(tokens)} tokens; "
                 "use scope 'layer'"
             )
-        return torch.cat([attention_rows(self._model, self._blocks[i], inputs[i]).float() for i in graph], dim=1)
+        maps = [attention_rows(self._model, self._blocks[i], inputs[i]).float() for i in graph]
+        for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
+            _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
+        return torch.cat(maps, dim=1)
 
     @property
     def statistics(self) -> HeadStatistics:
@@ -327,15 +330,16 @@ def _require_finite(what: str, x: Tensor) -> None:
 
 
 class _Moments:
-    """Mean and covariance of rows ``[rows, units]``: products in their own precision, sums in float64."""
+    """Mean and covariance of rows ``[rows, units]``, in float64."""
 
     def __init__(self, units: int) -> None:
         self._count = 0
         self._sum, self._products = _zeros(units), _zeros(units, units)
 
     def update(self, rows: Tensor) -> None:
+        rows = rows.double()  # the mean's square is taken off later, and can be far larger than the covariance
         self._count += len(rows)
-        self._sum += rows.sum(dim=0, dtype=torch.float64).cpu()
+        self._sum += rows.sum(dim=0).cpu()
         self._products += (rows.T @ rows).cpu()
 
     @property

@@ -215,15 +215,10 @@ def weight_norms(model: nn.Module, structure: ModelStructure) -> Tensor:
 
 def _landings(values: Tensor, teleport: Teleport) -> tuple[Tensor, list[str]]:
     """Where the walk lands when it leaves the graph ``[nodes]``, summing to 1, and notes on how that came about."""
-    least = float(values.min())
-    raised = values - min(least, 0.0)
-    notes = []
-    if least < 0:
-        notes.append(f"teleport '{teleport}' is as low as {least:.3g}; all heads were raised until the least is 0")
-    if not raised.any():
-        notes.append(f"teleport '{teleport}' tells no head from another; it is uniform here")
-        raised = torch.ones_like(raised)
-    return normalise(raised), notes
+    raised = values - values.min().clamp(max=0)
+    if raised.any():
+        return normalise(raised), []
+    return normalise(torch.ones_like(raised)), [f"teleport '{teleport}' tells no head from another; it is uniform here"]
 
 
 def _chain_notes(where: str, edges: Tensor, chain: StationaryDistribution, settings: RankingSettings) -> list[str]:

@@ -28,6 +28,7 @@ def measure_curves(
     widths: WidthSettings,
     settings: ProjectionSettings,
     *,
+    precision: torch.dtype = torch.float32,
     advance: Callable[[], None] = lambda: None,
 ) -> Curves:
     """KL divergence from the dense predictions when each piece alone is projected to each of a few widths.
@@ -42,12 +43,13 @@ def measure_curves(
         scores: Graph scores by block and head, which decide the order in which heads go; None for none.
         widths: Allowed widths.
         settings: Metric and strength of the projection.
+        precision: Data type of the forward passes; below float32 by autocast.
         advance: Called once per measured point (:func:`count_points` of them), for progress.
 
     Returns:
         Curves by block and kind, for the kinds that may be cut.
     """
-    reference = predictions(model, batches)
+    reference = predictions(model, batches, precision)
     curves = []
     for i, block in enumerate(structure.blocks):
         ranking = None if scores is None else torch.tensor(scores[i], device=reference[0].device)
@@ -58,7 +60,9 @@ def measure_curves(
                 continue
             damage = []
             for width in grid[:-1]:
-                damage.append(_damage(model, block, moments[i], kind, width, ranking, settings, batches, reference))
+                damage.append(
+                    _damage(model, block, moments[i], kind, width, ranking, settings, batches, reference, precision)
+                )
                 advance()
             of_block[kind] = DamageCurve(grid, (*damage, 0.0))
         curves.append(of_block)
@@ -76,13 +80,15 @@ def _grid(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[i
     return tuple(allowed[i] for i in sorted({round(share * last) for share in (*GRID, 1.0)}))
 
 
-def predictions(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+def predictions(model: nn.Module, batches: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
     """Log-probabilities ``[B, classes]`` of every batch, in float32."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    with torch.no_grad():
-        result = [model(images.to(device)).float().log_softmax(-1) for images in batches]
+    # Autocast keeps casts of weights until it is left; left after every pass, it never sees stale ones.
+    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        logits = [model(images.to(device)) for images in batches]
+    result = [batch.float().log_softmax(-1) for batch in logits]
     model.train(training)
     return result
 
@@ -104,6 +110,7 @@ def _damage(
     settings: ProjectionSettings,
     batches: Sequence[Tensor],
     reference: Sequence[Tensor],
+    precision: torch.dtype,
 ) -> float:
     values = constrained(model, block, settings.metric)
     shape = replace(block.shape, **{FIELDS[kind]: width})
@@ -113,7 +120,7 @@ def _damage(
     try:
         for entry, target in project(on_support(block, values, moments, kept, settings), values).items():
             values[entry].copy_(target)
-        return divergence(reference, predictions(model, batches))
+        return divergence(reference, predictions(model, batches, precision))
     finally:
         for entry, value in before.items():
             values[entry].copy_(value)

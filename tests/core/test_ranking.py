@@ -1,0 +1,256 @@
+"""Rankings: invariances, agreement with their parts, and the figure on the real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gohsp.core.attention_stats import EDGES, SCOPES, Edge, HeadStatistics, Scope, collect_head_statistics
+from gohsp.core.graph import stationary_distribution, transition_matrix
+from gohsp.core.ranking import TELEPORTS, RankingSettings, Teleport, head_values, rank, rank_heads, weight_norms
+from gohsp.errors import RecipeError
+from gohsp.models import describe
+from gohsp.structure import ModelStructure
+
+HEADS, WIDTH, DIM = 4, 8, 32
+
+
+def flat(scores: tuple[tuple[float, ...], ...]) -> Tensor:
+    return torch.tensor([s for block in scores for s in block], dtype=torch.float64)
+
+
+def statistics_of(edges: list[Tensor], heads: tuple[int, ...]) -> HeadStatistics:
+    ones = torch.ones(sum(heads), dtype=torch.float64)
+    return HeadStatistics(
+        heads=heads, images=1, edges=tuple(edges), contribution=ones, fisher=None, taylor=None, fisher_residual=None
+    )
+
+
+def permute_heads(model: Any, block: int, order: list[int]) -> None:
+    """Reorder a block's heads; the model's function stays the same."""
+    attn = model.blocks[block].attn
+    with torch.no_grad():
+        for p in (attn.qkv.weight, attn.qkv.bias):
+            by_head = p.view(3, HEADS, WIDTH, -1)
+            by_head.copy_(by_head[:, order].clone())
+        columns = attn.proj.weight.view(DIM, HEADS, WIDTH)
+        columns.copy_(columns[:, order].clone())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("edge", "teleport"), [*itertools.product(EDGES, ["taylor"]), *itertools.product(["kl"], TELEPORTS)]
+)
+def test_renaming_heads_renames_their_scores_and_nothing_else(
+    make_model: Callable[..., nn.Module], images: Tensor, scope: Scope, edge: Edge, teleport: Teleport
+) -> None:
+    settings = RankingSettings(edge=edge, scope=scope, teleport=teleport)
+    model = make_model()
+    before = rank_heads(model, describe(model), [images], settings)
+    order = [2, 0, 3, 1]
+    permute_heads(model, 1, order)
+    after = rank_heads(model, describe(model), [images], settings)
+    expected = (before.scores[0], tuple(before.scores[1][h] for h in order))
+    torch.testing.assert_close(flat(after.scores), flat(expected), rtol=1e-3, atol=1e-6)
+    assert flat(before.scores).std() > 1e-4 or teleport == "uniform"
+    assert [order[h] for h in after.order(1)] == before.order(1)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("teleport", TELEPORTS)
+def test_scores_are_a_distribution_over_all_heads_and_the_report_takes_them(
+    model: nn.Module, structure: ModelStructure, images: Tensor, scope: Scope, teleport: Teleport
+) -> None:
+    ranking = rank_heads(model, structure, images.split(16), RankingSettings(scope=scope, teleport=teleport))
+    scores = flat(ranking.scores)
+    assert [len(block) for block in ranking.scores] == [HEADS, HEADS]
+    assert scores.sum() == pytest.approx(1)
+    assert (scores >= 0).all()
+    assert ranking.images == 32
+    assert ranking.residual <= 1e-10
+    written = json.loads(json.dumps(ranking.to_json(), allow_nan=False))
+    keys = "method edge scope damping teleport scores transition iterations residual images notes"
+    assert list(written) == keys.split()
+    for rows in written["transition"]:
+        torch.testing.assert_close(torch.tensor(rows).sum(dim=1), torch.ones(HEADS))
+
+
+def test_a_global_chain_is_that_of_its_edges_and_teleport(
+    model: nn.Module, structure: ModelStructure, images: Tensor
+) -> None:
+    settings = RankingSettings(edge="kl", scope="global", damping=0.6, teleport="contribution")
+    statistics = collect_head_statistics(model, structure, [images], scope="global", edge="kl", fisher=False)
+    P = transition_matrix(statistics.edges[0])
+    expected = stationary_distribution(P, damping=0.6, teleport=statistics.contribution)
+    ranking = rank_heads(model, structure, [images], settings)
+    torch.testing.assert_close(flat(ranking.scores), expected.pi)
+    torch.testing.assert_close(ranking.transition[0], P)
+    assert ranking.iterations == expected.iterations > 0
+    inside = torch.tensor(ranking.to_json()["transition"][1], dtype=torch.float64)
+    torch.testing.assert_close(inside, transition_matrix(statistics.edges[0][HEADS:, HEADS:]))
+
+
+def test_layer_chains_share_the_teleport_between_blocks() -> None:
+    edges = [torch.rand(3, 3), torch.rand(2, 2)]
+    values = torch.tensor([1.0, 2, 3, 1, 3])
+    ranking = rank(statistics_of(edges, (3, 2)), values, RankingSettings(scope="layer", damping=0.7))
+    assert sum(ranking.scores[0]) == pytest.approx(0.6)
+    assert sum(ranking.scores[1]) == pytest.approx(0.4)
+    within = stationary_distribution(transition_matrix(edges[1]), damping=0.7, teleport=values[3:]).pi
+    torch.testing.assert_close(flat(ranking.scores)[3:], 0.4 * within)
+
+
+def test_without_damping_both_scopes_are_the_teleport_alone() -> None:
+    values = torch.tensor([1.0, 2, 3, 4])
+    for scope, edges in (("global", [torch.rand(4, 4)]), ("layer", [torch.rand(2, 2)] * 2)):
+        ranking = rank(statistics_of(edges, (2, 2)), values, RankingSettings(scope=scope, damping=0.0))
+        torch.testing.assert_close(flat(ranking.scores), values.double() / 10)
+
+
+def test_negative_values_are_raised_and_keep_their_order() -> None:
+    values = torch.tensor([-0.5, 0.5, 1.5, 0.0])
+    ranking = rank(statistics_of([torch.rand(4, 4)], (4,)), values, RankingSettings(damping=0.0))
+    torch.testing.assert_close(flat(ranking.scores), torch.tensor([0, 1, 2, 0.5], dtype=torch.float64) / 3.5)
+    assert ranking.order(0) == [2, 1, 3, 0]
+
+
+def test_ties_isolated_heads_and_islands_are_noted() -> None:
+    edges = torch.zeros(4, 4)
+    edges[0, 1] = edges[1, 0] = 1
+    notes = " ".join(rank(statistics_of([edges], (4,)), torch.zeros(4), RankingSettings()).notes)
+    assert "tells no head from another" in notes
+    assert "heads [2, 3] have no edges" in notes
+    assert "reducible" in notes
+    assert not rank(statistics_of([torch.rand(4, 4)], (4,)), torch.rand(4), RankingSettings()).notes
+
+
+def test_a_chain_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stationary_distribution, "__kwdefaults__", {"max_iterations": 1, "teleport": None})
+    ranking = rank(statistics_of([torch.rand(4, 4)], (4,)), torch.rand(4), RankingSettings(damping=0.9))
+    assert any("no convergence in 1 iterations" in note for note in ranking.notes)
+    assert ranking.residual > 1e-10
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_one_head_blocks_can_be_ranked(make_model: Callable[..., nn.Module], images: Tensor, scope: Scope) -> None:
+    model = make_model(num_heads=1)
+    ranking = rank_heads(model, describe(model), [images], RankingSettings(scope=scope))
+    assert [len(block) for block in ranking.scores] == [1, 1]
+    assert ranking.to_json()["transition"] == [[[1.0]], [[1.0]]]
+
+
+def test_random_is_reproducible_by_its_seed_alone(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
+    settings = RankingSettings(method="random")
+
+    def scores(seed: int) -> Tensor:
+        torch.rand(1)  # the global generator has no say
+        return flat(rank_heads(model, structure, [images], settings, seed=seed).scores)
+
+    assert torch.equal(scores(3), scores(3))
+    assert not torch.equal(scores(3), scores(4))
+    assert scores(3).sum() == pytest.approx(1)
+
+
+def test_a_chain_does_not_depend_on_the_seed(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
+    first, second = (rank_heads(model, structure, [images], RankingSettings(), seed=seed) for seed in (0, 1))
+    assert first.scores == second.scores
+
+
+def test_weight_norms_count_every_parameter_of_a_head(model: Any, structure: ModelStructure) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        attn = model.blocks[1].attn
+        attn.qkv.weight.view(3, HEADS, WIDTH, DIM)[0, 2, 5, 7] = 2.0  # a query weight of head 2
+        attn.qkv.bias.view(3, HEADS, WIDTH)[2, 2, 1] = 3.0  # a value bias of head 2
+        attn.proj.weight.view(DIM, HEADS, WIDTH)[0, 3, 4] = 4.0  # an output column of head 3
+    assert weight_norms(model, structure).tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 13**0.5, 4])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "magic"),
+        ("edge", "jds"),
+        ("scope", "block"),
+        ("teleport", "tailor"),
+        ("damping", 1.5),
+        ("damping", float("nan")),
+        ("tolerance", 0.0),
+    ],
+)
+def test_settings_refuse_what_is_not_allowed(field: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=field):
+        RankingSettings(**{field: value})
+
+
+def test_a_refused_name_comes_with_the_allowed_ones() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'taylor'.*weight_norm"):
+        RankingSettings(teleport="tailor")  # type: ignore[arg-type]
+
+
+def leave_one_out(model: Any, batches: list[Tensor], labels: Tensor) -> Tensor:
+    """Rise of the mean cross entropy when one head's columns of the output projection are zero ``[nodes]``."""
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(torch.cat([model(x) for x in batches]), labels))
+
+    dense, rises = loss(), []
+    for block in model.blocks:
+        weight = block.attn.proj.weight
+        for h in range(block.attn.num_heads):
+            columns = weight.data[:, h * WIDTH : (h + 1) * WIDTH]
+            kept = columns.clone()
+            columns.zero_()
+            rises.append(loss() - dense)
+            columns.copy_(kept)
+    return torch.tensor(rises, dtype=torch.float64)
+
+
+def test_taylor_predicts_the_loss_where_heads_matter_little(
+    model: Any, structure: ModelStructure, images: Tensor
+) -> None:
+    with torch.no_grad():
+        for block in model.blocks:  # far from the edge of the expansion
+            block.attn.proj.weight.mul_(1e-3)
+        predicted = model(images).argmax(dim=-1)
+    statistics = collect_head_statistics(model, structure, [images])
+    truth = leave_one_out(model, [images], predicted)
+    values = head_values(model, structure, statistics, "taylor")
+    torch.testing.assert_close(values, truth, rtol=0.1, atol=2e-6)
+    assert truth.abs().min() > 5e-5
+
+
+@pytest.mark.assets
+def test_default_ranking_reads_what_zeroing_a_head_of_deit_tiny_costs(assets: Path) -> None:
+    """Against the true rises that the benchmark measured on 1,000 validation images; random is 0 +- 0.17."""
+    from safetensors.torch import load_file
+    from scipy.stats import spearmanr
+    from timm import create_model
+
+    from gohsp import data
+
+    record = json.loads(
+        (Path(__file__).parents[2] / "benchmarks" / "results" / "head_ranking_deit_tiny.json").read_text()
+    )
+    model = create_model("deit_tiny_patch16_224")
+    model.load_state_dict(load_file(assets / "models" / "deit_tiny_patch16_224.safetensors"))
+    batches = data.calibration_images(
+        data.DataSource(source=f"hfds/{assets / 'data' / 'imagenet-1k-mini'}"),
+        "train",
+        128,
+        transform=data.eval_transform(data.Preprocessing.from_model(model)),
+        batch_size=32,
+    )
+    ranking = rank_heads(model, describe(model), batches, RankingSettings())
+    assert spearmanr(flat(ranking.scores), record["truth"]["evaluation"]["loss"]).statistic > 0.45
+    assert dataclasses.asdict(RankingSettings())["teleport"] == ranking.to_json()["teleport"]

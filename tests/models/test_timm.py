@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import Attention
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from gohsp.errors import UnsupportedModelError
+from gohsp.models import compact, describe, specification
+from gohsp.models.attention import PrunedAttention
+from gohsp.structure import BlockPlan, BlockShape, Plan, UnitSlice, model_cost
+
+
+def test_deit_tiny_as_published() -> None:
+    """5.717 M parameters; MACs by hand."""
+    with torch.device("meta"):
+        structure = describe(timm.create_model("deit_tiny_patch16_224"))
+    assert structure.shapes == (BlockShape(heads=3, qk=64, vo=64, ffn=768),) * 12
+    assert (structure.embed_dim, structure.tokens) == (192, 197)
+    assert model_cost(structure, structure.shapes, "params") == 5_717_416
+    block = 197 * 12 * 192 * 192 + 2 * 197 * 197 * 192
+    assert model_cost(structure, structure.shapes, "macs") == 12 * block + 196 * 768 * 192 + 192 * 1000
+    assert structure.fixed_macs == 196 * 768 * 192 + 192 * 1000
+    assert structure.blocks[0].scale == 0.125
+
+
+def test_where_units_sit(make_model: Callable[..., nn.Module]) -> None:
+    block = describe(make_model("deit3_small_patch16_224", mlp_ratio=2)).blocks[1]
+    qkv, weight = "blocks.1.attn.qkv", "blocks.1.attn.qkv.weight"
+    assert [s.start for s in (*block.query, *block.key, *block.value)] == [0, 0, 32, 32, 64, 64]
+    assert block.value[0] == UnitSlice(parameter=weight, axis=0, start=64, size=32)
+    assert block.value[1] == UnitSlice(parameter=f"{qkv}.bias", axis=0, start=64, size=1)
+    assert block.attention_readout.gain == "blocks.1.ls1.gamma"
+    assert block.ffn_readout.gain == "blocks.1.ls2.gamma"
+    assert (block.name, block.attention, block.ffn_readout.module) == ("blocks.1", "blocks.1.attn", "blocks.1.mlp.fc2")
+    normed = describe(make_model(qk_norm=True)).blocks[0]
+    assert (normed.query_norm, normed.key_norm) == ("blocks.0.attn.q_norm", "blocks.0.attn.k_norm")
+
+
+def test_packed_gated_units_have_two_rows(make_model: Callable[..., nn.Module]) -> None:
+    model = make_model("vit_giant_patch14_dinov2", mlp_ratio=3.0)
+    block = describe(model).blocks[0]
+    assert block.shape.ffn == 48
+    assert [(s.parameter.rsplit(".", 1)[1], s.start) for s in block.ffn_in] == [
+        ("weight", 0),
+        ("bias", 0),
+        ("weight", 48),
+        ("bias", 48),
+    ]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_pruned_attention_is_a_drop_in_for_timms(fused: bool, qk_norm: bool) -> None:
+    theirs = Attention(32, num_heads=4, qkv_bias=True, qk_norm=qk_norm, scale_norm=qk_norm, norm_layer=nn.LayerNorm)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    ours = PrunedAttention(
+        32,
+        heads=4,
+        qk=8,
+        vo=8,
+        qkv_bias=True,
+        proj_bias=True,
+        q_norm=nn.LayerNorm(8) if qk_norm else None,
+        k_norm=nn.LayerNorm(8) if qk_norm else None,
+        norm=nn.LayerNorm(32) if qk_norm else None,
+    )
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.fused_attn = ours.fused_attn = fused
+    x, mask = torch.randn(2, 6, 32), torch.randn(2, 1, 6, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x, attn_mask=mask), theirs(x, attn_mask=mask), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x, is_causal=True), theirs(x, is_causal=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("qk", "vo"), [(3, 8), (8, 3), (5, 5), (1, 2)])
+def test_pruned_attention_by_hand(qk: int, vo: int) -> None:
+    attn = PrunedAttention(6, heads=2, qk=qk, vo=vo, qkv_bias=True, proj_bias=False)
+    x = torch.randn(3, 4, 6)
+    q, k, v = attn.qkv(x).split([2 * qk, 2 * qk, 2 * vo], dim=-1)
+    heads = []
+    for h in range(2):
+        a, b, c = (t[..., h * w : (h + 1) * w] for t, w in ((q, qk), (k, qk), (v, vo)))
+        heads.append((a @ b.transpose(1, 2) / qk**0.5).softmax(-1) @ c)
+    expected = torch.cat(heads, dim=-1) @ attn.proj.weight.T
+    for fused in (True, False):
+        attn.fused_attn = fused
+        torch.testing.assert_close(attn(x), expected, rtol=1e-4, atol=1e-5)
+    assert attn.proj.bias is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_dropout_acts_in_training_only(fused: bool) -> None:
+    attn = PrunedAttention(6, heads=2, qk=2, vo=3, qkv_bias=True, proj_bias=True, attn_drop=0.5)
+    attn.fused_attn = fused
+    x = torch.randn(1, 4, 6)
+    assert not torch.equal(attn.train()(x), attn(x))
+    assert torch.equal(attn.eval()(x), attn(x))
+
+
+def tiny(**arguments: object) -> nn.Module:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ("resnet18", r"timm\.models\.resnet\.ResNet"),
+        ("swin_tiny_patch4_window7_224", r"SwinTransformer"),
+        ("eva02_tiny_patch14_224", r"timm\.models\.eva\.Eva"),
+        ("vit_base_patch16_rope_224", r"timm\.models\.eva\.Eva"),
+        ("vit_relpos_small_patch16_224", r"VisionTransformerRelPos"),
+    ],
+)
+def test_other_models_are_refused_by_class(architecture: str, named: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    with pytest.raises(UnsupportedModelError, match=rf"a .*{named} cannot be pruned; supported: .*deit_\*"):
+        describe(model)
+
+
+def gated() -> nn.Module:
+    model = tiny()
+    model.blocks[1].attn = Attention(32, num_heads=4, gated=True)
+    return model
+
+
+def with_foreign_mlp() -> nn.Module:
+    model = tiny()
+    model.blocks[1].mlp = nn.Linear(32, 32)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: tiny(block_fn=ParallelScalingBlock), r"module 'blocks\.0' is a .*ParallelScalingBlock"),
+        (lambda: tiny(block_fn=ResPostBlock), r"module 'blocks\.0' is a .*ResPostBlock"),
+        (gated, r"module 'blocks\.1\.attn' is a .*Attention with a gate"),
+        (with_foreign_mlp, r"module 'blocks\.1\.mlp' is a torch\..*Linear"),
+    ],
+)
+def test_foreign_modules_are_named_with_what_is_supported(make: Callable[[], nn.Module], named: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=named + r".*, which cannot be pruned; supported: .*SwiGLU"):
+        describe(make())
+
+
+def test_a_model_of_unknown_origin_is_refused() -> None:
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4)
+    with pytest.raises(UnsupportedModelError, match=r"make it with timm\.create_model"):
+        describe(model)
+
+
+def test_specification_holds_what_differs_from_the_default_alone() -> None:
+    with torch.device("meta"):
+        assert specification(timm.create_model("deit_tiny_patch16_224"))["arguments"] == {}
+        changed = timm.create_model("deit_tiny_patch16_224", num_classes=10, img_size=96, drop_path_rate=0.2)
+    assert specification(changed) == {
+        "library": "timm",
+        "architecture": "deit_tiny_patch16_224",
+        "arguments": {"num_classes": 10, "img_size": [96, 96]},
+    }
+
+
+@pytest.mark.assets
+def test_a_real_checkpoint_compacts_exactly(assets: Path) -> None:
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    model.load_state_dict(load_file(assets / "models" / "deit_tiny_patch16_224.safetensors"), strict=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(have: int, want: int) -> tuple[int, ...]:
+        return tuple(sorted(torch.randperm(have, generator=generator)[:want].tolist()))
+
+    plan = Plan(
+        tuple(
+            BlockPlan(
+                heads=pick(3, 2),
+                qk=(pick(64, 40), pick(64, 40)),
+                vo=(pick(64, 48), pick(64, 48)),
+                ffn=pick(768, 512),
+            )
+            for _ in range(12)
+        )
+    )
+    probe: Tensor = torch.randn(2, 3, 224, 224, generator=generator)
+    result = compact(model, plan, probe)
+    assert result.max_relative_difference <= 1e-5
+    assert sum(p.numel() for p in result.model.parameters()) == model_cost(describe(model), plan.shapes, "params")

@@ -1,0 +1,441 @@
+"""Model folders and weights files: what goes in comes out, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import gohsp
+from gohsp import checkpoint
+from gohsp.data import Preprocessing
+from gohsp.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from gohsp.structure import BlockPlan, Plan
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+EQUAL = ((0, 2), 4, 4, 24), ((0, 1, 3), 6, 6, 40)
+UNEQUAL = ((1, 3), 4, 6, 24), ((2,), 8, 2, 128)
+VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "dense": ("vit_tiny_patch16_224", {}, None),
+    "arguments": ("vit_tiny_patch16_224", {"img_size": (8, 12), "in_chans": 3, "num_classes": 7}, None),
+    "equal": ("vit_tiny_patch16_224", {}, EQUAL),
+    "unequal": ("vit_tiny_patch16_224", {"in_chans": 3, "num_classes": 3}, UNEQUAL),
+    "layerscale": ("vit_tiny_patch16_224", {"init_values": 0.1}, UNEQUAL),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, UNEQUAL),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}, UNEQUAL),
+}
+
+
+def tiny(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **arguments})
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing stays at a value that an initialiser would give it too
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def plan_of(blocks: Any) -> Plan:
+    return Plan(
+        tuple(
+            BlockPlan(
+                heads=heads,
+                qk=tuple(tuple(range(8 - qk, 8)) for _ in heads),
+                vo=tuple(tuple(range(vo)) for _ in heads),
+                ffn=tuple(range(ffn)),
+            )
+            for heads, qk, vo, ffn in blocks
+        )
+    )
+
+
+def images_for(model: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    height, width = model.patch_embed.img_size  # type: ignore[union-attr]
+    return torch.randn(3, model.in_chans, height, width, generator=generator)  # type: ignore[call-overload]
+
+
+def make(variant: str) -> tuple[nn.Module, Plan | None]:
+    name, arguments, blocks = VARIANTS[variant]
+    model = tiny(name, **arguments)
+    if blocks is None:
+        return model, None
+    plan = plan_of(blocks)
+    return gohsp.compact(model, plan, images_for(model)).model, plan
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change entries of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pruned model's folder, to be damaged."""
+    model, plan = make("unequal")
+    gohsp.save(model, tmp_path / "model", plan=plan)
+    return tmp_path / "model"
+
+
+# Round trip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[nn.Module, Plan | None]]]:
+    root = tmp_path_factory.mktemp("models")
+    made = {variant: make(variant) for variant in VARIANTS}
+    for variant, (model, plan) in made.items():
+        gohsp.save(model, root / variant, plan=plan, made_by={"by": "test"}, metrics={"top1": 12.5})
+    return root, made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_is_bit_exact(saved, variant: str):
+    root, made = saved
+    model, plan = made[variant]
+    loaded = gohsp.load(root / variant)
+    state, again = model.state_dict(), loaded.state_dict()
+    assert list(state) == list(again)
+    assert all(torch.equal(state[k], again[k]) and state[k].dtype == again[k].dtype for k in state)
+    assert not loaded.training
+    assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(images_for(model)), loaded(images_for(model)))
+    assert [type(a.attn) for a in loaded.blocks] == [type(a.attn) for a in model.blocks]  # type: ignore[union-attr]
+    assert gohsp.describe(loaded) == gohsp.describe(model)
+    config = json.loads((root / variant / "config.json").read_text())
+    assert config["kept"] == (json.loads(json.dumps(plan.to_json())) if plan else None)
+    assert (config["made_by"], config["metrics"]) == ({"by": "test"}, {"top1": 12.5})
+    assert config["params"] == sum(p.numel() for p in model.parameters())
+    assert sorted(os.listdir(root / variant)) == ["config.json", "model.safetensors"]
+
+
+def test_attention_stays_timms_where_widths_allow(saved):
+    root, _ = saved
+
+    def classes(variant: str) -> list[str]:
+        return [type(b.attn).__module__ for b in gohsp.load(root / variant).blocks]  # type: ignore[union-attr]
+
+    assert classes("equal") == classes("dense") == ["timm.layers.attention"] * 2
+    assert classes("unequal") == ["gohsp.models.attention"] * 2
+
+
+def test_a_loaded_model_can_be_saved_again(saved, tmp_path: Path):
+    root, _ = saved
+    gohsp.save(gohsp.load(root / "unequal"), tmp_path)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (root / "unequal", tmp_path))
+    same = ("library", "architecture", "arguments", "widths", "preprocessing", "params", "macs")
+    assert {k: before[k] for k in same} == {k: after[k] for k in same}
+    assert (root / "unequal" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_new_process_loads_the_same_functions(saved, tmp_path: Path):
+    root, made = saved
+    inputs = {variant: images_for(model) for variant, (model, _) in made.items()}
+    save_file(inputs, tmp_path / "images.safetensors")
+    script = (
+        "import sys, torch, gohsp\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "torch.load = None\n"  # weights come without unpickling
+        "images = load_file(sys.argv[2])\n"
+        "with torch.no_grad():\n"
+        "    save_file({v: gohsp.load(f'{sys.argv[1]}/{v}')(x) for v, x in images.items()}, sys.argv[3])\n"
+    )
+    files = [str(root), str(tmp_path / "images.safetensors"), str(tmp_path / "logits.safetensors")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=300)
+    logits = load_file(tmp_path / "logits.safetensors")
+    with torch.no_grad():
+        for variant, (model, _) in made.items():
+            # Another process may use another number of threads, and so another order of sums.
+            torch.testing.assert_close(logits[variant], model(inputs[variant]), rtol=1e-5, atol=1e-6)
+
+
+def test_preprocessing_is_kept(tmp_path: Path):
+    model = tiny(in_chans=3)
+    changed = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.7, "interpolation": "bilinear"}
+    model.pretrained_cfg = {**model.pretrained_cfg, **changed, "crop_mode": "squash"}  # type: ignore[dict-item]
+    gohsp.save(model, tmp_path)
+    expected = Preprocessing(image_size=8, channels=3, **changed, crop_mode="squash")  # type: ignore[arg-type]
+    assert Preprocessing.from_model(gohsp.load(tmp_path)) == expected
+
+
+# Refused on loading
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, r"format version 2, this gohsp reads up to 1; update gohsp"),
+        ({"format_version": None}, "no format_version"),
+        ({"library": "keras"}, r"library 'keras' is unknown; this version reads \['timm'\]"),
+        ({"architecture": "vit_nonsense"}, "cannot make 'vit_nonsense'"),
+        ({"arguments": {"embed_dims": 3}}, "embed_dims"),
+        ({"widths": None, "arguments": None}, r"lacks \['arguments', 'widths'\]"),
+        ({"widths": [{"heads": 1, "qk": 8, "vo": 8, "ffn": 8}]}, "widths do not fit the architecture"),
+        ({"widths": [{"head": 1}, {}]}, "unknown key 'head'; did you mean 'heads'"),
+        ({"widths": [{"heads": 1, "qk": 0, "vo": 8, "ffn": 8}] * 2}, "'qk' must be"),
+        ({"widths": [{"heads": 1, "qk": -8, "vo": 8, "ffn": 8}] * 2}, "'qk' must be"),
+        ({"widths": [1, 2]}, "widths"),
+        ({"widths": 7}, "widths"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], message: str):
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        gohsp.load(folder)
+
+
+def test_a_missing_config_is_refused(folder: Path):
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        gohsp.load(folder)
+
+
+@pytest.mark.parametrize("text", ['{"format_version": 1', "", "[1]", '"x"', "\udcff"])
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json' (cannot be read as JSON|has no format_version)"):
+        gohsp.load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(folder: Path, keep: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read .*damaged, truncated"):
+        gohsp.load(folder)
+
+
+def test_missing_weights_are_refused_and_a_pickle_beside_is_not_read(folder: Path):
+    torch.save(load_file(folder / "model.safetensors"), folder / "model.pth")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is missing"):
+        gohsp.load(folder)
+
+
+def test_a_pickle_under_the_weights_name_is_refused(folder: Path):
+    torch.save(make("unequal")[0].state_dict(), folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        gohsp.load(folder)
+
+
+def test_first_mismatches_of_config_and_tensors_are_listed(folder: Path):
+    edit(folder, widths=[{"heads": 2, "qk": 4, "vo": 8, "ffn": 24}, {"heads": 1, "qk": 8, "vo": 2, "ffn": 8}])
+    with pytest.raises(CheckpointError) as error:
+        gohsp.load(folder)
+    text = str(error.value)
+    assert "'blocks.0.attn.qkv.weight' is [28, 32], the model has [32, 32]" in text
+    assert text.count(" is [") == 5
+    assert text.endswith("and 1 more")
+
+
+def test_missing_and_additional_tensors_are_listed(folder: Path):
+    state = make("unequal")[0].state_dict()
+    state["stranger"] = state.pop("norm.bias")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="'norm.bias' is missing; 'stranger' is not part of the model"):
+        gohsp.load(folder)
+
+
+# Saving
+
+
+def test_a_failing_write_leaves_the_old_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+
+    def half(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        gohsp.save(tiny(), folder)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert gohsp.load(folder).num_classes == 3
+
+
+def test_a_failing_first_write_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replace = os.replace
+
+    def weights_only(source: Path, target: Path) -> None:
+        if target.name == "config.json":
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", weights_only)
+    with pytest.raises(OSError, match="disk full"):
+        gohsp.save(tiny(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        gohsp.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float):
+    model = tiny()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.weight")[3, 4] = value
+    with pytest.raises(NonFiniteError, match=r"'blocks\.1\.mlp\.fc1\.weight' holds 1 NaN or infinite"):
+        gohsp.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_models_that_could_not_be_made_again_are_refused(tmp_path: Path):
+    by_hand = VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=1, num_heads=4)
+    with pytest.raises(UnsupportedModelError, match=r"make it with timm\.create_model"):
+        gohsp.save(by_hand, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="Linear cannot be pruned; supported: timm"):
+        gohsp.save(nn.Linear(2, 2), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# The hub
+
+
+def test_a_hub_id_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert gohsp.load("someone/small-vit").num_classes == 3
+    assert asked == [("someone/small-vit", ["config.json", "model.safetensors"])]
+
+
+def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def offline(name: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    with pytest.raises(CheckpointError, match="'no/such/folder' is neither a local folder nor a hub repository"):
+        gohsp.load("no/such/folder")  # no repository's name has two slashes: refused without a request
+    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"neither a local folder nor a hub repository.*no network"):
+        gohsp.load("someone/small-vit")
+
+
+# Weights files
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file(tiny().state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def fresh(**arguments: Any) -> nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("vit_tiny_patch16_224", **{**SMALL, **arguments})
+
+
+def test_weights_are_loaded_as_they_are(weights: Path):
+    model = fresh()
+    assert checkpoint.load_weights(model, weights) is False
+    assert all(torch.equal(v, tiny().state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_position_embedding_is_resampled(weights: Path):
+    model = fresh(img_size=16)
+    checkpoint.load_weights(model, weights)
+    given = load_file(weights)
+    expected = resample_abs_pos_embed(given["pos_embed"], new_size=[4, 4], num_prefix_tokens=1)
+    torch.testing.assert_close(model.state_dict()["pos_embed"], expected)
+    assert torch.equal(model.state_dict()["blocks.0.mlp.fc1.weight"], given["blocks.0.mlp.fc1.weight"])
+
+
+def test_another_classifier_must_be_asked_for(weights: Path):
+    with pytest.raises(CheckpointError, match=r"'head\.weight' is \[10, 32\], the model has \[4, 32\]"):
+        checkpoint.load_weights(fresh(num_classes=4), weights)
+    model, untouched = fresh(num_classes=4), fresh(num_classes=4).state_dict()
+    assert checkpoint.load_weights(model, weights, new_classifier=True) is True
+    assert torch.equal(model.state_dict()["head.weight"], untouched["head.weight"])
+    assert torch.equal(model.state_dict()["norm.weight"], load_file(weights)["norm.weight"])
+    model = fresh()
+    assert checkpoint.load_weights(model, weights, new_classifier=True) is False
+    assert torch.equal(model.state_dict()["head.weight"], load_file(weights)["head.weight"])
+
+
+def test_a_new_classifier_excuses_nothing_else(weights: Path):
+    with pytest.raises(CheckpointError, match=r"'blocks\.0\.mlp\.fc1\.weight' is \[128, 32\], the model has \[64, 32\]"):
+        checkpoint.load_weights(fresh(num_classes=4, mlp_ratio=2.0), weights, new_classifier=True)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"stranger": torch.zeros(2)}, {"patch_embed.proj.weight": torch.zeros(5)}, {"pos_embed": torch.zeros(3)}],
+    ids=["stranger", "patch", "position"],
+)
+def test_foreign_weights_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]):
+    save_file(state, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors"):
+        checkpoint.load_weights(fresh(), tmp_path / "foreign.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt", ""])
+def test_pickled_weights_are_refused(tmp_path: Path, suffix: str):
+    path = tmp_path / f"weights{suffix}"
+    torch.save(tiny().state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"only \.safetensors files are read, since other formats can run code"):
+        checkpoint.load_weights(fresh(), path)
+
+
+def test_a_missing_weights_file_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors' is missing"):
+        checkpoint.load_weights(fresh(), tmp_path / "none.safetensors")
+
+
+# What the command line calls MODEL
+
+
+def test_open_model_takes_names_and_folders(folder: Path, weights: Path):
+    model = gohsp.open_model("vit_tiny_patch16_224", weights=weights, arguments=SMALL)
+    assert not model.training
+    assert torch.equal(model.state_dict()["head.weight"], load_file(weights)["head.weight"])
+    assert gohsp.open_model(folder).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "deit_tny_patch16_224"}, "neither a model folder nor a timm model; .*'deit_tiny_patch16_224'"),
+        ({"name": "vit_tiny_patch16_224.nonsense"}, "nonsense"),
+        ({"name": "vit_tiny_patch16_224", "arguments": {"imgsize": 8}}, "imgsize"),
+        ({"name": "vit_tiny_patch16_224", "arguments": {"num_heads": 5}}, "num_heads"),
+        ({"name": "vit_tiny_patch16_224", "weights": "w.safetensors", "pretrained": True}, "not both"),
+    ],
+)
+def test_open_model_says_what_is_wrong(options: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message):
+        gohsp.open_model(**options)
+
+
+@pytest.mark.parametrize("given", [{"weights": "w.safetensors"}, {"pretrained": True}, {"arguments": {"img_size": 8}}])
+def test_a_folder_takes_no_other_weights(folder: Path, given: dict[str, Any]):
+    with pytest.raises(CheckpointError, match="is a model folder and brings its own weights and arguments"):
+        gohsp.open_model(folder, **given)
+
+
+def test_open_model_checks_model_and_weights(tmp_path: Path):
+    with pytest.raises(UnsupportedModelError, match="ResNet"):
+        gohsp.open_model("resnet18")
+    state = tiny().state_dict()
+    state["norm.weight"][0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(NonFiniteError, match=r"norm\.weight"):
+        gohsp.open_model("vit_tiny_patch16_224", weights=tmp_path / "nan.safetensors", arguments=SMALL)

@@ -1,0 +1,251 @@
+"""The command line in-process: what each verb prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import gohsp
+from gohsp import cli, measure
+from gohsp import recipe as recipes
+from gohsp.errors import GohspError
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+
+RECIPE = """
+allocation = "uniform"
+retrain_dense = false
+[data]
+calibration_images = 48
+ranking_images = 16
+[widths]
+multiple = 2
+min_width = 2
+[admm_stage]
+epochs = 0
+[finetune]
+epochs = 1
+[training]
+batch_size = 48
+precision = "no"
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    gohsp.save(timm.create_model("vit_tiny_patch16_224", **SMALL), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipes") / "recipe.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: str, recipe: str) -> Path:
+    """A finished run without training: --finetune.epochs 0 goes before the recipe's 1."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out)]
+    status = cli.main([*arguments, "--recipe", recipe, "--finetune.epochs", "0", "--training.ema", "0.5"])
+    assert status == 0
+    return out
+
+
+# prune
+
+
+def test_flags_go_before_the_recipe_and_the_recipe_before_the_defaults(run: Path):
+    written = recipes.read(run / "recipe.toml")
+    assert (written.finetune.epochs, written.training.ema) == (0, 0.5)
+    assert (written.training.batch_size, written.allocation, written.retrain_dense) == (48, "uniform", False)
+    assert written.training.optimizer == gohsp.Recipe().training.optimizer
+    content = json.loads((run / "report.json").read_text())
+    assert content["command"][:2] == ["gohsp", "prune"]
+    assert "--finetune.epochs" in content["command"]
+    assert "finetune" not in content["curves"]
+
+
+def test_an_edited_plan_is_taken(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "plan.json").write_text(json.dumps([{"heads": 2, "qk": 8, "vo": 4, "ffn": 10}] * 2))
+    given: dict[str, Any] = {}
+
+    def prune(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        raise GohspError("enough")
+
+    monkeypatch.setattr(cli.pipeline, "prune", prune)
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--plan", str(tmp_path / "plan.json"), "--resume"]) == 1
+    assert given["shapes"] == (gohsp.BlockShape(heads=2, qk=8, vo=4, ffn=10),) * 2
+    assert (given["resume"], given["overwrite"]) == (True, False)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '[{"heads": 1}]', '[{"heads": 0, "qk": 1, "vo": 1, "ffn": 1}]'])
+def test_a_plan_that_cannot_be_read_is_refused(
+    model: str, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "plan.json").write_text(text)
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--plan", str(tmp_path / "plan.json")]) == 1
+    assert "plan" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# rank
+
+
+def test_rank_prints_the_table_and_writes_the_ranking_and_its_graph(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "ranking"
+    arguments = ["rank", model, "--data", "digits", "--images", "16", "--block", "1", "--out", str(out)]
+    assert cli.main([*arguments, "--method", "random"]) == 0
+    record = json.loads((out / "ranking.json").read_text())
+    assert record["method"] == "random"
+    assert [len(scores) for scores in record["scores"]] == [4, 4]
+    assert (out / "graph.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    best = max(range(4), key=lambda h: record["scores"][1][h])
+    row = next(line for line in printed.splitlines() if line.strip(" │┃|").startswith("1 "))
+    assert f"{best} ({record['scores'][1][best]:.4f})" in row
+    assert row.index(f"{best} (") == min(row.index(f"{h} (") for h in range(4))
+
+
+def test_rank_refuses_a_block_that_is_not_there(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["rank", model, "--data", "digits", "--block", "2", "--out", str(tmp_path / "r")]) == 1
+    assert "--block must be from 0 to 1, got 2" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+# evaluate
+
+
+def test_evaluate_prints_exactly_one_line_of_json(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["evaluate", str(run), "--data", "digits", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("\n")
+    (line,) = printed.splitlines()
+    scores = json.loads(line)
+    assert list(scores) == ["top1", "top5", "loss", "n"]
+    reported = json.loads((run / "report.json").read_text())["pruned"]
+    assert {k: scores[k] for k in ("top1", "top5", "n")} == {k: reported[k] for k in ("top1", "top5", "n")}
+
+
+def test_evaluate_for_people_names_the_unreadable_images(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from PIL import Image
+
+    for name in "0123456789":
+        (tmp_path / "images" / "test" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * int(name)).save(tmp_path / "images" / "test" / name / "a.png")
+    (tmp_path / "images" / "test" / "3" / "b.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    arguments = ["evaluate", model, "--data", str(tmp_path / "images"), "--split", "test"]
+    assert cli.main([*arguments, "--batch-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 images could not be read" in printed
+    assert "n 10" in printed
+    assert cli.main([*arguments, "--strict"]) == 1
+    assert "b.jpg" in capsys.readouterr().err
+
+
+# report
+
+
+def test_report_renders_again(run: Path, capsys: pytest.CaptureFixture[str]):
+    page = (run / "report.html").read_bytes()
+    (run / "report.html").write_text("spoilt")
+    assert cli.main(["report", str(run)]) == 0
+    assert len((run / "report.html").read_bytes()) == len(page)
+    printed = capsys.readouterr().out
+    assert "params=-30%" in printed
+    assert "report.html" in printed
+
+
+# Failing
+
+
+def test_a_misspelt_flag_is_misuse_with_a_suggestion(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as misuse:
+        cli.main([*arguments, "--finetune.epoch", "1"])
+    assert misuse.value.code == 2
+    captured = capsys.readouterr()
+    assert "--finetune.epochs" in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["prun"], [], ["evaluate", "m", "--data", "d", "--batch-size", "many"]])
+def test_misuse_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as misuse:
+        cli.main(arguments)
+    assert misuse.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_misspelt_recipe_key_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "typo.toml").write_text("[training]\nbatchsize = 3\n")
+    arguments = ["prune", "m", "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--recipe", str(tmp_path / "typo.toml")]) == 1
+    captured = capsys.readouterr()
+    assert "unknown key 'training.batchsize'; did you mean 'batch_size'?" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "no-such-model", "--data", "digits"],
+        ["evaluate", "MODEL", "--data", "digits", "--split", "tset"],
+        ["prune", "MODEL", "--data", "digits", "--budget", "latency=-10%", "--out", "OUT"],
+        ["report", "OUT"],
+    ],
+)
+def test_what_is_refused_exits_with_one_and_is_said_on_stderr(
+    model: str, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    places = {"MODEL": model, "OUT": str(tmp_path / "none")}
+    assert cli.main([places.get(a, a) for a in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("text", ["'w' is [1, 2], the model has [3]", "valid: ['a', 'b']", "see [/red] and [bold]x"])
+def test_brackets_in_messages_are_shown(
+    model: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise GohspError(text)
+
+    monkeypatch.setattr(cli, "evaluate", fail)
+    assert cli.main(["evaluate", model, "--data", "digits", "--json"]) == 1
+    assert capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_brackets_in_paths_are_shown(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "[red]"
+    assert cli.main(["rank", model, "--data", "digits", "--images", "8", "--method", "random", "--out", str(out)]) == 0
+    assert "[red]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_interruption_exits_with_130(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(*_: Any, **__: Any) -> measure.Metrics:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "evaluate", interrupt)
+    assert cli.main(["evaluate", model, "--data", "digits"]) == 130
+    assert "go on with --resume" in capsys.readouterr().err

@@ -1,0 +1,313 @@
+"""The whole route on digits with a tiny model: what a run writes, refuses, resumes and counts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import gohsp
+from gohsp import Recipe, pipeline, report
+from gohsp import recipe as recipes
+from gohsp.data import DataSource
+from gohsp.errors import BudgetError, DataError, GohspError, NonFiniteError, PlanError, RunError
+from gohsp.structure import BlockShape, Plan, model_cost
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
+ONE_EPOCH = {"epochs": 1, "learning_rate": 3e-3, "warmup": 0.0}
+RECIPE = {
+    "seed": 3,
+    "device": "cpu",
+    "model_arguments": SMALL,
+    "data": {"calibration_images": 64, "allocation_images": 16, "ranking_images": 32},
+    "widths": {"multiple": 2, "min_width": 2},
+    "dense": ONE_EPOCH,
+    "admm_stage": {**ONE_EPOCH, "schedule": "constant"},
+    "finetune": ONE_EPOCH,
+    "training": {"batch_size": 128, "precision": "no", "augment": "none"},
+    "retrain_dense": False,
+}
+NO_TRAINING = {"dense": {"epochs": 0}, "admm_stage": {"epochs": 0}, "finetune": {"epochs": 0}}
+SHAPES = (BlockShape(heads=3, qk=4, vo=6, ffn=50), BlockShape(heads=4, qk=8, vo=8, ffn=7))
+
+
+def recipe_with(**changes: Any) -> Recipe:
+    return recipes.from_mapping({**RECIPE, **changes})
+
+
+def tiny(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 10, **arguments})
+
+
+def prune(out: Path, **options: Any) -> gohsp.Result:
+    given = {
+        "model": "vit_tiny_patch16_224",
+        "source": "digits",
+        "budget": "params=-40%",
+        "recipe": recipe_with(),
+        "quiet": True,
+    }
+    return gohsp.prune(**{**given, "out": out, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> gohsp.Result:
+    """One whole run, every stage one epoch."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return prune(out, recipe=recipe_with(retrain_dense=True), command=["gohsp", "prune"])
+
+
+# A finished run
+
+
+def test_the_folder_holds_what_the_documentation_says(finished: gohsp.Result):
+    names = sorted(p.name for p in finished.folder.iterdir())
+    expected = "config.json dense model.safetensors plan.json ranking.json recipe.toml report.html report.json "
+    assert names == [*expected.split(), "request.json", "run.log"]
+    assert "finetune" in (finished.folder / "run.log").read_text()
+    assert recipes.read(finished.folder / "recipe.toml") == recipe_with(retrain_dense=True)
+    assert json.loads((finished.folder / "ranking.json").read_text()) == finished.report["ranking"]
+    assert json.loads((finished.folder / "plan.json").read_text()) == finished.report["plan"]["pruned"]
+
+
+def test_the_report_is_valid_and_complete(finished: gohsp.Result):
+    assert report.read(finished.folder) == json.loads(json.dumps(finished.report))
+    content = finished.report
+    assert {k: len(v) for k, v in content["curves"].items()} == {
+        "dense": 1,
+        "admm": 1,
+        "finetune": 1,
+        "dense_retrained": 2,
+    }
+    assert content["command"] == ["gohsp", "prune"]
+    assert content["seed"] == 3
+    assert content["data"] == {
+        "source": "digits",
+        "train_split": "train",
+        "validation_split": "validation",
+        "image_size": 8,
+        "classes": 10,
+        "train_images": 1257,
+        "validation_images": 180,
+        "unreadable_images": 0,
+    }
+    assert content["admm"]["trace"]
+    assert {"dense", "rank", "moments", "allocate", "admm", "compact", "finetune"} <= set(content["timings"])
+    assert content["curves"]["finetune"][-1]["top1"] == content["pruned"]["top1"]
+    assert content["curves"]["dense"][-1]["top1"] == content["dense"]["top1"]
+    assert content["dense_retrained"]["params"] == content["dense"]["params"]
+
+
+def test_the_budget_is_met_from_above_within_one_percent(finished: gohsp.Result):
+    budget, params = finished.report["budget"], sum(p.numel() for p in finished.model.parameters())
+    dense = sum(p.numel() for p in tiny().parameters())
+    assert budget["limit"] == int(0.6 * dense)
+    assert 0.99 * budget["limit"] <= params <= budget["limit"]
+    assert budget["achieved"] == finished.report["pruned"]["params"] == params
+    assert finished.report["dense"]["params"] == dense
+
+
+def test_the_cut_model_equals_the_masked_one(finished: gohsp.Result):
+    equality = finished.report["equality"]
+    assert equality["max_relative_difference"] <= equality["tolerance"] <= 1e-5
+    assert equality["images"] == 8
+
+
+def test_the_saved_model_is_the_returned_one(finished: gohsp.Result):
+    loaded = gohsp.load(finished.folder)
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), finished.model(images))
+    assert not finished.model.training
+    config = json.loads((finished.folder / "config.json").read_text())
+    assert config["metrics"] == {k: finished.report["pruned"][k] for k in ("top1", "top5", "loss", "n")}
+    assert config["kept"] == finished.report["plan"]["kept"]
+    assert gohsp.describe(gohsp.load(finished.folder / "dense")).shapes == gohsp.describe(tiny()).shapes
+
+
+def test_the_command_line_scores_the_result_in_a_new_process_as_reported(finished: gohsp.Result):
+    script = Path(sysconfig.get_path("scripts")) / "gohsp"
+    command = [str(script), "evaluate", str(finished.folder), "--data", "digits", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    (line,) = done.stdout.splitlines()
+    scores = json.loads(line)
+    assert list(scores) == ["top1", "top5", "loss", "n"]
+    reported = finished.report["pruned"]
+    assert (scores["top1"], scores["top5"], scores["n"]) == (reported["top1"], reported["top5"], 180)
+    assert scores["loss"] == pytest.approx(reported["loss"], rel=1e-5)
+
+
+def test_a_run_interrupted_between_stages_ends_as_the_uninterrupted_one(
+    finished: gohsp.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same request and seed give the same result, in one attempt or in four."""
+    recipe = recipe_with(retrain_dense=True)
+    out = tmp_path / "run"
+    trained: list[str] = []
+    train = gohsp.pipeline.training.train
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(kwargs["name"])
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline.training, "train", counted)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    resume = False
+    for module, name in ((pipeline.ranking, "rank_heads"), (pipeline.models, "compact"), (pipeline.report, "write")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, interrupt)
+            prune(out, recipe=recipe, resume=resume, command=["gohsp", "prune"])
+        assert (out / "state").is_dir()
+        resume = True
+    with pytest.raises(RunError, match="already holds a run"):
+        prune(out, recipe=recipe)
+    with pytest.raises(RunError, match=r"recipe\.seed = 3, now it is 4"):
+        prune(out, recipe=dataclasses.replace(recipe, seed=4), resume=True)
+    result = prune(out, recipe=recipe, resume=True, command=["gohsp", "prune"])
+    assert trained == ["dense", "admm", "finetune", "dense_retrained"]  # no stage twice
+    assert not (out / "state").exists()
+    whole, again = finished.model.state_dict(), result.model.state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+    def comparable(content: dict[str, Any]) -> dict[str, Any]:
+        kept = ("plan", "ranking", "budget", "data", "model", "recipe")
+        return {k: content[k] for k in kept} | {k: content[k]["top1"] for k in ("dense", "pruned", "dense_retrained")}
+
+    assert comparable(result.report) == comparable(finished.report)
+
+
+def test_another_seed_gives_another_model(finished: gohsp.Result, tmp_path: Path):
+    recipe = recipe_with(seed=4, admm_stage={"epochs": 0}, finetune={"epochs": 0}, allocation="uniform")
+    other = prune(tmp_path / "run", recipe=recipe)
+    assert other.report["curves"]["dense"][0]["train_loss"] != finished.report["curves"]["dense"][0]["train_loss"]
+
+
+def test_a_given_plan_is_used_and_a_given_model_is_left_alone(tmp_path: Path):
+    model = tiny()
+    before, attributes = copy.deepcopy(model.state_dict()), set(vars(model))
+    recipe = recipe_with(**{**NO_TRAINING, "finetune": ONE_EPOCH})
+    result = prune(tmp_path / "run", model=model, shapes=SHAPES, recipe=recipe)
+    assert gohsp.describe(result.model).shapes == SHAPES
+    assert Plan.from_json(result.report["plan"]["kept"]).shapes == SHAPES
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())[0] == {"heads": 3, "qk": 4, "vo": 6, "ffn": 50}
+    assert "allocate" not in result.report["timings"]
+    assert result.report["admm"]["status"] == "projected once"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert set(vars(model)) == attributes
+    assert model.training
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_a_macs_budget_and_a_pruned_model_to_start_from(finished: gohsp.Result, tmp_path: Path):
+    structure = gohsp.describe(finished.model)
+    recipe = recipe_with(**NO_TRAINING, allocation="uniform", model_arguments={})
+    result = prune(tmp_path / "run", model=str(finished.folder), budget="macs=-20%", recipe=recipe)
+    limit = int(0.8 * model_cost(structure, structure.shapes, "macs"))
+    assert result.report["budget"] | {"achieved": None} == {
+        "kind": "macs",
+        "requested": "macs=-20%",
+        "limit": limit,
+        "achieved": None,
+    }
+    assert result.report["pruned"]["macs"] == result.report["budget"]["achieved"] <= limit
+    assert result.report["dense"]["top1"] == finished.report["pruned"]["top1"]
+
+
+# Refused before any work
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": "params=1K"}, BudgetError, r"no plan meets 1,000 params: the smallest possible model has \d,\d{3}"),
+        ({"budget": "params=50M"}, BudgetError, "the model has 26,"),
+        ({"budget": "parms=-10%"}, BudgetError, "did you mean 'params'"),
+        ({"shapes": SHAPES, "budget": "params=10K"}, PlanError, r"given plan costs \d\d,\d{3} params, the budget allows"),
+        ({"shapes": SHAPES[:1]}, PlanError, "the plan has 1 blocks, the model has 2"),
+        ({"source": "no/such/folder"}, DataError, "no such folder"),
+        ({"recipe": recipe_with(data={"train_split": "trian"})}, DataError, "did you mean 'train'"),
+        ({"recipe": recipe_with(data={"validation_split": "train"})}, DataError, "same, 'digits' split 'train'"),
+        ({"model": "vit_tny_patch16_224"}, GohspError, "'vit_tiny_patch16_224'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        prune(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_be_used_are_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(DataError, match=r"label 6, allowed: 0 to 4 \(5 classes\)"):
+        prune(tmp_path / "run", model=tiny(num_classes=5))
+    broken = tiny()
+    with torch.no_grad():
+        broken.get_parameter("norm.bias")[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"'norm\.bias' holds 1 NaN"):
+        prune(tmp_path / "run", model=broken)
+    with pytest.raises(GohspError, match="ResNet"):
+        prune(tmp_path / "run", model=timm.create_model("resnet18"))
+    assert not (tmp_path / "run").exists()
+
+
+# Image folders
+
+
+def write_images(root: Path, count: int) -> None:
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 120, (8, 8)) + 120 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+
+
+def test_a_folder_without_splits_is_refused(tmp_path: Path):
+    write_images(tmp_path / "images", 4)
+    with pytest.raises(DataError, match=r"images are the same.*sub-folder for each.*train\[:90%\]"):
+        prune(tmp_path / "run", source=str(tmp_path / "images"))
+    write_images(tmp_path / "split" / "val", 4)
+    recipe = recipe_with(data={"train_split": "val"})
+    with pytest.raises(DataError, match=r"images are the same, folder '.*val'"):
+        prune(tmp_path / "run", source=str(tmp_path / "split"), recipe=recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_counted_and_do_not_end_the_run(tmp_path: Path):
+    """One would be alone in its batch, in training and in validation."""
+    write_images(tmp_path / "images" / "train", 8)
+    write_images(tmp_path / "images" / "validation", 4)
+    for split in ("train", "validation"):
+        Image.new("RGB", (64, 64), (9, 99, 200)).save(tmp_path / "whole.jpg")
+        content = (tmp_path / "whole.jpg").read_bytes()
+        (tmp_path / "images" / split / "bee" / "z.jpg").write_bytes(content[: len(content) // 2])
+    recipe = recipe_with(
+        **NO_TRAINING | {"finetune": ONE_EPOCH},
+        training={"batch_size": 1, "precision": "no", "augment": "light"},
+    )
+    source = DataSource(source=str(tmp_path / "images"))
+    model = tiny(num_classes=2)
+    result = prune(tmp_path / "run", model=model, source=source, recipe=recipe, shapes=SHAPES)
+    assert result.report["data"]["unreadable_images"] == 2
+    assert result.report["data"]["train_images"] == 17
+    assert result.report["pruned"]["n"] == 8
+    strict = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
+    with pytest.raises(DataError, match=r"z\.jpg"):
+        prune(tmp_path / "strict", model=model, source=source, recipe=strict, shapes=SHAPES)

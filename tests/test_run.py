@@ -1,0 +1,136 @@
+"""Run folders: nothing is overwritten or resumed by accident, and a record vouches for its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gohsp import run
+from gohsp.errors import RunError
+
+REQUEST: dict[str, Any] = {
+    "model": "vit",
+    "budget": "params=-40%",
+    "plan": None,
+    "recipe": {"seed": 0, "training": {"batch_size": 64}},
+}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=False)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_or_empty_folder_is_begun(tmp_path: Path, exists: bool, resume: bool):
+    path = tmp_path / "deep" / "run"
+    if exists:
+        path.mkdir(parents=True)
+    folder = run.begin(path, REQUEST, resume=resume, overwrite=False)
+    assert folder.path == path
+    assert json.loads((path / "request.json").read_text()) == REQUEST
+
+
+def test_a_folder_that_holds_a_run_is_refused(begun: Path):
+    with pytest.raises(RunError, match="already holds a run; go on with --resume, replace it with --overwrite"):
+        run.begin(begun, REQUEST, resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_refused_even_to_be_overwritten(tmp_path: Path, overwrite: bool):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="holds files that are no gohsp run; name another folder"):
+        run.begin(tmp_path, REQUEST, resume=False, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("precious")
+    with pytest.raises(RunError, match="is a file; name a folder"):
+        run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=True)
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_resume_and_overwrite_exclude_each_other(begun: Path):
+    with pytest.raises(RunError, match="exclude each other"):
+        run.begin(begun, REQUEST, resume=True, overwrite=True)
+
+
+def test_resume_keeps_and_overwrite_removes(begun: Path):
+    run.RunFolder(begun).record("ranking", {"x": 1})
+    assert run.begin(begun, REQUEST, resume=True, overwrite=False).done("ranking") == {"x": 1}
+    changed = {**REQUEST, "budget": "params=-50%"}
+    assert run.begin(begun, changed, resume=False, overwrite=True).done("ranking") is None
+    assert [p.name for p in begun.iterdir()] == ["request.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "params=-50%"}, "budget = 'params=-40%', now it is 'params=-50%'"),
+        ({"recipe": {"seed": 0, "training": {"batch_size": 32}}}, r"recipe\.training\.batch_size = 64, now it is 32"),
+        ({"recipe": {"seed": 0, "training": {}}}, r"recipe\.training"),
+        ({"plan": [{"heads": 1}]}, r"plan = None, now it is \[\{'heads': 1\}\]"),
+        ({"weights": "w.safetensors"}, r"weights = None, now it is 'w\.safetensors'"),
+    ],
+)
+def test_resuming_with_another_request_is_refused_naming_the_key(begun: Path, change: dict[str, Any], message: str):
+    with pytest.raises(RunError, match=message):
+        run.begin(begun, {**REQUEST, **change}, resume=True, overwrite=False)
+    assert json.loads((begun / "request.json").read_text()) == REQUEST
+
+
+def test_tuples_in_a_request_are_the_lists_they_become(tmp_path: Path):
+    request = {"recipe": {"model_arguments": {"img_size": (8, 8)}}}
+    run.begin(tmp_path / "run", request, resume=False, overwrite=False)
+    run.begin(tmp_path / "run", request, resume=True, overwrite=False)
+
+
+def test_a_stage_is_recorded_and_restored(begun: Path):
+    folder, model, other = run.RunFolder(begun), nn.Linear(3, 2), nn.Linear(3, 2)
+    assert folder.done("dense") is None
+    folder.record("dense", {"curve": [1.5, None]}, model)
+    assert folder.done("dense") == {"curve": [1.5, None]}
+    folder.restore("dense", other)
+    assert torch.equal(other.weight, model.weight)
+    folder.clear_state()
+    assert folder.done("dense") is None
+    assert not (begun / "state").exists()
+    folder.clear_state()
+
+
+def test_a_stage_counts_as_finished_only_after_its_weights(begun: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = run.RunFolder(begun)
+
+    def fail(*_: Any) -> None:
+        assert folder.done("dense") is None
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run, "save_tensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folder.record("dense", {}, nn.Linear(1, 1))
+    assert folder.done("dense") is None
+
+
+def test_the_log_goes_to_the_file_while_it_is_open(tmp_path: Path):
+    logger = logging.getLogger("gohsp.somewhere")
+    level = logging.getLogger("gohsp").level
+    with run.log_to(tmp_path / "run.log"):
+        logger.info("within")
+    logger.info("after")
+    with pytest.raises(RunError), run.log_to(tmp_path / "run.log"):
+        logger.warning("appended")
+        raise RunError
+    text = (tmp_path / "run.log").read_text()
+    assert "INFO gohsp.somewhere: within" in text
+    assert "WARNING gohsp.somewhere: appended" in text
+    assert "after" not in text
+    assert (logging.getLogger("gohsp").level, logging.getLogger("gohsp").handlers) == (level, [])

@@ -1,0 +1,434 @@
+"""Training stages on a tiny model and synthetic digits: losses by hand, resuming, ADMM's pull, what is put back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+import gohsp
+from gohsp import data, training
+from gohsp.core import admm
+from gohsp.errors import CheckpointError, DataError, NonFiniteError
+from gohsp.measure import Metrics, evaluate
+from gohsp.structure import BlockShape
+from gohsp.training import StageSettings, TrainingSettings
+
+CLASSES = 4
+PLAIN = TrainingSettings(batch_size=16, label_smoothing=0.0, distillation=0.0, precision="no")
+CONSTANT = StageSettings(epochs=2, learning_rate=3e-3, warmup=0.0, schedule="constant")
+
+
+def tiny(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", **{**small, "num_classes": CLASSES, **arguments})
+
+
+def sharp(seed: int = 0) -> nn.Module:
+    """A model whose predictions are far from uniform."""
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(seed))  # type: ignore[union-attr]
+    return model
+
+
+class EpochSampler(Sampler[int]):
+    """A shuffled order that depends on the epoch that is set, and on nothing else."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch = size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+def samples(count: int) -> tuple[Tensor, Tensor]:
+    """One noisy prototype a class."""
+    generator = torch.Generator().manual_seed(5)
+    prototypes = torch.randn(CLASSES, 1, 8, 8, generator=generator)
+    labels = torch.arange(count) % CLASSES
+    return prototypes[labels] + 0.5 * torch.randn(count, 1, 8, 8, generator=generator), labels
+
+
+def batches(count: int = 64, batch_size: int = 16) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*samples(count)), batch_size=batch_size, sampler=EpochSampler(count))
+
+
+def train(
+    model: nn.Module, loader: DataLoader[Any], stage: StageSettings, settings: TrainingSettings = PLAIN, **options: Any
+) -> training.StageResult:
+    accelerator = training.make_accelerator(settings.precision, "cpu")
+    fixed = {"name": "test", "accelerator": accelerator, "seed": 0, "num_classes": CLASSES, "show_progress": False}
+    return training.train(model, loader, stage, settings, **{**fixed, **options})
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether the forward pass is the class's own and not the one that Accelerate wraps around it, on a copy too."""
+    other = copy.deepcopy(model)
+    return all(m.forward.__func__ is type(m).forward and m.forward.__self__ is m for m in (model, other))
+
+
+# The loop
+
+
+def test_loss_falls_and_accuracy_rises_within_two_epochs():
+    model, scored = tiny(), batches()
+    before = evaluate(model, scored)
+    result = train(model, batches(128), CONSTANT, evaluate=lambda m: evaluate(m, scored))
+    assert [e.epoch for e in result.curve] == [1, 2]
+    assert result.curve[1].train_loss < result.curve[0].train_loss < before.loss
+    assert result.curve[1].top1 is not None
+    assert result.curve[1].top1 > max(60.0, before.top1)
+    assert result.curve[1].top1 == evaluate(model, scored).top1
+    assert result.step_seconds > 0
+    assert result.admm is None
+    assert not model.training
+
+
+def test_epochs_between_evaluations_have_no_scores_but_the_last_has():
+    settings = dataclasses.replace(PLAIN, evaluate_every=2)
+    scored = Metrics(top1=1.0, top5=2.0, loss=3.0, n=4)
+    stage = dataclasses.replace(CONSTANT, epochs=3)
+    result = train(tiny(), batches(16), stage, settings, evaluate=lambda _: scored)
+    assert [(e.top1, e.loss) for e in result.curve] == [(None, None), (1.0, 3.0), (1.0, 3.0)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_given_back_as_it_came(fails: bool):
+    model, during = tiny(), []
+
+    def scored(evaluated: nn.Module) -> Metrics:
+        assert evaluated is model
+        during.extend(b.attn.fused_attn for b in model.blocks)  # type: ignore[union-attr]
+        if fails:
+            raise KeyboardInterrupt
+        return Metrics(top1=1.0, top5=2.0, loss=3.0, n=4)
+
+    stage = dataclasses.replace(CONSTANT, epochs=1)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            train(model, batches(16), stage, evaluate=scored)
+    else:
+        train(model, batches(16), stage, evaluate=scored)
+        assert is_plain(model)
+    assert during == [False, False]
+    assert all(b.attn.fused_attn for b in model.blocks)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("schedule", "floor"), [("cosine", 1e-5), ("constant", 1e-3)])
+def test_the_schedule_warms_up_and_reaches_its_floor(schedule: Any, floor: float, monkeypatch: pytest.MonkeyPatch):
+    rates = []
+    loss = training._Run.loss
+
+    def recorded(self: Any, *given: Any) -> Tensor:
+        rates.append(self.rate)
+        return loss(self, *given)
+
+    monkeypatch.setattr(training._Run, "loss", recorded)
+    stage = StageSettings(epochs=4, learning_rate=1e-3, warmup=0.5, schedule=schedule)
+    result = train(tiny(), batches(64), stage)
+    assert len(rates) == 16
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[:3] == sorted(rates[:3])
+    assert max(rates) == pytest.approx(1e-3, rel=0.05)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert result.curve[-1].learning_rate == pytest.approx(floor)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0])
+def test_gradients_are_clipped(limit: float):
+    """The first step of SGD with momentum is plain: its length is the rate times the gradient's norm, or times the limit where that is less."""
+    stage = StageSettings(epochs=1, learning_rate=1.0, warmup=0.0, schedule="constant")
+    settings = dataclasses.replace(PLAIN, optimizer="momentum", weight_decay=0.0, clip_grad=limit)
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight.mul_(100)  # type: ignore[union-attr]
+    images, labels = samples(16)
+    gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm > 2
+    before = weights(model)
+    train(model, batches(16), stage, settings)
+    torch.testing.assert_close((weights(model) - before).norm(), torch.tensor(limit) if limit else norm)
+
+
+# The loss
+
+
+ONE_STEP = StageSettings(epochs=1, learning_rate=1e-12, warmup=0.0, schedule="constant")
+
+
+def first_loss(model: nn.Module, settings: TrainingSettings, count: int = 16, **options: Any) -> float:
+    """The loss of the weights as they are: one batch, one step."""
+    loader = batches(count, batch_size=count)
+    return train(model, loader, ONE_STEP, settings, **options).curve[0].train_loss
+
+
+def test_labels_are_smoothed():
+    settings = dataclasses.replace(PLAIN, label_smoothing=0.2)
+    model = tiny().eval()
+    images, labels = samples(16)
+    with torch.no_grad():
+        logs = model(images).log_softmax(1)
+    targets = 0.8 * F.one_hot(labels, CLASSES) + 0.2 / CLASSES
+    assert first_loss(model, settings) == pytest.approx(float(-(targets * logs).sum(1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(0.3, 1.0), (0.5, 3.0), (1.0, 2.0)])
+def test_distillation_against_a_hand_computation(share: float, temperature: float):
+    settings = dataclasses.replace(PLAIN, distillation=share, temperature=temperature)
+    student, teacher = sharp(0).eval(), sharp(1).eval()
+    images, labels = samples(16)
+    with torch.no_grad():
+        s, t = student(images), teacher(images)
+    hard = -s.log_softmax(1)[torch.arange(16), labels].mean()
+    p, q = (t / temperature).exp(), (s / temperature).exp()
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    soft = (p * (p.log() - q.log())).sum(1).mean()
+    expected = (1 - share) * hard + share * temperature**2 * soft
+    before = weights(teacher)
+    assert first_loss(student, settings, teacher=teacher) == pytest.approx(float(expected), rel=1e-4)
+    assert torch.equal(weights(teacher), before)
+    off = dataclasses.replace(settings, distillation=0.0)
+    assert first_loss(student, off, teacher=teacher) == pytest.approx(float(hard), rel=1e-5)
+
+
+def test_mixup_mixes_even_batches_and_leaves_odd_ones():
+    mixed = dataclasses.replace(PLAIN, mixup=1.0)
+    assert abs(first_loss(sharp(), mixed, count=16) - first_loss(sharp(), PLAIN, count=16)) > 0.1
+    assert first_loss(sharp(), mixed, count=15) == pytest.approx(first_loss(sharp(), PLAIN, count=15), rel=1e-6)
+    assert first_loss(sharp(), mixed) == first_loss(sharp(), mixed)  # drawn by the seed
+
+
+def test_average_of_weights_is_what_the_stage_returns():
+    start, plain, averaged = tiny(), tiny(), tiny()
+    stage = dataclasses.replace(CONSTANT, epochs=1)
+    loader = batches(16)
+    train(plain, loader, stage)
+    seen = []
+
+    def scored(model: nn.Module) -> Metrics:
+        seen.append(weights(model))
+        return Metrics(top1=1.0, top5=2.0, loss=3.0, n=4)
+
+    train(averaged, loader, stage, dataclasses.replace(PLAIN, ema=0.75), evaluate=scored)
+    expected = 0.75 * weights(start) + 0.25 * weights(plain)
+    torch.testing.assert_close(weights(averaged), expected)
+    torch.testing.assert_close(seen[0], expected)
+    assert not torch.equal(weights(start), weights(plain))
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage():
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match=r"loss of stage 'test' became NaN .* by step 1; lower its learning_rate"):
+        train(model, batches(), CONSTANT)
+
+
+# Resuming
+
+
+def pruning_state(model: nn.Module, settings: admm.AdmmSettings) -> admm.AdmmState:
+    structure = gohsp.describe(model)
+    images, _ = samples(32)
+    moments = gohsp.collect_moments(model, structure, [images])
+    if settings.projection.metric == "data":
+        moments = gohsp.rotate(model, structure, moments)
+    shapes = [BlockShape(heads=3, qk=4, vo=6, ffn=64)] * 2
+    return admm.start(model, structure, shapes, moments, [[0.1, 0.4, 0.2, 0.3]] * 2, settings)
+
+
+@pytest.mark.parametrize("where", ["evaluate", "step"])
+@pytest.mark.parametrize("pull", [False, True], ids=["plain", "admm"])
+def test_a_resumed_stage_ends_as_an_uninterrupted_one(
+    tmp_path: Path, where: str, pull: bool, monkeypatch: pytest.MonkeyPatch
+):
+    stage = StageSettings(epochs=4, learning_rate=1e-3, warmup=1.0)
+    settings = dataclasses.replace(PLAIN, distillation=0.5, mixup=0.4, ema=0.0 if pull else 0.9)
+    pulled = admm.AdmmSettings(interval=2, reselect=3, rho_start=0.05, rho_end=0.2)
+    teacher = tiny()
+
+    def attempt(checkpoint: Path, **options: Any) -> tuple[nn.Module, training.StageResult]:
+        model = tiny(drop_path_rate=0.1, proj_drop_rate=0.1)
+        state = pruning_state(model, pulled) if pull else None
+        result = train(
+            model, batches(), stage, settings, teacher=teacher, state=state, checkpoint=checkpoint, seed=3, **options
+        )
+        return model, result
+
+    def refuse(_: nn.Module) -> Metrics:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return Metrics(top1=1.0, top5=2.0, loss=3.0, n=4)
+
+    calls: list[int] = []
+    model, whole = attempt(tmp_path / "whole.pt", evaluate=lambda _: Metrics(top1=1.0, top5=2.0, loss=3.0, n=4))
+    if where == "evaluate":
+        with pytest.raises(KeyboardInterrupt):
+            attempt(tmp_path / "cut.pt", evaluate=refuse)
+    else:
+        step, steps = training._Run.loss, []
+
+        def broken(self: Any, *given: Any) -> Tensor:
+            steps.append(1)
+            if len(steps) == 11:  # in the third epoch
+                raise KeyboardInterrupt
+            return step(self, *given)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training._Run, "loss", broken)
+            attempt(tmp_path / "cut.pt", evaluate=refuse)
+    done = torch.load(tmp_path / "cut.pt", weights_only=True)["epochs"]
+    assert done == 2
+    again, resumed = attempt(tmp_path / "cut.pt", evaluate=lambda _: Metrics(top1=1.0, top5=2.0, loss=3.0, n=4))
+    torch.testing.assert_close(weights(again), weights(model), rtol=1e-5, atol=1e-6)
+    for one, other in zip(whole.curve, resumed.curve, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-5)
+        assert one.learning_rate == pytest.approx(other.learning_rate)
+    if pull:
+        assert whole.admm is not None
+        assert resumed.admm is not None
+        assert len(whole.admm.trace) == 8
+        assert resumed.admm.plan == whole.admm.plan
+        for one, other in zip(whole.admm.trace, resumed.admm.trace, strict=True):
+            assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
+
+
+def test_a_stage_whose_epochs_are_over_is_not_trained_again(tmp_path: Path):
+    first, second = tiny(), tiny()
+    train(first, batches(), CONSTANT, checkpoint=tmp_path / "s.pt")
+    result = train(second, batches(), CONSTANT, checkpoint=tmp_path / "s.pt")
+    assert torch.equal(weights(first), weights(second))
+    assert len(result.curve) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other model"])
+def test_a_damaged_state_file_is_refused(tmp_path: Path, damage: str):
+    path = tmp_path / "s.pt"
+    train(tiny(depth=1) if damage == "other model" else tiny(), batches(16), CONSTANT, checkpoint=path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    if damage == "foreign":
+        path.write_bytes(b"no state")
+    with pytest.raises(CheckpointError, match="does not fit this run or is damaged"):
+        train(tiny(), batches(16), CONSTANT, checkpoint=path)
+
+
+# ADMM
+
+
+@pytest.mark.parametrize("penalty", ["decoupled", "coupled"])
+def test_admm_drives_the_residual_below_its_tolerance(penalty: Any):
+    # AdamW normalises a pull that is part of the gradient, so it takes a larger penalty to be felt.
+    rho = {"rho_start": 0.05, "rho_end": 0.5} if penalty == "decoupled" else {"rho_start": 1.0, "rho_end": 50.0}
+    settings = admm.AdmmSettings(penalty=penalty, interval=4, dual_step=0.1, tolerance=0.05, **rho)
+    model = tiny()
+    stage = StageSettings(epochs=8, learning_rate=3e-3, warmup=0.0)
+    free = dataclasses.replace(PLAIN, clip_grad=0.0)
+    refreshed = []
+
+    def refresh(state: admm.AdmmState) -> admm.AdmmState:
+        refreshed.append(state.step)
+        return state
+
+    state = pruning_state(model, settings)
+    assert state.status == "not converged"
+    result = train(model, batches(), stage, free, state=state, refresh=refresh)
+    assert result.admm is not None
+    primal = [r.primal for r in result.admm.trace]
+    assert len(primal) == 8
+    assert primal[-1] < 0.05 < 0.5 * primal[0]
+    assert result.admm.status == "converged"
+    assert refreshed == [4, 8, 12, 16, 20, 24, 28]
+    plan = admm.finish(result.admm)
+    small = gohsp.compact(model, plan, samples(4)[0]).model
+    assert gohsp.describe(small).shapes == state.shapes
+
+
+# Precision
+
+
+@pytest.mark.parametrize("given", ["no", "bf16", "fp16"])
+def test_a_given_precision_stands(given: Any):
+    assert training.resolve_precision(given, cpu=True) == given
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_units_for_it(units: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
+    assert training.resolve_precision("auto", cpu=True) == ("bf16" if units else "no")
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert training.resolve_precision("auto", cpu=True) == "no"
+
+
+@pytest.mark.parametrize(("cuda", "bf16", "expected"), [(True, True, "bf16"), (True, False, "no"), (False, True, "no")])
+def test_auto_on_an_accelerator(cuda: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    assert training.resolve_precision("auto", cpu=False) == expected
+
+
+def test_one_process_can_use_one_precision_after_another():
+    assert training.autocast_dtype(training.make_accelerator("no", "cpu")) == torch.float32
+    assert training.autocast_dtype(training.make_accelerator("bf16", "cpu")) == torch.bfloat16
+    model = tiny()
+    result = train(model, batches(), CONSTANT, dataclasses.replace(PLAIN, precision="bf16"))
+    assert result.curve[1].train_loss < result.curve[0].train_loss
+    assert weights(model).dtype == torch.float32
+    assert is_plain(model)
+
+
+# Unreadable images
+
+
+def test_a_batch_of_nothing_but_unreadable_images_is_left_out(tmp_path: Path):
+    for k, name in enumerate(("ant", "bee")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 60 * i + 20 * k).save(tmp_path / "train" / name / f"{i}.png")
+    (tmp_path / "train" / "bee" / "z.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    split = data.open_split(data.DataSource(source=str(tmp_path)), "train")
+    model = tiny(num_classes=2)
+    loader = data.loader(
+        split,
+        transform=data.eval_transform(data.Preprocessing.from_model(model)),
+        batch_size=1,
+        shuffle=False,
+    )
+    assert len(loader) == 9
+    result = train(model, loader, CONSTANT, num_classes=2, evaluate=lambda m: evaluate(m, loader))
+    assert math.isfinite(result.curve[1].train_loss)
+    assert len(split.unreadable) == 1
+    strict = data.loader(
+        split,
+        transform=data.eval_transform(data.Preprocessing.from_model(model)),
+        batch_size=1,
+        shuffle=False,
+        strict=True,
+    )
+    with pytest.raises(DataError, match=r"z\.jpg"):
+        train(model, strict, CONSTANT, num_classes=2)
