@@ -248,7 +248,7 @@ def test_missing_and_additional_tensors_are_listed(folder: Path):
     state = make("unequal")[0].state_dict()
     state["stranger"] = state.pop("norm.bias")
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="'norm.bias' is missing; 'stranger' is not part of the model"):
+    with pytest.raises(CheckpointError, match=r"'norm\.bias' is missing; 'stranger' is not part of the model"):
         gohsp.load(folder)
 
 
@@ -372,7 +372,9 @@ def test_another_classifier_must_be_asked_for(weights: Path):
 
 
 def test_a_new_classifier_excuses_nothing_else(weights: Path):
-    with pytest.raises(CheckpointError, match=r"'blocks\.0\.mlp\.fc1\.weight' is \[128, 32\], the model has \[64, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'blocks\.0\.mlp\.fc1\.weight' is \[128, 32\], the model has \[64, 32\]"
+    ):
         checkpoint.load_weights(fresh(num_classes=4, mlp_ratio=2.0), weights, new_classifier=True)
 
 

@@ -126,9 +126,8 @@ def test_the_log_goes_to_the_file_while_it_is_open(tmp_path: Path):
     with run.log_to(tmp_path / "run.log"):
         logger.info("within")
     logger.info("after")
-    with pytest.raises(RunError), run.log_to(tmp_path / "run.log"):
+    with run.log_to(tmp_path / "run.log"):
         logger.warning("appended")
-        raise RunError
     text = (tmp_path / "run.log").read_text()
     assert "INFO gohsp.somewhere: within" in text
     assert "WARNING gohsp.somewhere: appended" in text

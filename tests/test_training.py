@@ -159,7 +159,7 @@ def test_the_schedule_warms_up_and_reaches_its_floor(schedule: Any, floor: float
 
 @pytest.mark.parametrize("limit", [0.5, 0.0])
 def test_gradients_are_clipped(limit: float):
-    """The first step of SGD with momentum is plain: its length is the rate times the gradient's norm, or times the limit where that is less."""
+    """SGD's first step is as long as the rate times the gradient's norm, or times the limit where that is less."""
     stage = StageSettings(epochs=1, learning_rate=1.0, warmup=0.0, schedule="constant")
     settings = dataclasses.replace(PLAIN, optimizer="momentum", weight_decay=0.0, clip_grad=limit)
     model = tiny()
@@ -299,9 +299,10 @@ def test_a_resumed_stage_ends_as_an_uninterrupted_one(
                 raise KeyboardInterrupt
             return step(self, *given)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(training._Run, "loss", broken)
-            attempt(tmp_path / "cut.pt", evaluate=refuse)
+            with pytest.raises(KeyboardInterrupt):
+                attempt(tmp_path / "cut.pt", evaluate=refuse)
     done = torch.load(tmp_path / "cut.pt", weights_only=True)["epochs"]
     assert done == 2
     again, resumed = attempt(tmp_path / "cut.pt", evaluate=lambda _: Metrics(top1=1.0, top5=2.0, loss=3.0, n=4))

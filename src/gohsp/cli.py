@@ -122,7 +122,8 @@ class Rank:
             record["transition"][self.block], record["scores"][self.block], title=f"block {self.block}"
         )
         figure.savefig(self.out / "graph.png", dpi=150)
-        table = Table("block", "heads, best first (score)", title=f"{escape(self.model)}: {record['method']}, {record['edge']}")
+        title = f"{escape(self.model)}: {record['method']}, {record['edge']}"
+        table = Table("block", "heads, best first (score)", title=title)
         for i, scores in enumerate(record["scores"]):
             order = sorted(range(len(scores)), key=lambda h: -scores[h])
             table.add_row(str(i), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))

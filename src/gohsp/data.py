@@ -75,12 +75,10 @@ class UnreadableImageError(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """A data set and the names of its splits.
+    """A data set; its splits are opened by name.
 
     Attributes:
         source: A folder, ``hfds/...``, ``wds/...`` or ``digits``; see the module's documentation.
-        train_split: The split to train on.
-        validation_split: The split to evaluate on.
         image_key: ``hfds``: the image column; default: the only one of type Image. ``wds``: the image's
             extension; default: ``jpg``, ``jpeg``, ``png`` or ``webp``.
         label_key: ``hfds``: the label column; default: the only one of type ClassLabel. ``wds``: the field of
@@ -88,8 +86,6 @@ class DataSource:
     """
 
     source: str
-    train_split: str = "train"
-    validation_split: str = "validation"
     image_key: str | None = None
     label_key: str | None = None
 

@@ -194,7 +194,7 @@ def _open(
         return copy.deepcopy(model)
     arguments = dict(recipe.model_arguments)
     if checkpoint.is_model_folder(model):
-        return checkpoint.open_model(model, weights=weights, pretrained=pretrained)
+        return checkpoint.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
     trains = recipe.dense.epochs > 0
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1

@@ -62,7 +62,7 @@ def begin(path: Path, request: Mapping[str, Any], *, resume: bool, overwrite: bo
 
     Raises:
         RunError: The folder holds something and neither is set, or both are; it holds something that is no run;
-            it holds a run that was asked for something else, or none, to resume.
+            it holds a run that is finished or was asked for something else, to resume.
     """
     if resume and overwrite:
         raise RunError("resume and overwrite exclude each other; give one")
@@ -76,6 +76,8 @@ def begin(path: Path, request: Mapping[str, Any], *, resume: bool, overwrite: bo
             f"'{path}' already holds a run; go on with --resume, replace it with --overwrite, or name another"
         )
     if holds_run and resume:
+        if (path / "report.json").exists():
+            raise RunError(f"the run in '{path}' is finished, there is nothing to resume; replace it with --overwrite")
         _require_same(path, request)
     elif holds_run:
         shutil.rmtree(path)

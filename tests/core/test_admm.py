@@ -290,7 +290,7 @@ def test_trace_records_every_z_step(start: Callable[..., AdmmState]) -> None:
     state = start(settings)
     assert state.status == "not converged"
     first = state.plan
-    state = wander(state, range(18), 18, seed=0)
+    state = wander(state, range(18), 18, seed=0, noise=1.0)
     assert [r.step for r in state.trace] == [3, 6, 9, 12, 15, 18]
     assert [r.rho for r in state.trace] == pytest.approx(
         [settings.rho_start] + [admm.rho_at(settings, s / 18) for s in (3, 6, 9, 12, 15)]
@@ -303,6 +303,13 @@ def test_trace_records_every_z_step(start: Callable[..., AdmmState]) -> None:
     last = state.trace[-1].primal
     assert replace(state, settings=replace(settings, tolerance=2 * last)).status == "converged"
     assert replace(state, settings=replace(settings, tolerance=last / 2)).status == "not converged"
+
+
+def test_hysteresis_holds_the_support(start: Callable[..., AdmmState]) -> None:
+    settings = AdmmSettings(interval=1, reselect=1, freeze=1.0, projection=DATA)
+    assert sum(r.flips for r in wander(start(settings), range(4), 4, seed=0).trace) > 0
+    firm = replace(settings, hysteresis=1e9)
+    assert sum(r.flips for r in wander(start(firm), range(4), 4, seed=0).trace) == 0
 
 
 def test_residuals_are_relative_distances(start: Callable[..., AdmmState]) -> None:
@@ -331,6 +338,7 @@ def test_refresh_keeps_the_support_and_follows_the_moments(
     )
     after = admm.refresh(state, white)
     assert after.plan == state.plan
+    assert all(a is b for a, b in zip(after.moments, white, strict=True))
     readout = state.structure.blocks[0].ffn_readout
     weight = state.weights[0][readout.columns]
     kept = list(state.plan.blocks[0].ffn)

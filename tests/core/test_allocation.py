@@ -165,6 +165,26 @@ def test_close_to_the_best_of_all_plans(seed: int, kind: BudgetKind) -> None:
     assert sum(gaps) / len(gaps) < 0.015 * worst
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, kind=budget_kinds, log_price=st.floats(-4, -1))
+def test_optimal_wherever_a_price_leads(seed: int, kind: BudgetKind, log_price: float) -> None:
+    """What is cheapest at some price per unit of cost is the best plan of all for its own cost (Everett)."""
+    structure = toy(2, BlockShape(heads=3, qk=2, vo=3, ffn=5))
+    curves = random_curves(structure, FREE, seed)
+    options = [
+        BlockShape(heads=h, qk=q, vo=v, ffn=f)
+        for h, q, v, f in product(range(1, 4), range(1, 3), range(1, 4), range(1, 6))
+    ]
+    alone = [replace(structure, blocks=(block,)) for block in structure.blocks]
+
+    def price_of(i: int, shape: BlockShape) -> float:
+        return damage(alone[i], curves[i : i + 1], (shape,)) + 10**log_price * model_cost(alone[i], (shape,), kind)
+
+    best = tuple(min(options, key=lambda shape, i=i: price_of(i, shape)) for i in range(2))
+    chosen = allocate(structure, curves, kind, model_cost(structure, best, kind), FREE)
+    assert damage(structure, curves, chosen) == pytest.approx(damage(structure, curves, best), abs=1e-9)
+
+
 def test_cuts_fall_where_they_hurt_least() -> None:
     structure = toy(3, BlockShape(heads=4, qk=8, vo=8, ffn=32))
     how = WidthSettings(multiple=4, min_width=4)

@@ -28,7 +28,7 @@ def leading_left_eigenvector(P: Tensor) -> Tensor:
 @st.composite
 def edge_matrices(draw: st.DrawFn) -> Tensor:
     nodes = draw(st.integers(1, 6))
-    weight = st.one_of(st.just(0.0), st.floats(0, 1e30), st.floats(0, 1e-300))
+    weight = st.one_of(st.just(0.0), st.floats(0, 1.7e308), st.floats(0, 1e-300), st.floats(0, 1))
     row = st.one_of(st.just([0.0] * nodes), st.lists(weight, min_size=nodes, max_size=nodes))
     return torch.tensor([draw(row) for _ in range(nodes)], dtype=torch.float64)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import timm
@@ -35,12 +36,12 @@ FULL = BlockShape(heads=HEADS, qk=WIDTH, vo=WIDTH, ffn=FFN)
 
 
 @lru_cache
-def tiny(**arguments: bool) -> tuple[nn.Module, BlockStructure]:
+def tiny(dim: int = DIM, **arguments: Any) -> tuple[nn.Module, BlockStructure]:
     model = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=16,
         patch_size=8,
-        embed_dim=DIM,
+        embed_dim=dim,
         depth=1,
         num_heads=HEADS,
         mlp_ratio=FFN / DIM,
@@ -50,7 +51,7 @@ def tiny(**arguments: bool) -> tuple[nn.Module, BlockStructure]:
     return model, describe(model).blocks[0]
 
 
-def random_values(block: BlockStructure, settings: ProjectionSettings, seed: int, **arguments: bool) -> Values:
+def random_values(block: BlockStructure, settings: ProjectionSettings, seed: int, **arguments: Any) -> Values:
     generator = torch.Generator().manual_seed(seed)
     views = constrained(tiny(**arguments)[0], block, settings.metric)
     return {entry: torch.randn(view.shape, generator=generator) for entry, view in views.items()}
@@ -156,6 +157,17 @@ def test_activation_strength_sees_that_a_strong_weight_is_never_used() -> None:
     shape = replace(FULL, ffn=5)
     assert 0 in select(block, values, moments, shape, NORM).ffn
     assert 0 not in select(block, values, moments, shape, ACTIVATION).ffn
+
+
+def test_activation_strength_of_values_likewise() -> None:
+    _, block = tiny()
+    values = {k: torch.ones_like(v) for k, v in random_values(block, ACTIVATION, 0).items()}
+    values[block.attention_readout.columns][:, 2] = 10.0  # dimension 0 of head 1
+    asleep = WHITE.head_outputs.clone()
+    asleep[2, 2] = 1e-6
+    shape = replace(FULL, vo=1)
+    assert select(block, values, WHITE, shape, ACTIVATION).vo[1] == (0,)
+    assert select(block, values, replace(WHITE, head_outputs=asleep), shape, ACTIVATION).vo[1] == (1,)
 
 
 def test_query_key_strength_is_the_product_of_both_sides() -> None:
@@ -268,6 +280,38 @@ def test_removing_one_head_in_the_data_metric_is_optimal(seed: int) -> None:
     kept = select(block, values, moments, replace(FULL, heads=2), DATA)
     (gone,) = {0, 1, 2} - set(kept.heads)
     assert gone == min(range(3), key=error)
+
+
+def nearly_equal(size: int, a: int, b: int) -> Tensor:
+    gram = torch.eye(size, dtype=torch.float64)
+    gram[a, b] = gram[b, a] = 0.999
+    return gram
+
+
+def test_a_value_that_takes_over_from_a_removed_head_matters_more() -> None:
+    _, block = tiny()
+    values = {k: torch.zeros_like(v) for k, v in random_values(block, DATA, 0).items()}
+    columns = values[block.attention_readout.columns] = torch.eye(6)
+    columns[1, 1] = 0.7
+    columns[:, 2] = columns[:, 0]  # head 1 says again what dimension 0 of head 0 says, and goes
+    moments = replace(WHITE, head_outputs=nearly_equal(7, 0, 2))
+    guided = replace(DATA, guidance=1.0)
+    ranking = torch.tensor([1.0, 0.1, 1.0])
+    kept = select(block, values, moments, replace(FULL, heads=2, vo=1), guided, ranking=ranking)
+    assert kept.heads == (0, 2)
+    assert kept.vo[0] == (0,)
+
+
+def test_values_that_stand_in_for_each_other_do_not_all_go() -> None:
+    _, block = tiny(dim=9)
+    values = {k: torch.zeros_like(v) for k, v in random_values(block, DATA, 0, dim=9).items()}
+    columns = values[block.attention_readout.columns] = torch.eye(9)
+    columns[:, 1] = columns[:, 0]
+    columns[2, 2] = 0.5  # worth more than either of the two alone while the other is there
+    moments = BlockMoments(torch.eye(10).double(), nearly_equal(10, 0, 1), torch.eye(block.shape.ffn + 1).double())
+    kept = select(block, values, moments, replace(block.shape, vo=1), DATA)
+    assert kept.vo[0] in ((0,), (1,))
+    assert [len(dims) for dims in kept.vo] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("how", [NORM, ACTIVATION, DATA])

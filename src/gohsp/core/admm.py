@@ -72,7 +72,7 @@ class AdmmSettings:
     rho_start: float = 0.01
     rho_end: float = 0.1
     ramp: float = 0.6
-    interval: int = 4
+    interval: int = 8
     dual_step: float | None = None
     reselect: int = 12
     freeze: float = 0.6
@@ -107,8 +107,8 @@ class Residuals:
     Attributes:
         step: Optimiser steps done.
         rho: Penalty in force.
-        primal: ``||W - Z|| / ||W||``, in the metric of the projection.
-        dual: ``||Z - Z_before|| / ||W||``, likewise.
+        primal: ``||W - Z|| / ||W_0||``, in the metric of the projection; ``W_0`` are the weights at the start.
+        dual: ``||Z - Z_before|| / ||W_0||``, likewise.
         flips: Units that entered or left the support.
     """
 
@@ -124,7 +124,8 @@ class AdmmState:
     """Everything between two steps.
 
     ``anchors`` (Z - U) and ``duals`` (U) are updated in place; ``weights`` are views of the model's parameters,
-    so the model must stay on its device while a state is in use.
+    so the model must stay on its device while a state is in use. ``norms`` are the moments in float32, which
+    is enough for residuals; ``reference`` is the squared norm of the weights at the start.
     """
 
     model: nn.Module
@@ -137,6 +138,8 @@ class AdmmState:
     anchors: tuple[Values, ...]
     duals: tuple[Values, ...]
     projections: tuple[BlockProjection, ...]
+    norms: tuple[BlockMoments, ...]
+    reference: float
     rho: float
     step: int = 0
     dual_updates: int = 0
@@ -190,11 +193,21 @@ def start(
         anchors=(),
         duals=tuple({k: torch.zeros_like(v) for k, v in values.items()} for values in weights),
         projections=(),
+        norms=_single(moments),
+        reference=0.0,
         rho=settings.rho_start,
     )
     projections = _project_anew(state, weights, None)
     anchors = tuple(project(p, values) for p, values in zip(projections, weights, strict=True))
-    return replace(state, projections=projections, anchors=anchors)
+    reference = sum(
+        squared_size(block, values, m, metric)
+        for block, values, m in zip(structure.blocks, weights, state.norms, strict=True)
+    )
+    return replace(state, projections=projections, anchors=anchors, reference=reference)
+
+
+def _single(moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
+    return tuple(BlockMoments(m.attention_input.float(), m.head_outputs.float(), m.hidden.float()) for m in moments)
 
 
 def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | None) -> tuple[BlockProjection, ...]:
@@ -288,21 +301,21 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
         projections = _project_anew(state, shifted, state.plan)
         flips = count_flips(state.structure, state.plan, Plan(tuple(p.plan for p in projections)))
     rho, gamma = rho_at(settings, progress), critical_dual_step(settings, state.rho)
-    sizes = torch.zeros(3, dtype=torch.float64)
+    primal = dual_size = 0.0
     for i, block in enumerate(state.structure.blocks):
         weight, anchor, dual = state.weights[i], state.anchors[i], state.duals[i]
         z = project(projections[i], shifted[i])
         gap = {k: weight[k] - z[k] for k in weight}
         move = {k: z[k] - anchor[k] - dual[k] for k in weight}
-        sizes += torch.tensor(
-            [squared_size(block, v, state.moments[i], metric) for v in (gap, move, weight)],
-            dtype=torch.float64,
-        )
+        primal += squared_size(block, gap, state.norms[i], metric)
+        dual_size += squared_size(block, move, state.norms[i], metric)
         for k in weight:
             dual[k].add_(gap[k], alpha=gamma).mul_(state.rho / rho)
             torch.sub(z[k], dual[k], out=anchor[k])
-    primal, dual_size = (sizes[:2] / sizes[2].clamp_min(1e-30)).sqrt().tolist()
-    record = Residuals(step=state.step, rho=state.rho, primal=primal, dual=dual_size, flips=flips)
+    scale = max(state.reference, 1e-30)
+    record = Residuals(
+        step=state.step, rho=state.rho, primal=(primal / scale) ** 0.5, dual=(dual_size / scale) ** 0.5, flips=flips
+    )
     return replace(
         state,
         projections=projections,
@@ -323,7 +336,7 @@ def count_flips(structure: ModelStructure, before: Plan, after: Plan) -> int:
 
 def refresh(state: AdmmState, moments: Sequence[BlockMoments]) -> AdmmState:
     """Take over second moments measured anew; the support stays, its refit follows them."""
-    state = replace(state, moments=tuple(moments))
+    state = replace(state, moments=tuple(moments), norms=_single(moments))
     projections = tuple(
         on_support(block, values, m, p.plan, state.settings.projection)
         for block, values, m, p in zip(state.structure.blocks, state.weights, moments, state.projections, strict=True)

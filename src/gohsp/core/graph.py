@@ -53,7 +53,7 @@ def transition_matrix(edges: Tensor) -> Tensor:
             f"edge weights must be finite and at least 0, got values from {weights.min()} to {weights.max()}; "
             "check the model's weights and the images for NaN and infinity"
         )
-    # Divided by the largest weight first: a row of very small numbers must not lose its sum to underflow.
+    # Divided by the largest weight first, so that no row's sum can overflow.
     peaks = weights.amax(dim=1, keepdim=True)
     scaled = torch.where(peaks > 0, weights / peaks, torch.ones_like(weights))
     return scaled / scaled.sum(dim=1, keepdim=True)

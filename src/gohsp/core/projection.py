@@ -185,9 +185,9 @@ def _bonus(block: BlockStructure, present: BlockPlan | None, hysteresis: float, 
 
 def _energy(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> Tensor:
     """Mean squared activation of the units that ``slices`` (weight, then bias if any) make."""
-    weight = values[slices[0]].double()
+    weight = values[slices[0]].to(moment.dtype)
     if len(slices) > 1:
-        weight = torch.cat([weight, values[slices[1]].double()[:, None]], dim=1)
+        weight = torch.cat([weight, values[slices[1]].to(moment.dtype)[:, None]], dim=1)
     else:
         moment = moment[:-1, :-1]
     return (weight @ moment).mul(weight).sum(1)
@@ -327,7 +327,10 @@ def project(projection: BlockProjection, values: Values) -> Values:
 
 
 def squared_size(block: BlockStructure, values: Values, moments: BlockMoments, metric: Metric) -> float:
-    """Squared norm of a block's constrained tensors (or of a difference of such) in the metric."""
+    """Squared norm of a block's constrained tensors (or of a difference of such) in the metric.
+
+    In the data's metric, computed in the moments' precision.
+    """
     if metric == "euclidean":
         return float(sum(v.double().square().sum() for v in values.values()))
     total = _energy(values, block.query, moments.attention_input).sum()
@@ -337,5 +340,6 @@ def squared_size(block: BlockStructure, values: Values, moments: BlockMoments, m
         (block.ffn_readout, moments.hidden),
     ):
         weight, gram = full_map(values, readout, moment)
-        total = total + (weight @ gram.to(weight.dtype)).mul(weight).sum().double()
+        weight = weight.to(gram.dtype)
+        total = total + (weight @ gram).mul(weight).sum()
     return float(total)
