@@ -112,7 +112,11 @@ def main() -> None:
     options = parser.parse_args()
     options.bf16 = training.resolve_precision("auto", cpu=options.device == "cpu") == "bf16"
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "bf16": options.bf16}
-    result["machine"] = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result["machine"] = {
+        "processor": platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     for options.penalty in ("decoupled", "coupled"):
         result[options.penalty] = measure(options)
         sys.stdout.write(f"{options.penalty}: {json.dumps(result[options.penalty], indent=1)}\n")

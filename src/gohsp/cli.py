@@ -263,11 +263,11 @@ def _read_plan(path: Path) -> tuple[BlockShape, ...]:
 def _verbs(recipe: Recipe) -> Any:
     """The union of verbs, ``prune`` with the recipe's values as its flags' defaults."""
     m: Any = tyro.MISSING
-    prune = Prune(model=m, data=m, budget=m, out=m, settings=recipe)
+    prune_options: Any = tyro.conf.subcommand("prune", default=Prune(model=m, data=m, budget=m, out=m, settings=recipe))
     verbs = [
         Annotated[Demo, tyro.conf.subcommand("demo")],
         Annotated[Rank, tyro.conf.subcommand("rank")],
-        Annotated[Prune, tyro.conf.subcommand("prune", default=prune)],
+        Annotated[Prune, prune_options],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Report, tyro.conf.subcommand("report")],
     ]

@@ -770,7 +770,7 @@ class _Batches(Dataset[Any]):
 
 def _collate(samples: Sequence[tuple[Tensor, int]]) -> Any:
     """Stack a batch; torch's own function refuses the empty list that a batch of unreadable images leaves."""
-    return default_collate(samples) if samples else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return default_collate(list(samples)) if samples else (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 @contextmanager

@@ -77,8 +77,9 @@ class TrainingSettings:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.optimizer not in list_optimizers():
-            hint = nearest(self.optimizer, list_optimizers())
+        known = [str(name) for name in list_optimizers()]
+        if self.optimizer not in known:
+            hint = nearest(self.optimizer, known)
             raise RecipeError(f"training.optimizer '{self.optimizer}' is unknown; {hint}")
         shares = {"label_smoothing": self.label_smoothing, "distillation": self.distillation, "ema": self.ema}
         for name, value in shares.items():

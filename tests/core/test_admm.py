@@ -203,6 +203,30 @@ def test_schedule_of_rho() -> None:
     assert admm.rho_at(replace(settings, ramp=0.0), 0.0) == pytest.approx(0.09)
 
 
+@pytest.mark.parametrize(("rho", "interval"), [(0.01, 8), (0.1, 4), (0.1, 8)])
+def test_the_critical_dual_step_does_not_drive_weights_through_zero(rho: float, interval: int) -> None:
+    """A removed weight under the decoupled pull alone: at the critical step it settles, at the textbook's it swings."""
+    settings = AdmmSettings(rho_start=rho, rho_end=rho, interval=interval)
+
+    def lowest(gamma: float) -> float:
+        w, u, least = 1.0, 0.0, 0.0
+        for step in range(1, 4000):
+            w -= rho * (w + u)  # the anchor of a removed unit is -u
+            least = min(least, w)
+            if step % interval == 0:
+                u += gamma * w
+        return least
+
+    gamma = admm.critical_dual_step(settings, rho)
+    assert gamma == pytest.approx(rho * interval / 4)
+    assert lowest(gamma) > -0.15
+    assert lowest(1.0) < 2 * lowest(gamma)
+    assert lowest(1.0) < -0.2
+    assert admm.critical_dual_step(replace(settings, penalty="coupled"), rho) == 1
+    assert admm.critical_dual_step(replace(settings, dual_step=0.7), rho) == 0.7
+    assert admm.critical_dual_step(replace(settings, interval=1000), rho) == 1
+
+
 @pytest.mark.parametrize("projection", [EUCLIDEAN, DATA], ids=["euclidean", "data"])
 def test_after_finish_the_weights_lie_on_the_set(
     projection: ProjectionSettings, start: Callable[..., AdmmState], images: Tensor
@@ -314,7 +338,8 @@ def test_hysteresis_holds_the_support(start: Callable[..., AdmmState]) -> None:
 
 def test_residuals_are_relative_distances(start: Callable[..., AdmmState]) -> None:
     state = start(replace(TEXTBOOK, projection=EUCLIDEAN))
-    first = [{k: a + u for k, a in z.items() for u in [state.duals[i][k]]} for i, z in enumerate(state.anchors)]
+    begun = copies(state.weights)
+    first = [{k: a + state.duals[i][k] for k, a in block.items()} for i, block in enumerate(state.anchors)]
     state = wander(state, range(1), 1, seed=3)
     z = [{k: a + state.duals[i][k] for k, a in block.items()} for i, block in enumerate(state.anchors)]
 
@@ -323,7 +348,7 @@ def test_residuals_are_relative_distances(start: Callable[..., AdmmState]) -> No
 
     gap = [{k: w - z[i][k] for k, w in block.items()} for i, block in enumerate(state.weights)]
     move = [{k: value - first[i][k] for k, value in block.items()} for i, block in enumerate(z)]
-    size = norm(list(state.weights))
+    size = norm(begun)
     assert state.trace[-1].primal == pytest.approx(norm(gap) / size, rel=1e-4)
     assert state.trace[-1].dual == pytest.approx(norm(move) / size, rel=1e-4)
 

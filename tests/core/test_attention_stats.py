@@ -207,6 +207,24 @@ def test_fisher_and_taylor_expand_the_predicted_classes_log_probability(
     torch.testing.assert_close(found.taylor, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_fisher_residual_weighs_what_is_left_by_the_squared_gradient(model: Any, images: Tensor) -> None:
+    outputs: dict[str, Tensor] = {}
+    proj = model.blocks[0].attn.proj
+    hook = proj.register_forward_pre_hook(lambda _module, args: outputs.update(z=args[0]))
+    confidence = model(images).log_softmax(dim=-1).amax(dim=-1).sum()
+    hook.remove()
+    z = outputs["z"]
+    g = torch.autograd.grad(confidence, z)[0].flatten(0, 1).double()
+    rows = z.detach().flatten(0, 1).double()
+    rows = rows - rows.mean(dim=0)
+    left = residual_covariances(rows.T @ rows / len(rows), HEADS)
+    squared = (g.T @ g / len(images)).view(HEADS, WIDTH, HEADS, WIDTH)
+    expected = torch.stack([(squared[h, :, h] * left[h]).sum() / 2 for h in range(HEADS)])
+    found = collect(model, images.split(16), edge="cosine", scope="layer").fisher_residual
+    assert found is not None
+    torch.testing.assert_close(found[:HEADS], expected, rtol=1e-3, atol=0)
+
+
 def test_fisher_residual_vanishes_for_a_head_that_another_copies(model: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         for rows in (model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.bias):

@@ -104,6 +104,21 @@ def test_heads_go_in_the_order_of_their_scores(
             assert got == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
+def test_lower_precision_measures_about_the_same(
+    model: nn.Module, structure: ModelStructure, moments: tuple[BlockMoments, ...], images: Tensor
+) -> None:
+    how = WidthSettings(multiple=64, min_width=4, min_heads=2)
+    full = measure_curves(model, structure, moments, [images], None, how, DATA)
+    lowered: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: lowered.append(torch.is_autocast_enabled("cpu")))
+    half = measure_curves(model, structure, moments, [images], None, how, DATA, precision=torch.bfloat16)
+    assert lowered == [True] * (1 + count_points(structure, how))
+    for a, b in zip(full, half, strict=True):
+        assert b["head"].damage == pytest.approx(a["head"].damage, rel=0.2, abs=0.02)
+        assert b["head"].damage != a["head"].damage
+    assert predictions(model, [images], torch.bfloat16)[0].dtype == torch.float32
+
+
 def test_compensation_softens_the_damage(
     model: nn.Module, structure: ModelStructure, moments: tuple[BlockMoments, ...], images: Tensor
 ) -> None:

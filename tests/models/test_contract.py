@@ -295,6 +295,21 @@ def test_keeping_everything_changes_nothing(model: nn.Module, structure: ModelSt
         assert torch.equal(small.state_dict()[name], value), name
 
 
+def test_a_compacted_model_remembers_how_it_was_made(
+    make_model: Callable[..., nn.Module], plan: Plan, images: Tensor
+) -> None:
+    model = make_model(mlp_ratio=2)
+    small = compact(model, plan, images).model
+    assert not hasattr(model, "gohsp_arguments")
+    assert specification(small) == specification(model)  # not what its narrow blocks look like
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_choice_of_kernel_survives(fused: bool, model: nn.Module, plan: Plan, images: Tensor) -> None:
+    set_fused_attention(model, fused)
+    assert [b.attn.fused_attn for b in compact(model, plan, images).model.blocks] == [fused, fused]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_and_rates_survive(training: bool, make_model: Callable[..., nn.Module], images: Tensor) -> None:
     model = make_model(mlp_ratio=2, attn_drop_rate=0.1, proj_drop_rate=0.2, drop_path_rate=0.3).train(training)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import Tensor, nn
 
 from gohsp.errors import UnsupportedModelError
-from gohsp.models import compact, describe, specification
+from gohsp.models import build, compact, describe, specification
 from gohsp.models.attention import PrunedAttention
 from gohsp.structure import BlockPlan, BlockShape, Plan, UnitSlice, model_cost
 
@@ -169,6 +169,39 @@ def test_specification_holds_what_differs_from_the_default_alone() -> None:
         "architecture": "deit_tiny_patch16_224",
         "arguments": {"num_classes": 10, "img_size": [96, 96]},
     }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"in_chans": 1},
+        {"mlp_ratio": 3.3},
+        {"num_classes": 0},
+        {"reg_tokens": 2},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"global_pool": "map"},
+        {"pre_norm": True},
+        {"fc_norm": True},
+        {"init_values": 1e-4},
+        {"qkv_bias": False},
+        {"proj_bias": False},
+        {"qk_norm": True},
+        {"scale_attn_norm": True},
+        {"scale_mlp_norm": True},
+        {"dynamic_img_size": True},
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_every_argument_is_remembered(arguments: dict, make_model: Callable[..., nn.Module]) -> None:
+    model = make_model(**arguments)
+    again = build(specification(model), describe(model).shapes)
+    again.load_state_dict(model.state_dict(), strict=True, assign=True)
+    size = 24 if "dynamic_img_size" in arguments else 16
+    images = torch.randn(2, arguments.get("in_chans", 3), size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(images), model(images))
 
 
 @pytest.mark.assets

@@ -242,9 +242,7 @@ def test_missing_key_is_named(tiny: dict[str, Any], path: str) -> None:
         ("ranking.dampening", "dampening", "damping"),
     ],
 )
-def test_misspelt_key_is_named_with_the_right_one(
-    tiny: dict[str, Any], path: str, misspelt: str, meant: str
-) -> None:
+def test_misspelt_key_is_named_with_the_right_one(tiny: dict[str, Any], path: str, misspelt: str, meant: str) -> None:
     with pytest.raises(RunError, match=rf"unknown key '{misspelt}', did you mean '{meant}'"):
         validate(edited(tiny, path, 1))
 
@@ -582,17 +580,11 @@ def assert_texts_apart(figure: Any) -> None:
 
 def labels_outside(axis: Axis) -> list[Text]:
     low, high = sorted(axis.get_view_interval())
-    ticks = [
-        tick
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-        if not low <= tick.get_loc() <= high
-    ]
+    ticks = [tick for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if not low <= tick.get_loc() <= high]
     return [label for tick in ticks for label in (tick.label1, tick.label2)]
 
 
-@pytest.mark.parametrize(
-    ("blocks", "heads", "ffn"), [(12, 3, 768), (24, 16, 4096), (40, 8, 11008), (1, 1, 100)]
-)
+@pytest.mark.parametrize(("blocks", "heads", "ffn"), [(12, 3, 768), (24, 16, 4096), (40, 8, 11008), (1, 1, 100)])
 def test_nothing_overlaps(blocks: int, heads: int, ffn: int) -> None:
     report = make_report(blocks, heads, ffn, seed=2)
     for draw in (plots.head_importance, plots.kept_widths, plots.training):
@@ -648,9 +640,7 @@ def test_heat_map_colours_and_numbers_are_the_scores(tiny: dict[str, Any], large
 def test_heat_map_of_blocks_with_different_head_counts(small: dict[str, Any]) -> None:
     report = copy.deepcopy(small)
     report["plan"]["dense"][0]["heads"], report["plan"]["pruned"][0]["heads"] = 1, 1
-    report["plan"]["kept"][0] |= {key: report["plan"]["kept"][0][key][:1] for key in ("qk", "vo")} | {
-        "heads": [0]
-    }
+    report["plan"]["kept"][0] |= {key: report["plan"]["kept"][0][key][:1] for key in ("qk", "vo")} | {"heads": [0]}
     report["ranking"]["scores"][0], report["ranking"]["transition"][0] = [1.0], [[1.0]]
     validate(report)
     drawn = plots.head_importance(report).axes[0].collections[0].get_array()

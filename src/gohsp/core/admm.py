@@ -364,6 +364,7 @@ def export(state: AdmmState) -> dict[str, Any]:
         "duals": [list(values.values()) for values in state.duals],
         "moments": [[m.attention_input, m.head_outputs, m.hidden] for m in state.moments],
         "plan": state.plan.to_json(),
+        "reference": state.reference,
         "rho": state.rho,
         "step": state.step,
         "dual_updates": state.dual_updates,
@@ -382,6 +383,7 @@ def restore(state: AdmmState, exported: Mapping[str, Any]) -> AdmmState:
     state = replace(
         state,
         projections=projections,
+        reference=exported["reference"],
         rho=exported["rho"],
         step=exported["step"],
         dual_updates=exported["dual_updates"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from gohsp.errors import BudgetError, RecipeError
 from gohsp.structure import (
@@ -69,7 +69,7 @@ class DamageCurve:
             return 0.0
         ceiling = 0.0
         points = list(zip(self.widths, self.damage, strict=True))
-        for (w0, d0), (w1, d1) in reversed(list(zip(points, points[1:], strict=False))):
+        for (w0, d0), (w1, d1) in reversed(list(pairwise(points))):
             upper = ceiling = max(ceiling, d1)
             lower = max(upper, d0)
             if width >= w0:

@@ -141,7 +141,7 @@ def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
-    """``weight`` ``[outputs, n]`` with removed columns zero and kept ones at the ridge solution of :func:`refit_map`."""
+    """``weight`` ``[outputs, n]`` with removed columns zero, kept ones at the ridge solution of :func:`refit_map`."""
     return apply_refit(weight, keep, refit_map(gram, keep, ridge))
 
 

@@ -1,4 +1,4 @@
-"""Changes of basis inside attention that leave the function alone and sort dimensions by importance (design, section 6).
+"""Changes of basis inside attention that keep the function and sort dimensions by importance (design, section 6).
 
 ``q^T k`` depends on ``W_Q^T W_K`` only, and a head's contribution on ``W_O W_V`` only, so either pair may be mixed
 by an invertible matrix and its inverse. After :func:`rotate`, keeping a head's first dimensions is the best
