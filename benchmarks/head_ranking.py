@@ -313,9 +313,9 @@ def show(result: dict[str, Any]) -> None:
         if row.get("default"):
             shown.append(("default", row))
     shown += [(" ".join((*group, f"{row['damping']}")), row) for group, row in chains.items()]
-    _say(f"{'':36s}" + "".join(f"{key:>18s}" for key in keys))
+    _say(f"{'':40s}" + "".join(f"{key:>18s}" for key in keys))
     for name, row in shown:
-        _say(f"{name:36s}" + "".join(f"{row[key]:+18.3f}" for key in keys))
+        _say(f"{name:40s}" + "".join(f"{row[key]:+18.3f}" for key in keys))
 
 
 def main() -> None:

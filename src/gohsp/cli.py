@@ -260,18 +260,18 @@ def _read_plan(path: Path) -> tuple[BlockShape, ...]:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
+VERBS: dict[str, Any] = {"demo": Demo, "rank": Rank, "prune": Prune, "evaluate": Evaluate, "report": Report}
+
+
 def _verbs(recipe: Recipe) -> Any:
     """The union of verbs, ``prune`` with the recipe's values as its flags' defaults."""
     m: Any = tyro.MISSING
-    prune_options: Any = tyro.conf.subcommand("prune", default=Prune(model=m, data=m, budget=m, out=m, settings=recipe))
-    verbs = [
-        Annotated[Demo, tyro.conf.subcommand("demo")],
-        Annotated[Rank, tyro.conf.subcommand("rank")],
-        Annotated[Prune, prune_options],
-        Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
-        Annotated[Report, tyro.conf.subcommand("report")],
-    ]
-    return Union[tuple(verbs)]  # noqa: UP007 - made at run time
+    prune = Prune(model=m, data=m, budget=m, out=m, settings=recipe)
+    marks: dict[str, Any] = {name: tyro.conf.subcommand(name) for name in VERBS}
+    marks["prune"] = tyro.conf.subcommand("prune", default=prune)
+    # Made at run time, where a type checker cannot follow.
+    verbs = [Annotated[verb, marks[name]] for name, verb in VERBS.items()]
+    return Union[tuple(verbs)]  # noqa: UP007 # pyrefly: ignore
 
 
 def _recipe_of(arguments: Sequence[str]) -> Recipe:

@@ -385,6 +385,6 @@ def parse_budget(text: str, structure: ModelStructure) -> Budget:
         limit = int(number * _UNITS[unit])
     if not 0 < limit < dense:
         raise BudgetError(
-            f"budget '{text}' allows {limit:,} {kind}, the model has {dense:,}; ask for less than it has and more than 0"
+            f"budget '{text}' allows {limit:,} {kind}, the model has {dense:,}; ask for less, and for more than 0"
         )
     return Budget(kind=kind, requested=text, limit=limit)

@@ -1,4 +1,4 @@
-"""Measured damage curves: cut one piece of one block, compensated, and see what the network says (design, section 4)."""
+"""Measured damage curves: cut one piece of one block, compensated, and ask the network (design, section 4)."""
 
 from __future__ import annotations
 

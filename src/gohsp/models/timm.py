@@ -246,8 +246,11 @@ def architecture_arguments(model: nn.Module) -> dict[str, Any]:
         return dict(remembered)
     with torch.device("meta"):
         default = timm.create_model(architecture_name(model))
-    base = _arguments(default)
-    return {key: value for key, value in _arguments(model).items() if base.get(key) != value}
+    base, mine = _arguments(default), _arguments(model)
+    changed = {key: value for key, value in mine.items() if base.get(key) != value}
+    if "global_pool" in changed:  # timm infers a norm that is left open from the pooling
+        changed["fc_norm"] = mine["fc_norm"]
+    return changed
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
