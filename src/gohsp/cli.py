@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+        handlers=[RichHandler(level=logging.WARNING, console=Console(stderr=True), show_path=False)],
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
