@@ -98,7 +98,10 @@ def main() -> None:
             seeded = dataclasses.replace(recipe, seed=seed)
             report = run_arm(options, seeded, arm, options.out / f"seed{seed}")
             results = json.loads(options.results.read_text()) if options.results.exists() else {}
-            results.setdefault("command", " ".join(["python", *sys.argv[:1]]))
+            command = (
+                f"python benchmarks/imagewoof.py --weights {options.weights.name} --data hfds/{Path(options.data).name}"
+            )
+            results.setdefault("command", command)
             results.setdefault("recipe", recipes.to_mapping(recipe))
             results.setdefault("runs", {}).setdefault(f"seed{seed}", {})[arm] = record_of(report)
             options.results.write_text(json.dumps(results, indent=1) + "\n")
