@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.structure import BlockStructure, ModelStructure, Readout, UnitSlice
+from gohsp.structure import BlockStructure, Readout, UnitSlice
 
 
 def units(model: nn.Module, entry: UnitSlice, count: int) -> Tensor:
@@ -71,9 +71,3 @@ def forward_all(model: nn.Module, batches: Sequence[Tensor]) -> None:
         for images in batches:
             model(images.to(device, non_blocking=True))
     model.train(training)
-
-
-def readouts(structure: ModelStructure) -> dict[str, Readout]:
-    """Every readout by its module's name."""
-    pairs = ((b.attention_readout, b.ffn_readout) for b in structure.blocks)
-    return {r.module: r for pair in pairs for r in pair}
