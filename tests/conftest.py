@@ -12,8 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from gohsp.core.activations import Stages
 from gohsp.core.compensation import BlockMoments, collect_moments
 from gohsp.models import describe
+from gohsp.models import stages as stages_of
 from gohsp.structure import ModelStructure
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -68,6 +70,18 @@ def images() -> Tensor:
 @pytest.fixture
 def moments(model: nn.Module, structure: ModelStructure, images: Tensor) -> tuple[BlockMoments, ...]:
     return collect_moments(model, structure, [images])
+
+
+@pytest.fixture
+def stages(model: nn.Module) -> Stages:
+    return stages_of(model)
+
+
+@pytest.fixture
+def embedded(stages: Stages, images: Tensor) -> Tensor:
+    """What the images send into the first block of ``model``, ``[32, 5, 32]``."""
+    with torch.no_grad():
+        return stages.embed(images)
 
 
 @pytest.fixture(scope="session")

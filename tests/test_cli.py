@@ -11,7 +11,7 @@ import timm
 import torch
 
 import gohsp
-from gohsp import cli, measure
+from gohsp import cli, measure, report
 from gohsp import recipe as recipes
 from gohsp.errors import GohspError
 
@@ -249,3 +249,16 @@ def test_an_interruption_exits_with_130(
     monkeypatch.setattr(cli, "evaluate", interrupt)
     assert cli.main(["evaluate", model, "--data", "digits"]) == 130
     assert "go on with --resume" in capsys.readouterr().err
+
+
+def test_oneshot_route_with_a_calibration_size(tmp_path: Path, model: str):
+    out = tmp_path / "run"
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out), "--route", "oneshot"]
+    small = ["--calibration-size", "40", "--data.ranking-images", "16", "--data.allocation-images", "16"]
+    widths = ["--widths.multiple", "2", "--widths.min-width", "2"]
+    assert cli.main([*arguments, *small, *widths]) == 0
+    content = report.read(out)
+    assert content["recipe"]["route"] == "oneshot"
+    assert content["data"]["calibration_images"] == 40
+    assert content["pruned"].get("top1") is None
+    assert cli.main(["evaluate", str(out), "--data", "digits"]) == 0

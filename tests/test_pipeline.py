@@ -99,6 +99,7 @@ def test_the_report_is_valid_and_complete(finished: gohsp.Result):
         "validation_split": "validation",
         "image_size": 8,
         "classes": 10,
+        "calibration_images": 64,
         "train_images": 1257,
         "validation_images": 180,
         "unreadable_images": 0,
@@ -316,3 +317,49 @@ def test_unreadable_images_are_counted_and_do_not_end_the_run(tmp_path: Path):
     strict = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
     with pytest.raises(DataError, match=r"z\.jpg"):
         prune(tmp_path / "strict", model=model, source=source, recipe=strict, shapes=SHAPES)
+
+
+# The one-shot route
+
+
+def test_oneshot_reads_no_label_and_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("labels were read")
+
+    monkeypatch.setattr("gohsp.data.Split.labels", refuse)
+    monkeypatch.setattr("gohsp.training.train", refuse)
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0})
+    result = prune(tmp_path / "run", model=model, recipe=recipe)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    content = report.read(tmp_path / "run")
+    assert content["pruned"]["params"] == sum(p.numel() for p in result.model.parameters()) <= content["budget"]["limit"]
+    assert "admm" not in content
+    assert content["curves"] == {}
+    assert content["fidelity"]["images"] == 128
+    assert content["fidelity"]["predicted_kl"] > 0
+    assert {"rank", "moments", "allocate", "reconstruct", "compact"} <= set(content["timings"])
+    again = gohsp.load(tmp_path / "run")
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(images), result.model(images))
+
+
+def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0})
+    plain = dataclasses.replace(
+        recipe,
+        admm=dataclasses.replace(
+            recipe.admm, projection=gohsp.ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0)
+        ),
+    )
+    runs = [
+        prune(tmp_path / name, model=tiny(), recipe=r, shapes=SHAPES).report
+        for name, r in (("repaired", recipe), ("plain", plain))
+    ]
+    assert runs[0]["fidelity"]["kl"] < 0.5 * runs[1]["fidelity"]["kl"]
+
+
+def test_oneshot_with_training_of_the_dense_model_is_refused():
+    with pytest.raises(GohspError, match=r"dense\.epochs"):
+        recipe_with(route="oneshot")

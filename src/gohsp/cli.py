@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.resources
 import json
 import logging
@@ -133,7 +134,11 @@ class Rank:
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Prune a model to a budget by the GOHSP route: rank, allocate, ADMM, cut, fine-tune, report."""
+    """Prune a model to a budget.
+
+    The training route ranks heads, allocates, trains with ADMM's pull, cuts, repairs, fine-tunes and reports;
+    --route oneshot ranks, allocates, cuts and repairs in closed form, without labels or training.
+    """
 
     model: Positional[str]
     """A timm name, or a folder that gohsp wrote."""
@@ -147,6 +152,8 @@ class Prune:
     """A TOML recipe; the flags below override it."""
     plan: Path | None = None
     """An edited plan.json whose widths to use."""
+    calibration_size: int | None = None
+    """Unlabelled training images for statistics and repairs; short for --data.calibration-images."""
     resume: bool = False
     """Go on with the run that the folder holds."""
     overwrite: bool = False
@@ -156,12 +163,16 @@ class Prune:
 
     def __call__(self, command: Sequence[str]) -> None:
         """Prune."""
+        recipe = self.settings
+        if self.calibration_size is not None:
+            settings = dataclasses.replace(recipe.data, calibration_images=self.calibration_size)
+            recipe = dataclasses.replace(recipe, data=settings)
         result = pipeline.prune(
             self.model,
             data.DataSource(source=self.data),
             self.budget,
             self.out,
-            recipe=self.settings,
+            recipe=recipe,
             weights=self.source.weights,
             pretrained=self.source.pretrained,
             shapes=_read_plan(self.plan) if self.plan else None,

@@ -29,9 +29,10 @@ import random
 import re
 import struct
 import tarfile
+import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.readers import create_reader
 from torch import Tensor, nn
@@ -791,9 +793,57 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+class Spool(MutableSequence[Tensor]):
+    """A list of tensors that lies on disk, so that memory does not grow with the number of images.
+
+    Args:
+        folder: Where; None for the system's temporary folder. The files go with the spool.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=".gohsp-", dir=folder)
+        self._files: list[Path] = []
+        self._written = 0
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return load_file(self._files[index])["x"]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        fresh = self._write(value)
+        self._files[index].unlink()
+        self._files[index] = fresh
+
+    def __delitem__(self, index: Any) -> None:
+        self._files.pop(index).unlink()
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Write a tensor and put it before ``index``."""
+        self._files.insert(index, self._write(value))
+
+    def _write(self, value: Tensor) -> Path:
+        # A new name each time: a tensor read before may still be mapped from the old file.
+        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        self._written += 1
+        save_file({"x": value.detach().cpu().contiguous()}, path)
+        return path
+
+
 def calibration_images(
-    source: DataSource, split: str, count: int, *, transform: Transform, seed: int = 0, batch_size: int = 64
-) -> list[Tensor]:
+    source: DataSource,
+    split: str,
+    count: int,
+    *,
+    transform: Transform,
+    seed: int = 0,
+    batch_size: int = 64,
+    skip: int = 0,
+    store: Callable[[], MutableSequence[Tensor]] = list,
+) -> MutableSequence[Tensor]:
     """Draw a fixed random subset of a split's images; no label is read, so the source needs none.
 
     Args:
@@ -804,6 +854,8 @@ def calibration_images(
         transform: What makes a tensor [C, H, W] of an image, usually `eval_transform`.
         seed: A non-negative integer; the same seed draws the same images.
         batch_size: Images a batch.
+        skip: How many images of the draw to pass over first: another subset than that of the first ``skip``.
+        store: Makes an empty place for the batches: ``list`` for memory, :class:`Spool` for disk.
 
     Returns:
         Batches, float32 [B, C, H, W]; the last may be smaller.
@@ -816,17 +868,23 @@ def calibration_images(
         raise DataError(f"count={count}, batch_size={batch_size}: both must be at least 1")
     images = open_split(source, split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    tensors: list[Tensor] = []
+    batches, pending, found = store(), [], 0
     with _seeded(seed % 2**32):
-        for index in order:
-            if len(tensors) == count:
+        for index in order[skip:]:
+            if found == count:
                 break
             try:
-                tensors.append(transform(images.image(index)))
+                pending.append(transform(images.image(index)))
             except UnreadableImageError:
                 continue  # logged by the split
-    if not tensors:
+            found += 1
+            if len(pending) == batch_size:
+                batches.append(torch.stack(pending))
+                pending = []
+    if pending:
+        batches.append(torch.stack(pending))
+    if not found:
         raise DataError(f"none of the {len(images)} images of {images.name} can be read; mend the source")
-    if len(tensors) < count:
-        logger.warning("%s has %d readable images, %d were asked for", images.name, len(tensors), count)
-    return [torch.stack(tensors[start : start + batch_size]) for start in range(0, len(tensors), batch_size)]
+    if found < count:
+        logger.warning("%s has %d readable images, %d were asked for", images.name, found, count)
+    return batches

@@ -1,4 +1,4 @@
-"""The training route, end to end: rank, allocate, ADMM, cut, fine-tune, compare, report (design, section 1)."""
+"""Both routes, end to end: rank, allocate, [ADMM,] cut and repair, [fine-tune, compare,] report (design, section 1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 
 from gohsp import checkpoint, data, models, report, run, training
 from gohsp import recipe as recipes
-from gohsp.core import admm, allocation, compensation, ranking, rotation, sensitivity
+from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity
+from gohsp.core.activations import Stages
 from gohsp.errors import DataError, PlanError
 from gohsp.measure import Metrics, evaluate
 from gohsp.recipe import Recipe
@@ -64,38 +65,74 @@ class Result:
 
 
 @dataclass(frozen=True)
+class _Loaders:
+    """Labelled images, which only the training route reads."""
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any]
+    sample: DataLoader[Any]
+    train_split: data.Split
+    validation_split: data.Split
+
+
+@dataclass(frozen=True)
 class _Bench:
     """What every stage works with."""
 
     recipe: Recipe
     folder: run.RunFolder
     accelerator: Accelerator
-    train_split: data.Split
-    validation_split: data.Split
-    train_loader: DataLoader[Any]
-    validation_loader: DataLoader[Any]
-    sample_loader: DataLoader[Any]
     calibration: Sequence[Tensor]
+    holdout: Sequence[Tensor]
+    mirror: bool
     num_classes: int
+    loaders: _Loaders | None
     quiet: bool
     timings: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def labelled(self) -> _Loaders:
+        """The labelled images, where the route has them."""
+        if self.loaders is None:
+            raise RuntimeError("the one-shot route reads no labels")
+        return self.loaders
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Data type of forward passes."""
+        return training.autocast_dtype(self.accelerator)
+
     def autocast(self) -> torch.autocast:
         """Mixed precision for forward passes outside training."""
-        dtype = training.autocast_dtype(self.accelerator)
-        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.accelerator.device.type, self.precision, enabled=enabled)
 
     def images(self, count: int) -> list[Tensor]:
         """The first ``count`` calibration images, in batches."""
-        return list(torch.cat(list(self.calibration))[:count].split(self.calibration[0].shape[0]))
+        batches: list[Tensor] = []
+        for batch in self.calibration:
+            if count <= 0:
+                break
+            batches.append(batch[:count])
+            count -= len(batch)
+        return batches
+
+    def embedded(self, stages: Stages, images: Iterable[Tensor], *, mirror: bool = False) -> Iterator[Tensor]:
+        """What enters the first block, in batches, in float32; with ``mirror`` that of the mirror images follows."""
+        device = self.accelerator.device
+        for batch in images:
+            with torch.no_grad():
+                yield stages.embed(batch.to(device)).float()
+                if mirror:
+                    yield stages.embed(batch.flip(-1).to(device)).float()
 
     def score(self, model: nn.Module, batches: Any = None) -> Metrics:
         """Score on the validation split, or on other batches."""
         return evaluate(
             model,
-            self.validation_loader if batches is None else batches,
+            self.labelled.validation if batches is None else batches,
             device=self.accelerator.device,
-            precision=training.autocast_dtype(self.accelerator),
+            precision=self.precision,
         )
 
     @contextmanager
@@ -106,6 +143,17 @@ class _Bench:
         yield
         self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - began, 3)
         logger.info("%s: %.1f s", stage, self.timings[stage])
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """The dense model's copy that is going to be cut, rotated, and what was measured on it."""
+
+    model: nn.Module
+    structure: ModelStructure
+    scores: list[list[float]]
+    weights: tuple[fisher.TokenWeights, ...]
+    moments: tuple[compensation.BlockMoments, ...]
 
 
 def prune(
@@ -123,7 +171,7 @@ def prune(
     command: Sequence[str] = (),
     quiet: bool = False,
 ) -> Result:
-    """Prune a Vision Transformer by the GOHSP training route and write a run folder.
+    """Prune a Vision Transformer and write a run folder.
 
     Args:
         model: A timm model, a timm name, or a folder that gohsp wrote. A given module is left as it is.
@@ -150,8 +198,10 @@ def prune(
     if recipe.data.image_key or recipe.data.label_key:
         source = dataclasses.replace(source, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
     train_split = data.open_split(source, recipe.data.train_split)
-    validation_split = data.open_split(source, recipe.data.validation_split)
-    if train_split.name == validation_split.name:
+    splits = [train_split]
+    if recipe.route == "train":
+        splits.append(data.open_split(source, recipe.data.validation_split))
+    if train_split.name == splits[-1].name and len(splits) == 2:
         raise DataError(
             f"training and validation images are the same, {train_split.name}: scores would mean nothing; set "
             "data.train_split and data.validation_split to different splits. A folder needs a sub-folder for each, "
@@ -165,8 +215,9 @@ def prune(
         allocation.require_feasible(structure, goal.kind, goal.limit, recipe.widths)
     else:
         _check_given(structure, shapes, goal)
-    for split in (train_split, validation_split):
-        split.labels(_num_classes(dense))
+    if recipe.route == "train":
+        for split in splits:
+            split.labels(_num_classes(dense))
     request = {
         "model": type(model).__name__ if isinstance(model, nn.Module) else str(model),
         "weights": str(weights) if weights else None,
@@ -178,7 +229,7 @@ def prune(
     folder = run.begin(Path(out), request, resume=resume, overwrite=overwrite)
     with run.log_to(folder.path / "run.log"):
         checkpoint.write_atomic(folder.path / "recipe.toml", recipes.to_toml(recipe))
-        bench = _bench(dense, recipe, folder, source, train_split, validation_split, quiet)
+        bench = _bench(dense, recipe, folder, source, splits, quiet)
         dense.to(bench.accelerator.device)
         return _prune(bench, dense, structure, goal, shapes, source, command)
 
@@ -220,10 +271,34 @@ def _bench(
     recipe: Recipe,
     folder: run.RunFolder,
     source: data.DataSource,
-    train_split: data.Split,
-    validation_split: data.Split,
+    splits: Sequence[data.Split],
     quiet: bool,
 ) -> _Bench:
+    size, settings = len(splits[0]), recipe.data
+    holdout = min(settings.holdout_images, -(-size // 5))  # a small set gives a fifth of its images at most
+    calibration = max(1, min(settings.calibration_images, size - holdout))
+    drawn: dict[str, Any] = {
+        "transform": data.eval_transform(data.Preprocessing.from_model(model)),
+        "seed": recipe.seed,
+        "batch_size": recipe.training.batch_size,
+        "store": data.Spool,
+    }
+    return _Bench(
+        recipe=recipe,
+        folder=folder,
+        accelerator=training.make_accelerator(recipe.training.precision, "cpu" if recipe.device == "cpu" else None),
+        calibration=data.calibration_images(source, settings.train_split, calibration, **drawn),
+        holdout=data.calibration_images(
+            source, settings.train_split, holdout, skip=min(calibration, size - holdout), **drawn
+        ),
+        mirror=settings.mirror and splits[0].mirrored_alike,
+        num_classes=_num_classes(model),
+        loaders=_loaders(model, recipe, splits[0], splits[1]) if recipe.route == "train" else None,
+        quiet=quiet,
+    )
+
+
+def _loaders(model: nn.Module, recipe: Recipe, train_split: data.Split, validation_split: data.Split) -> _Loaders:
     settings = recipe.training
     preprocessing = data.Preprocessing.from_model(model)
     plain = data.eval_transform(preprocessing)
@@ -234,13 +309,8 @@ def _bench(
         "strict": recipe.data.strict,
         "num_classes": _num_classes(model),
     }
-    return _Bench(
-        recipe=recipe,
-        folder=folder,
-        accelerator=training.make_accelerator(settings.precision, "cpu" if recipe.device == "cpu" else None),
-        train_split=train_split,
-        validation_split=validation_split,
-        train_loader=data.loader(
+    return _Loaders(
+        train=data.loader(
             train_split,
             transform=augmented,
             shuffle=True,
@@ -248,18 +318,10 @@ def _bench(
             drop_last=len(train_split) > settings.batch_size,
             **common,
         ),
-        validation_loader=data.loader(validation_split, transform=plain, shuffle=False, **common),
-        sample_loader=data.loader(train_split, transform=plain, shuffle=True, seed=recipe.seed, **common),
-        calibration=data.calibration_images(
-            source,
-            recipe.data.train_split,
-            min(recipe.data.calibration_images, len(train_split)),
-            transform=plain,
-            seed=recipe.seed,
-            batch_size=settings.batch_size,
-        ),
-        num_classes=_num_classes(model),
-        quiet=quiet,
+        validation=data.loader(validation_split, transform=plain, shuffle=False, **common),
+        sample=data.loader(train_split, transform=plain, shuffle=True, seed=recipe.seed, **common),
+        train_split=train_split,
+        validation_split=validation_split,
     )
 
 
@@ -273,24 +335,27 @@ def _prune(
     command: Sequence[str],
 ) -> Result:
     recipe, folder = bench.recipe, bench.folder
+    trains = recipe.route == "train"
     curves: dict[str, Any] = {}
     if recipe.dense.epochs > 0:
         curves["dense"] = _trained(bench, "dense", dense, recipe.dense, teacher=None)["curve"]
         checkpoint.save(dense, folder.path / "dense")
-    dense_metrics = _scored(bench, "dense_score", dense)
+    dense_metrics = _scored(bench, "dense_score", dense) if trains else {}
     heads = _ranked(bench, dense, structure)
-    work, moments, scores = _based(bench, dense, structure, heads)
-    shapes = tuple(given) if given else _allocated(bench, work, structure, moments, scores, goal)
+    basis = _based(bench, dense, structure, heads["scores"])
+    shapes, predicted = (tuple(given), None) if given else _allocated(bench, basis, goal)
     checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
-    plan, soft = _soft_pruned(bench, work, dense, structure, shapes, moments, scores)
+    soft = _soft_pruned(bench, basis, dense, shapes)
     if soft["curve"]:
         curves["admm"] = soft["curve"]
+    cut = _cut(bench, basis, dense, shapes, soft["support"])
     with bench.timed("compact"):
-        compaction = models.compact(work, plan, bench.calibration[0][:PROBE_IMAGES])
+        compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.images(PROBE_IMAGES)[0])
     small = compaction.model
-    if recipe.finetune.epochs > 0:
+    fidelity = _compared(bench, dense, small, predicted)
+    if trains and recipe.finetune.epochs > 0:
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
-    pruned_metrics = _scored(bench, "pruned_score", small)
+    pruned_metrics = _scored(bench, "pruned_score", small) if trains else {}
     small_structure = models.describe(small)
     content = {
         "schema_version": 1,
@@ -305,28 +370,30 @@ def _prune(
         },
         "dense": _metrics_record(structure, dense_metrics),
         "pruned": _metrics_record(small_structure, pruned_metrics),
-        "plan": {
-            "dense": shapes_to_json(structure.shapes),
-            "pruned": shapes_to_json(plan.shapes),
-            "kept": plan.to_json(),
-        },
+        "fidelity": fidelity,
+        "plan": {"dense": shapes_to_json(structure.shapes), "pruned": shapes_to_json(shapes), "kept": cut["plan"]},
         "ranking": heads,
-        "admm": {k: v for k, v in soft.items() if k not in ("plan", "curve")},
         "equality": {
             "max_relative_difference": compaction.max_relative_difference,
             "tolerance": models.EQUALITY_TOLERANCE,
             "images": compaction.images,
         },
     }
+    if trains:
+        content["admm"] = {
+            **{k: soft[k] for k in ("status", "metric", "penalty", "trace")},
+            "loss_before_cut": cut["loss_before"],
+            "loss_after_cut": cut["loss_after"],
+        }
     checkpoint.save(
         small,
         folder.path,
-        plan=plan,
+        plan=Plan.from_json(cut["plan"]),
         made_by={"gohsp": content["gohsp"], "versions": content["versions"], "budget": goal.requested},
-        metrics=pruned_metrics,
+        metrics=pruned_metrics or fidelity,
     )
     epochs = recipe.admm_stage.epochs + recipe.finetune.epochs
-    if recipe.retrain_dense and epochs > 0:
+    if trains and recipe.retrain_dense and epochs > 0:
         stage = dataclasses.replace(recipe.finetune, epochs=epochs)
         again = copy.deepcopy(dense)
         curves["dense_retrained"] = _trained(bench, "dense_retrained", again, stage, teacher=dense)["curve"]
@@ -348,7 +415,7 @@ def _trained(
     with bench.timed(name):
         result = training.train(
             model,
-            bench.train_loader,
+            bench.labelled.train,
             stage,
             bench.recipe.training,
             name=name,
@@ -392,122 +459,185 @@ def _ranked(bench: _Bench, dense: nn.Module, structure: ModelStructure) -> dict[
     return record
 
 
-def _based(
-    bench: _Bench, dense: nn.Module, structure: ModelStructure, heads: dict[str, Any]
-) -> tuple[nn.Module, tuple[compensation.BlockMoments, ...], list[list[float]]]:
+def _based(bench: _Bench, dense: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> _Basis:
     """A working copy in the basis that pruning uses, with its second moments."""
-    work = copy.deepcopy(dense)
-    with bench.timed("moments"):
-        with bench.autocast():
-            moments = compensation.collect_moments(work, structure, bench.calibration)
-        if bench.recipe.admm.projection.metric == "data":
-            moments = rotation.rotate(work, structure, moments)
-    return work, moments, heads["scores"]
+    work, projection = copy.deepcopy(dense), bench.recipe.admm.projection
+    with bench.timed("moments"), bench.autocast():
+        weights = fisher.token_weights(
+            work,
+            structure,
+            bench.images(bench.recipe.data.ranking_images),
+            attention=projection.attention_fisher,
+            ffn=projection.ffn_fisher,
+            seed=bench.recipe.seed,
+        )
+        moments = compensation.collect_moments(work, structure, bench.calibration, weights)
+    if projection.metric == "data":
+        moments = rotation.rotate(work, structure, moments)
+    return _Basis(work, structure, scores, weights, moments)
 
 
-def _allocated(
-    bench: _Bench,
-    work: nn.Module,
-    structure: ModelStructure,
-    moments: Sequence[compensation.BlockMoments],
-    scores: list[list[float]],
-    goal: Budget,
-) -> tuple[BlockShape, ...]:
-    recipe = bench.recipe
+def _allocated(bench: _Bench, basis: _Basis, goal: Budget) -> tuple[tuple[BlockShape, ...], float | None]:
+    """Widths, and the damage that the curves predict for them (None where none were measured)."""
+    recipe, structure = bench.recipe, basis.structure
     if record := bench.folder.done("allocation"):
-        return shapes_from_json(record["shapes"])
+        return shapes_from_json(record["shapes"]), record["predicted"]
+    predicted = None
     with bench.timed("allocate"):
         if recipe.allocation == "uniform":
             shapes = allocation.uniform(structure, goal.kind, goal.limit, recipe.widths)
         else:
+            stages = models.stages(basis.model)
             points = sensitivity.count_points(structure, recipe.widths)
             with training.progress_bar(disable=bench.quiet) as bar:
                 task = bar.add_task("damage curves", total=points, rate="")
                 curves = sensitivity.measure_curves(
-                    work,
+                    basis.model,
+                    stages,
                     structure,
-                    moments,
-                    bench.images(recipe.data.allocation_images),
-                    scores,
+                    basis.moments,
+                    list(bench.embedded(stages, bench.images(recipe.data.allocation_images))),
+                    basis.scores,
                     recipe.widths,
                     recipe.admm.projection,
-                    precision=training.autocast_dtype(bench.accelerator),
+                    precision=bench.precision,
                     advance=lambda: bar.advance(task),
                 )
             shapes = allocation.allocate(structure, curves, goal.kind, goal.limit, recipe.widths)
-    bench.folder.record("allocation", {"shapes": shapes_to_json(shapes)})
-    return shapes
+            predicted = allocation.predicted_damage(curves, shapes)
+    bench.folder.record("allocation", {"shapes": shapes_to_json(shapes), "predicted": predicted})
+    return shapes, predicted
 
 
-def _soft_pruned(
-    bench: _Bench,
-    work: nn.Module,
-    dense: nn.Module,
-    structure: ModelStructure,
-    shapes: Sequence[BlockShape],
-    moments: Sequence[compensation.BlockMoments],
-    scores: list[list[float]],
-) -> tuple[Plan, dict[str, Any]]:
-    """ADMM stage and final projection: ``work`` ends on the plan's sparsity set."""
-    recipe = bench.recipe
-    if record := bench.folder.done("admm"):
-        bench.folder.restore("admm", work)
-        return Plan.from_json(record["plan"]), record
-    state = admm.start(work, structure, shapes, moments, scores, recipe.admm)
-    curve: list[dict[str, Any]] = []
-    status = "projected once"
-    if recipe.admm_stage.epochs > 0:
-        with bench.timed("admm"):
-            result = training.train(
-                work,
-                bench.train_loader,
-                recipe.admm_stage,
-                dataclasses.replace(recipe.training, ema=0.0),
-                name="admm",
-                accelerator=bench.accelerator,
-                seed=recipe.seed + 1,
-                num_classes=bench.num_classes,
-                evaluate=bench.score,
-                teacher=dense,
-                state=state,
-                refresh=lambda s: _refreshed(bench, work, structure, s),
-                checkpoint=bench.folder.epochs_file("admm"),
-                show_progress=not bench.quiet,
-            )
-        assert result.admm is not None
-        state, status = result.admm, result.admm.status
-        curve = [e.to_json() for e in result.curve]
-    before = _training_loss(bench, work)
-    plan = admm.finish(state)
-    after = _training_loss(bench, work)
-    record = {
-        "status": status,
+def _soft_pruned(bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> dict[str, Any]:
+    """ADMM stage, where the route has one: the basis' model is trained towards the sparsity set."""
+    recipe, work = bench.recipe, basis.model
+    record: dict[str, Any] = {
+        "status": "projected once",
         "metric": recipe.admm.projection.metric,
         "penalty": recipe.admm.penalty,
-        "trace": _trace(state, len(bench.train_loader)),
-        "loss_before_cut": before,
-        "loss_after_cut": after,
-        "curve": curve,
-        "plan": plan.to_json(),
+        "trace": [],
+        "curve": [],
+        "support": None,
+    }
+    if recipe.route == "oneshot" or recipe.admm_stage.epochs == 0:
+        return record
+    if done := bench.folder.done("admm"):
+        bench.folder.restore("admm", work)
+        bench.timings["admm"] = done["seconds"]
+        return done
+    with bench.timed("admm"):
+        result = training.train(
+            work,
+            bench.labelled.train,
+            recipe.admm_stage,
+            dataclasses.replace(recipe.training, ema=0.0),
+            name="admm",
+            accelerator=bench.accelerator,
+            seed=recipe.seed + 1,
+            num_classes=bench.num_classes,
+            evaluate=bench.score,
+            teacher=dense,
+            state=admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm),
+            refresh=lambda s: _refreshed(bench, basis, s),
+            checkpoint=bench.folder.epochs_file("admm"),
+            show_progress=not bench.quiet,
+        )
+    state = result.admm
+    assert state is not None
+    record |= {
+        "status": state.status,
+        "trace": _trace(state, len(bench.labelled.train)),
+        "curve": [e.to_json() for e in result.curve],
+        "support": state.plan.to_json(),
+        "seconds": bench.timings["admm"],
     }
     bench.folder.record("admm", record, work)
-    return plan, record
+    return record
 
 
-def _refreshed(bench: _Bench, work: nn.Module, structure: ModelStructure, state: admm.AdmmState) -> admm.AdmmState:
+def _cut(
+    bench: _Bench,
+    basis: _Basis,
+    dense: nn.Module,
+    shapes: Sequence[BlockShape],
+    support: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """Put the basis' model on the sparsity set of ``shapes``, repaired; returns the plan and the loss around it."""
+    recipe, work = bench.recipe, basis.model
+    if record := bench.folder.done("cut"):
+        bench.folder.restore("cut", work)
+        return record
+    before = _training_loss(bench, work)
+    with bench.timed("reconstruct"):
+        if recipe.admm.projection.metric == "euclidean":
+            plan = admm.finish(admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm))
+        else:
+            plan = _reconstructed(bench, basis, dense, shapes, Plan.from_json(support) if support else None)
+    record = {"plan": plan.to_json(), "loss_before": before, "loss_after": _training_loss(bench, work)}
+    bench.folder.record("cut", record, work)
+    return record
+
+
+def _reconstructed(
+    bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape], support: Plan | None
+) -> Plan:
+    # After ADMM the network is another than the dense one, and it is its own function that must survive the cut.
+    target = dense if support is None else copy.deepcopy(basis.model)
+    embedded = bench.embedded(models.stages(target), bench.calibration, mirror=bench.mirror)
+    with training.progress_bar(disable=bench.quiet) as bar:
+        task = bar.add_task("cut and repair", total=len(basis.structure.blocks), rate="")
+        return reconstruction.reconstruct(
+            target,
+            basis.model,
+            basis.structure,
+            shapes,
+            basis.moments,
+            embedded,
+            basis.scores,
+            bench.recipe.admm.projection,
+            support=support,
+            weights=basis.weights,
+            precision=bench.precision,
+            store=data.Spool,
+            advance=lambda: bar.advance(task),
+        )
+
+
+def _compared(bench: _Bench, dense: nn.Module, small: nn.Module, predicted: float | None) -> dict[str, Any]:
+    """How close the cut model is to the dense one on images that nothing was measured on."""
+    sides = []
+    for model in (dense, small):
+        stages = models.stages(model)
+        embedded = list(bench.embedded(stages, bench.holdout))
+        sides.append(sensitivity.predictions(stages, embedded, bench.precision))
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
+    images = sum(len(batch) for batch in sides[0])
+    return {
+        "images": images,
+        "kl": max(sensitivity.divergence(*sides), 0.0),
+        "predicted_kl": predicted,
+        "agreement": 100 * same / images,
+    }
+
+
+def _refreshed(bench: _Bench, basis: _Basis, state: admm.AdmmState) -> admm.AdmmState:
     with bench.autocast():
-        return admm.refresh(state, compensation.collect_moments(work, structure, bench.calibration))
+        moments = compensation.collect_moments(basis.model, basis.structure, bench.calibration, basis.weights)
+    return admm.refresh(state, moments)
 
 
 def _trace(state: admm.AdmmState, updates: int) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(r), "epoch": r.step / updates} for r in state.trace]
 
 
-def _training_loss(bench: _Bench, model: nn.Module) -> float:
-    """Cross entropy on a fixed sample of training images, as in evaluation."""
-    bench.sample_loader.sampler.set_epoch(0)  # type: ignore[attr-defined]
+def _training_loss(bench: _Bench, model: nn.Module) -> float | None:
+    """Cross entropy on a fixed sample of training images, as in evaluation; None on the route without labels."""
+    if bench.loaders is None:
+        return None
+    bench.loaders.sample.sampler.set_epoch(0)  # type: ignore[attr-defined]
     batches = max(1, LOSS_IMAGES // bench.recipe.training.batch_size)
-    return bench.score(model, itertools.islice(bench.sample_loader, batches)).loss
+    return bench.score(model, itertools.islice(bench.loaders.sample, batches)).loss
 
 
 def _metrics_record(structure: ModelStructure, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -534,13 +664,19 @@ def _provenance(command: Sequence[str], recipe: Recipe) -> dict[str, Any]:
 
 def _data_record(bench: _Bench, source: data.DataSource) -> dict[str, Any]:
     settings = bench.recipe.data
-    return {
+    loaders = bench.loaders
+    record: dict[str, Any] = {
         "source": source.source,
         "train_split": settings.train_split,
-        "validation_split": settings.validation_split,
         "image_size": bench.calibration[0].shape[-1],
         "classes": bench.num_classes,
-        "train_images": len(bench.train_split),
-        "validation_images": len(bench.validation_split),
-        "unreadable_images": len(bench.train_split.unreadable) + len(bench.validation_split.unreadable),
+        "calibration_images": sum(len(batch) for batch in bench.calibration),
     }
+    if loaders is not None:
+        record |= {
+            "validation_split": settings.validation_split,
+            "train_images": len(loaders.train_split),
+            "validation_images": len(loaders.validation_split),
+            "unreadable_images": len(loaders.train_split.unreadable) + len(loaders.validation_split.unreadable),
+        }
+    return record

@@ -30,9 +30,11 @@ class DataSettings:
         image_key: Column of the images, if it cannot be told.
         label_key: Column of the labels, if it cannot be told.
         strict: Whether one unreadable image ends the run; otherwise it is left out and counted.
-        calibration_images: Unlabelled training images for statistics.
+        calibration_images: Unlabelled training images for statistics and repairs.
+        mirror: Whether repairs see the mirror images of these, too; never where mirroring changes a class.
         allocation_images: How many of these the damage curves are measured on.
-        ranking_images: How many of these heads are ranked on.
+        ranking_images: How many of these heads are ranked and tokens weighed on.
+        holdout_images: Further unlabelled training images, on which the cut model is compared with the dense one.
     """
 
     train_split: str = "train"
@@ -41,19 +43,25 @@ class DataSettings:
     label_key: str | None = None
     strict: bool = False
     calibration_images: int = 1024
+    mirror: bool = True
     allocation_images: int = 256
     ranking_images: int = 256
+    holdout_images: int = 128
 
     def __post_init__(self) -> None:
-        if min(self.calibration_images, self.allocation_images, self.ranking_images) < 1:
-            raise RecipeError("data.calibration_images, allocation_images and ranking_images must be at least 1")
+        for name in ("calibration_images", "allocation_images", "ranking_images", "holdout_images"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"data.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run of the training route.
+    """A whole run.
 
     Attributes:
+        route: ``train``: ADMM and fine-tuning; ``oneshot``: closed-form repair alone, which reads no label and
+            takes minutes. It uses none of the settings of training, ``dense`` to ``retrain_dense``, except ADMM's
+            projection.
         seed: Of everything that is drawn.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.
@@ -69,6 +77,7 @@ class Recipe:
         retrain_dense: Whether to train the dense model for as many epochs, for an honest comparison.
     """
 
+    route: Literal["train", "oneshot"] = "train"
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
     model_arguments: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +91,13 @@ class Recipe:
     finetune: StageSettings = field(default_factory=lambda: StageSettings(epochs=6))
     training: TrainingSettings = field(default_factory=TrainingSettings)
     retrain_dense: bool = True
+
+    def __post_init__(self) -> None:
+        if self.route == "oneshot" and self.dense.epochs > 0:
+            raise RecipeError(
+                'route = "oneshot" trains nothing, but dense.epochs is '
+                f'{self.dense.epochs}; give a trained model and epochs = 0, or take route = "train"'
+            )
 
 
 def from_mapping(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

@@ -258,16 +258,17 @@ def _require_keys(index: int, block: Mapping[str, Any]) -> None:
 
 def dense_plan(structure: ModelStructure) -> Plan:
     """The plan that keeps everything."""
+    return Plan(tuple(dense_block_plan(s) for s in structure.shapes))
 
-    def keep_all(shape: BlockShape) -> BlockPlan:
-        return BlockPlan(
-            heads=tuple(range(shape.heads)),
-            qk=(tuple(range(shape.qk)),) * shape.heads,
-            vo=(tuple(range(shape.vo)),) * shape.heads,
-            ffn=tuple(range(shape.ffn)),
-        )
 
-    return Plan(tuple(keep_all(s) for s in structure.shapes))
+def dense_block_plan(shape: BlockShape) -> BlockPlan:
+    """The plan that keeps everything of a block."""
+    return BlockPlan(
+        heads=tuple(range(shape.heads)),
+        qk=(tuple(range(shape.qk)),) * shape.heads,
+        vo=(tuple(range(shape.vo)),) * shape.heads,
+        ffn=tuple(range(shape.ffn)),
+    )
 
 
 def check_plan(structure: ModelStructure, plan: Plan) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gohsp.core import admm
 from gohsp.core.admm import AdmmSettings, AdmmState
-from gohsp.core.compensation import BlockMoments, collect_moments
+from gohsp.core.compensation import BlockMoments, collect_moments, tensors_of
 from gohsp.core.projection import ProjectionSettings, on_support, project
 from gohsp.errors import PlanError, RecipeError
 from gohsp.models import compact, describe
@@ -357,10 +357,7 @@ def test_refresh_keeps_the_support_and_follows_the_moments(
     start: Callable[..., AdmmState], moments: tuple[BlockMoments, ...]
 ) -> None:
     state = start(AdmmSettings(projection=DATA))
-    white = tuple(
-        BlockMoments(*(torch.eye(len(m), dtype=torch.float64) for m in (b.attention_input, b.head_outputs, b.hidden)))
-        for b in moments
-    )
+    white = tuple(BlockMoments(*(torch.eye(len(m), dtype=torch.float64) for m in tensors_of(b))) for b in moments)
     after = admm.refresh(state, white)
     assert after.plan == state.plan
     assert all(a is b for a, b in zip(after.moments, white, strict=True))

@@ -10,14 +10,19 @@ from torch import Tensor, nn
 
 from gohsp.core.compensation import (
     BrainSurgeon,
+    InputFitter,
     MomentFitter,
+    RegressionFitter,
     collect_moments,
     inverse,
     refit,
     refit_map,
+    residual_refit,
     ridged,
     select_units,
+    tensors_of,
 )
+from gohsp.core.fisher import TokenWeights
 from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
 
@@ -112,8 +117,8 @@ def test_down_dating_equals_starting_afresh(seed: int, order: list[int]) -> None
     assert not surgeon.inverse[:, ~keep].any()
     # the next removal costs what the whole set then costs, less what it has cost so far
     for j in order[3:]:
-        so_far = best_error(ridged(gram), weight, order[:3])
-        then = best_error(ridged(gram), weight, [*order[:3], j])
+        so_far = best_error(ridged(gram, 1e-4), weight, order[:3])
+        then = best_error(ridged(gram, 1e-4), weight, [*order[:3], j])
         assert float(surgeon.saliency()[j]) == pytest.approx(then - so_far, rel=1e-5, abs=1e-8)
 
 
@@ -157,11 +162,81 @@ def test_half_precision_activations_are_accumulated_in_full() -> None:
     assert float(fitter.moment[0, 1]) == pytest.approx(value, rel=1e-5)
 
 
+def weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """Rows ``[B * tokens, width + 1]``, last entry 1, each times the root of its token's share of all weight."""
+    rows = torch.cat([x.double(), torch.ones(*x.shape[:-1], 1)], dim=-1)
+    share = weights.double() / (weights.double().sum() * len(x))
+    return (rows * share.sqrt()[None, :, None]).flatten(0, 1)
+
+
+WEIGHTS = torch.tensor([2.5, 0.0, 0.7, 0.3])
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, 3 * WEIGHTS, None], ids=["weights", "scaled", "none"])
+def test_token_weights_weigh_the_moment(weights: Tensor | None) -> None:
+    x = torch.randn(7, 4, 3) + 1
+    fitter = MomentFitter(3, CPU, weights)
+    for part in x.split([2, 5]):
+        fitter.update(part)
+    rows = weighted(x, torch.ones(4) if weights is None else weights)
+    torch.testing.assert_close(fitter.moment, rows.T @ rows, rtol=1e-5, atol=1e-6)
+    assert float(fitter.moment[-1, -1]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, None], ids=["weights", "none"])
+def test_a_streamed_regression_equals_least_squares_on_all_rows(weights: Tensor | None) -> None:
+    x, y = torch.randn(9, 4, 5) + 0.5, torch.randn(9, 4, 3) - 1
+    y = y + x[..., :3]
+    fitter = RegressionFitter(5, 3, CPU, weights)
+    for a, b in zip(x.split([4, 4, 1]), y.split([4, 4, 1]), strict=True):
+        fitter.update(a, b)
+    weights = torch.ones(4) if weights is None else weights
+    rows, targets = weighted(x, weights), weighted(y, weights)[:, :-1]
+    torch.testing.assert_close(fitter.moment, rows.T @ rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fitter.cross, targets.T @ rows, rtol=1e-5, atol=1e-6)
+    fitted = residual_refit(fitter.moment, fitter.cross, torch.randn(3, 6), ridge=0)
+    torch.testing.assert_close(fitted, torch.linalg.lstsq(rows, targets).solution.T, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.floats(1e-3, 10.0))
+def test_ridge_pulls_a_residual_refit_towards_the_present_map(seed: int, ridge: float) -> None:
+    x, gram, weight = problem(seed)
+    y = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(seed + 1)).double() + x[:, :3]
+    level = ridge * float(gram.diagonal().mean())
+    design = torch.cat([x / len(x) ** 0.5, level**0.5 * torch.eye(6, dtype=torch.float64)])
+    target = torch.cat([y / len(x) ** 0.5, level**0.5 * weight.T])
+    expected = torch.linalg.lstsq(design, target).solution.T
+    fitted = residual_refit(gram, y.T @ x / len(x), weight, ridge)
+    torch.testing.assert_close(fitted, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_residual_refit_leaves_a_map_that_reaches_its_target() -> None:
+    x, gram, weight = problem(3)
+    fitted = residual_refit(gram, (x @ weight.T).T @ x / len(x), weight)
+    torch.testing.assert_close(fitted, weight, rtol=1e-8, atol=1e-8)
+
+
+def test_moments_about_each_images_mean() -> None:
+    x = torch.randn(7, 4, 3) + 3 * torch.randn(7, 1, 3)
+    fitter = InputFitter(3, CPU)
+    for part in x.split([3, 1, 3]):
+        fitter.update(part)
+    centred = torch.cat([(x - x.mean(1, keepdim=True)).double(), torch.zeros(7, 4, 1)], dim=-1).flatten(0, 1)
+    torch.testing.assert_close(fitter.within, centred.T @ centred / 28, rtol=1e-4, atol=1e-5)
+    rows = weighted(x, torch.ones(4))
+    torch.testing.assert_close(fitter.moment, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weigh", [True, False])
 def test_collected_moments_are_those_of_the_modules_inputs(
-    model: nn.Module, structure: ModelStructure, images: Tensor
+    weigh: bool, model: nn.Module, structure: ModelStructure, images: Tensor
 ) -> None:
     model.train()
-    got = collect_moments(model, structure, list(images.split(5)))
+    even = torch.ones(5)
+    of_second = TokenWeights(torch.tensor([3.0, 1, 0, 0, 1]), torch.tensor([0.5, 0.5, 1, 1, 2])) if weigh else None
+    weights = (TokenWeights(None, None), of_second) if of_second else None
+    got = collect_moments(model, structure, list(images.split(5)), weights)
     assert model.training
     seen: dict[str, Tensor] = {}
     for name in ("attn", "attn.proj", "mlp.fc2"):
@@ -169,10 +244,15 @@ def test_collected_moments_are_those_of_the_modules_inputs(
         module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].double()))
     with torch.no_grad():
         model.eval()(images)
-    for name, moment in zip(seen, (got[1].attention_input, got[1].head_outputs, got[1].hidden), strict=True):
-        flat = seen[name].flatten(0, -2)
-        flat = torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
-        torch.testing.assert_close(moment, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
+    expected = {
+        "attention_input": weighted(seen["attn"], even),
+        "key_input": weighted(seen["attn"] - seen["attn"].mean(1, keepdim=True), even) * torch.tensor([1.0] * 32 + [0]),
+        "head_outputs": weighted(seen["attn.proj"], of_second.attention if of_second else even),
+        "hidden": weighted(seen["mlp.fc2"], of_second.ffn if of_second else even),
+    }
+    for name, rows in expected.items():
+        torch.testing.assert_close(getattr(got[1], name), rows.T @ rows, rtol=1e-4, atol=1e-5)
+    assert all(a is getattr(got[1], name) for a, name in zip(tensors_of(got[1]), expected, strict=True))
 
 
 def test_non_finite_activations_are_named(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
@@ -187,9 +267,9 @@ def test_singular_moments_still_give_finite_solutions(rank: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, rank, generator=generator).double() @ torch.randn(rank, 8, generator=generator).double()
     gram, weight = x.T @ x / 40, torch.randn(3, 8, generator=generator).double()
-    keep = select_units(gram, weight, torch.ones(8, dtype=torch.float64), 3)
+    keep = select_units(gram, weight, torch.ones(8, dtype=torch.float64), 3, ridge=1e-4)
     assert int(keep.sum()) == 3
-    fitted = refit(gram, weight, keep)
+    fitted = refit(gram, weight, keep, ridge=1e-4)
     assert torch.isfinite(fitted).all()
     if rank == 3:  # three units carry everything
         torch.testing.assert_close(x @ fitted.T, x @ weight.T, rtol=1e-2, atol=1e-2)

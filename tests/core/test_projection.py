@@ -66,14 +66,15 @@ def random_inputs(seed: int, width: int, count: int = 64) -> Tensor:
 
 
 def moments_of(inputs: Tensor, heads: Tensor, hidden: Tensor) -> BlockMoments:
-    return BlockMoments(*(x.T @ x / len(x) for x in (inputs, heads, hidden)))
+    """Moments of inputs whose rows are all tokens of one image."""
+    return BlockMoments(*(x.T @ x / len(x) for x in (inputs, inputs - inputs.mean(0), heads, hidden)))
 
 
 def random_moments(seed: int) -> BlockMoments:
     return moments_of(random_inputs(seed, DIM), random_inputs(seed + 1, HEADS * WIDTH), random_inputs(seed + 2, FFN))
 
 
-WHITE = BlockMoments(*(torch.eye(n + 1, dtype=torch.float64) for n in (DIM, HEADS * WIDTH, FFN)))
+WHITE = BlockMoments(*(torch.eye(n + 1, dtype=torch.float64) for n in (DIM, DIM, HEADS * WIDTH, FFN)))
 
 shapes = st.builds(
     BlockShape,
@@ -180,6 +181,15 @@ def test_query_key_strength_is_the_product_of_both_sides() -> None:
         values[entry][1] = 0.0  # that no key ever answers
     kept = select(block, values, WHITE, replace(FULL, qk=1), ACTIVATION)
     assert kept.qk[0] == (0,)
+
+
+def test_what_all_keys_of_an_image_share_gives_a_dimension_no_strength() -> None:
+    _, block = tiny()
+    values = {k: torch.ones_like(v) for k, v in random_values(block, ACTIVATION, 0).items()}
+    values[block.key[1]][0] = 100.0  # dimension 0 of head 0: a huge key bias
+    values[block.key[0]][0] = 0.5  # and little that varies
+    moments = moments_of(*(random_inputs(i, 6) for i in range(3)))
+    assert select(block, values, moments, replace(FULL, qk=1), ACTIVATION).qk[0] == (1,)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -308,7 +318,8 @@ def test_values_that_stand_in_for_each_other_do_not_all_go() -> None:
     columns = values[block.attention_readout.columns] = torch.eye(9)
     columns[:, 1] = columns[:, 0]
     columns[2, 2] = 0.5  # worth more than either of the two alone while the other is there
-    moments = BlockMoments(torch.eye(10).double(), nearly_equal(10, 0, 1), torch.eye(block.shape.ffn + 1).double())
+    white = torch.eye(10).double()
+    moments = BlockMoments(white, white, nearly_equal(10, 0, 1), torch.eye(block.shape.ffn + 1).double())
     kept = select(block, values, moments, replace(block.shape, vo=1), DATA)
     assert kept.vo[0] in ((0,), (1,))
     assert [len(dims) for dims in kept.vo] == [1, 1, 1]
@@ -392,9 +403,8 @@ def test_size_in_the_data_metric_is_the_energy_of_what_is_computed(bias: bool) -
         out = inputs[:, :-1] @ weight.double().T + (0 if offset is None else offset.double())
         return float(out.square().sum(1).mean())
 
-    expected = 0.0
-    for rows in (block.query, block.key):
-        expected += energy(x, values[rows[0]], values[rows[1]] if bias else None)
+    expected = energy(x, values[block.query[0]], values[block.query[1]] if bias else None)
+    expected += energy(x - x.mean(0), values[block.key[0]], None)  # what all keys share, bias too, is not seen
     for readout, inputs in ((block.attention_readout, heads), (block.ffn_readout, hidden)):
         entry = bias_slice(readout)
         expected += energy(inputs, values[readout.columns], values[entry] if entry else None)

@@ -5,15 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gohsp.core.activations import attention_rows
-from gohsp.core.compensation import collect_moments
+from gohsp.core.activations import attention_rows, inputs_of, queries_keys
+from gohsp.core.compensation import BlockMoments, InputFitter, collect_moments, tensors_of
 from gohsp.core.projection import ProjectionSettings, constrained, select
-from gohsp.core.rotation import balance_query_key, order_values, rotate
-from gohsp.models import describe
+from gohsp.core.rotation import balance_query_key, order_values, rotate, rotate_queries_keys, rotate_values
+from gohsp.models import describe, stages
 from gohsp.structure import BlockShape, ModelStructure
 
 seeds = st.integers(0, 10**6)
@@ -32,25 +33,69 @@ def square_root(moment: Tensor) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.integers(1, 5), st.integers(5, 8))
 def test_balanced_queries_and_keys(seed: int, d: int, n: int) -> None:
-    query, key, x = random(seed, (d, n), (d, n), (40, n))
-    moment = x.T @ x / 40
-    to_query, to_key = balance_query_key(query, key, moment)
+    query, key, x, y = random(seed, (d, n), (d, n), (40, n), (30, n))
+    moment, key_moment = x.T @ x / 40, y.T @ y / 30
+    to_query, to_key = balance_query_key(query, key, moment, key_moment)
     torch.testing.assert_close(to_query.T @ to_key, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-7)
     torch.testing.assert_close((to_query @ query).T @ (to_key @ key), query.T @ key, rtol=1e-6, atol=1e-7)
 
     # dropping trailing dimensions is the best low-rank approximation of the logits' map (Eckart-Young)
-    root = square_root(moment)
-    singular = torch.linalg.svdvals(root @ query.T @ key @ root)
+    root, key_root = square_root(moment), square_root(key_moment)
+    singular = torch.linalg.svdvals(root @ query.T @ key @ key_root)
     for kept in range(d + 1):
         truncated = (to_query @ query)[:kept].T @ (to_key @ key)[:kept]
-        error = (root @ (query.T @ key - truncated) @ root).square().sum()
+        error = (root @ (query.T @ key - truncated) @ key_root).square().sum()
         torch.testing.assert_close(error, singular[kept:].square().sum(), rtol=1e-5, atol=1e-6)
 
     # both sides carry each dimension alike
     query_energy = (to_query @ query @ moment @ (to_query @ query).T).diagonal()
-    key_energy = (to_key @ key @ moment @ (to_key @ key).T).diagonal()
+    key_energy = (to_key @ key @ key_moment @ (to_key @ key).T).diagonal()
     torch.testing.assert_close(query_energy, singular[:d], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(key_energy, singular[:d], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_truncated_queries_and_keys_give_the_best_centred_logits(
+    bias: bool, make_model: Callable[..., nn.Module]
+) -> None:
+    """Against an SVD of all logits themselves, each query's mean over the keys of an image taken off."""
+    model = make_model(mlp_ratio=1, qkv_bias=bias)
+    structure = describe(model)
+    block = structure.blocks[0]
+    with torch.no_grad():  # tokens of an image have much in common, and so have its keys
+        x = torch.randn(12, 5, 32) + 3 * torch.randn(12, 1, 32) + 2
+    fitter = InputFitter(32, torch.device("cpu"))
+    fitter.update(x)
+    empty = torch.zeros(1, 1, dtype=torch.float64)
+    rotate_queries_keys(model, block, BlockMoments(fitter.moment, fitter.within, empty, empty))
+    with torch.no_grad():
+        q, k = (t.double().transpose(0, 1).flatten(1, 2) for t in queries_keys(model, block, x))  # [heads, 60, 8]
+    k = (k.unflatten(1, (12, 5)) - k.unflatten(1, (12, 5)).mean(2, keepdim=True)).flatten(1, 2)
+    logits = q @ k.transpose(1, 2)
+    singular = torch.linalg.svdvals(logits)
+    for kept in range(1, 9):
+        error = (logits - q[..., :kept] @ k[..., :kept].transpose(1, 2)).square().sum((1, 2))
+        best = singular[:, kept:].square().sum(1)
+        torch.testing.assert_close(error, best, rtol=1e-3, atol=1e-7 * float(logits.square().sum()))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_does_not_see_what_all_keys_of_an_image_share(
+    fused: bool, model: nn.Module, structure: ModelStructure
+) -> None:
+    block, module = structure.blocks[0], model.blocks[0].attn
+    module.fused_attn = fused
+    x = torch.randn(3, 5, 32)
+    shift = torch.randn(3, 1, 32)  # another vector for every image
+    rows = module.qkv.register_forward_hook(lambda _m, _i, out: out + F.pad(shift, (32, 32)))
+    with torch.no_grad():
+        shifted = module(x)
+        rows.remove()
+        expected = module(x)
+        q, k = queries_keys(model, block, x)
+        probabilities = (q @ (k + shift.unflatten(2, (4, 8)).transpose(1, 2)).mT * block.scale).softmax(-1)
+    torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probabilities, attention_rows(model, block, x), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -89,8 +134,7 @@ def test_rotation_leaves_the_function_and_foretells_the_moments(
         expected, got = before(images), model(images)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     for told, measured in zip(turned, collect_moments(model, structure, [images]), strict=True):
-        for name in ("attention_input", "head_outputs", "hidden"):
-            a, b = getattr(told, name), getattr(measured, name)
+        for a, b in zip(tensors_of(told), tensors_of(measured), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
     rows = {"qk": slice(0, 64), "vo": slice(64, 96)}
     for kind, part in rows.items():
@@ -107,8 +151,10 @@ def test_attention_itself_is_untouched(model: nn.Module, structure: ModelStructu
 
 
 def test_after_rotation_selection_keeps_leading_dimensions(
-    model: nn.Module, structure: ModelStructure, images: Tensor
+    make_model: Callable[..., nn.Module], images: Tensor
 ) -> None:
+    model = make_model(mlp_ratio=2, proj_bias=False)
+    structure = describe(model)
     moments = rotate(model, structure, collect_moments(model, structure, [images]))
     block = structure.blocks[0]
     how = ProjectionSettings(metric="euclidean", strength="activation", guidance=0)
@@ -117,6 +163,52 @@ def test_after_rotation_selection_keeps_leading_dimensions(
     )
     assert kept.qk == ((0, 1, 2),) * 4
     assert kept.vo == ((0, 1, 2, 3, 4),) * 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", [1, 3, 6])
+def test_leading_values_are_the_best_of_a_head(
+    bias: bool, kept: int, make_model: Callable[..., nn.Module], images: Tensor
+) -> None:
+    """Where the readout's bias can take over means, a principal component analysis; else one about the origin."""
+    model = make_model(mlp_ratio=2, proj_bias=bias)
+    structure = describe(model)
+    block, proj = structure.blocks[0], model.blocks[0].attn.proj
+    moments = collect_moments(model, structure, [images])[0]
+
+    def contributions() -> tuple[Tensor, Tensor]:
+        """Head outputs ``[heads, tokens, vo]`` and the readout's columns ``[heads, vo, D]``."""
+        with torch.no_grad():
+            (z,) = inputs_of(model, block.name, stages(model).embed(images), ["blocks.0.attn.proj"])
+        return z.double().flatten(0, 1).unflatten(1, (4, 8)).transpose(0, 1), proj.weight.detach().double().T.unflatten(
+            0, (4, 8)
+        )
+
+    z, columns = contributions()
+    written = z @ columns
+    after = rotate_values(model, block, moments)
+    z, columns = contributions()
+    torch.testing.assert_close(z @ columns, written, rtol=1e-3, atol=1e-4)
+    left = written - z[..., :kept] @ columns[:, :kept]
+    if bias:
+        left, written = left - left.mean(1, keepdim=True), written - written.mean(1, keepdim=True)
+    best = torch.linalg.svdvals(written)[:, kept:].square().sum(1)
+    torch.testing.assert_close(left.square().sum((1, 2)), best, rtol=1e-3, atol=1e-6 * float(written.square().sum()))
+    flat = z.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(after.head_outputs[:-1, :-1], flat.mT @ flat / len(flat), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["qk", "vo"])
+def test_a_basis_that_must_stay_stays(kind: str, make_model: Callable[..., nn.Module], images: Tensor) -> None:
+    model = make_model(mlp_ratio=1, **({"qk_norm": True} if kind == "qk" else {"scale_attn_norm": True}))
+    structure = describe(model)
+    moments = collect_moments(model, structure, [images])
+    before = copy.deepcopy(model.state_dict())
+    if kind == "qk":
+        rotate_queries_keys(model, structure.blocks[0], moments[0])
+    else:
+        assert rotate_values(model, structure.blocks[0], moments[0]) is moments[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["all", "query", "key", "value", "readout", "rank one"])

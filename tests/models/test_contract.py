@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gohsp.core import surgery
+from gohsp.core.compensation import collect_moments
+from gohsp.core.fisher import token_weights
+from gohsp.core.projection import ProjectionSettings
+from gohsp.core.reconstruction import reconstruct
+from gohsp.core.rotation import rotate
 from gohsp.errors import CheckpointError, EqualityError, NonFiniteError, PlanError
 from gohsp.models import (
     EQUALITY_TOLERANCE,
@@ -26,6 +31,7 @@ from gohsp.models import (
     relative_difference,
     set_fused_attention,
     specification,
+    stages,
 )
 from gohsp.models.attention import PrunedAttention
 from gohsp.structure import BlockPlan, BlockShape, ModelStructure, Plan, dense_plan, model_cost
@@ -197,6 +203,47 @@ def test_dense_cost(family: Family) -> None:
     assert seen == [(1, structure.tokens, structure.embed_dim)]
 
 
+def test_stages_chained_are_the_model(family: Family, images: Tensor) -> None:
+    model, network = family.model, stages(family.model)
+    assert len(network.blocks) == len(family.structure.blocks)
+    with torch.no_grad():
+        expected = model(images)
+        x = network.embed(images)
+        assert x.shape == (len(images), family.structure.tokens, family.structure.embed_dim)
+        assert torch.equal(network.logits(x), expected)
+        for i, block in enumerate(network.blocks):
+            assert torch.equal(network.logits(x, first=i), expected)
+            x = block(x)
+        assert torch.equal(network.head(x), expected)
+
+
+def test_reconstruction_repairs_a_cut_of_everything(family: Family, images: Tensor) -> None:
+    dense, structure = family.model, family.structure
+    small = copy.deepcopy(dense)
+    shapes = [narrowed(b.shape, "all", family.held) for b in structure.blocks]
+    weights = token_weights(dense, structure, [images], attention=0.5, ffn=0.5)
+    moments = collect_moments(small, structure, [images], weights)
+    network, how = stages(dense), ProjectionSettings(guidance=0.0, ridge=0.1)
+    with torch.no_grad():
+        embedded = network.embed(images)
+        plan = reconstruct(dense, small, structure, shapes, moments, [embedded], None, how, weights=weights)
+        check_finite(small)
+        assert plan.shapes == tuple(shapes)
+        assert relative_difference(small, masked_by_hand(small, plan), images) <= 1e-6
+        assert relative_difference(small, compact(small, plan, images).model, images) <= EQUALITY_TOLERANCE
+
+        # closer to the dense stream than blocks that are masked alone, in the same basis
+        apart, goal = copy.deepcopy(dense), embedded
+        rotate(apart, structure, moments)
+        surgery.mask(apart, structure, plan)
+        streams = [embedded, embedded]
+        for i, block in enumerate(network.blocks):
+            goal = block(goal)
+            streams = [m.blocks[i](x) for m, x in zip((small, apart), streams, strict=True)]
+        repaired, masked = ((x - goal).square().mean() for x in streams)
+        assert 0 < repaired < 0.7 * masked
+
+
 def test_compacted_computes_what_the_masked_model_does(case: Case, images: Tensor) -> None:
     small, model = case.compaction.model, case.family.model
     assert case.untouched
@@ -279,6 +326,8 @@ def test_a_compacted_model_can_be_pruned_again(
     smaller = compact(small, second, images).model
     both = Plan(tuple(compose(a, b) for a, b in zip(case.plan.blocks, second.blocks, strict=True)))
     assert describe(smaller).shapes == both.shapes
+    with torch.no_grad():
+        assert torch.equal(stages(smaller).logits(stages(smaller).embed(images)), smaller(images))
     expected = masked_by_hand(case.family.model, both)
     assert relative_difference(expected, smaller, images) <= 1e-5
     assert specification(smaller) == specification(case.family.model)

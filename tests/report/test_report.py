@@ -93,6 +93,7 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
             "validation_split": "validation",
             "image_size": 112,
             "classes": 10,
+            "calibration_images": 1024,
             "train_images": 5000,
             "validation_images": 2000,
             "unreadable_images": 0,
@@ -122,6 +123,7 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
             "loss": 0.61,
             "n": 2000,
         },
+        "fidelity": {"images": 128, "kl": 0.321, "predicted_kl": 0.25, "agreement": 79.6},
         "plan": {"dense": [dict(dense) for _ in range(blocks)], "pruned": pruned, "kept": kept},
         "ranking": {
             "method": "chain",
@@ -507,6 +509,38 @@ def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
     assert "Residuals, accuracy and loss over the epochs" not in page.labels()
     assert "ADMM" not in page.text
     assert "trained longer" not in page.text
+
+
+def without_labels(report: dict[str, Any]) -> dict[str, Any]:
+    """What the one-shot route writes."""
+    report = copy.deepcopy(one_shot(report))
+    for name in ("dense", "pruned"):
+        report[name] = {key: report[name][key] for key in ("params", "macs")}
+    for key in ("validation_split", "train_images", "validation_images", "unreadable_images"):
+        del report["data"][key]
+    return report
+
+
+def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str, Any]) -> None:
+    report = without_labels(small)
+    validate(report)
+    page = Page(render_html(report))
+    assert "Agrees with dense" in page.text
+    assert "79.6 %" in page.text
+    assert "reads no labels" in page.text
+    assert "Top-1 accuracy" not in page.text
+    assert summary_table(report)[1].cells()[3] == ("–", "")
+
+
+def test_scores_are_complete_or_absent(small: dict[str, Any]) -> None:
+    report = without_labels(small)
+    report["pruned"]["top1"] = 50.0
+    with pytest.raises(RunError, match="all of top1, top5, loss and n"):
+        validate(report)
+
+
+def test_fidelity_is_told(page: Page) -> None:
+    assert "0.321 nats (0.250 predicted)" in page.text
 
 
 def test_page_with_curves_but_no_admm(small: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,48 @@ def observe_inputs(model: nn.Module, watch: dict[str, Callable[[Tensor], None]])
 
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
+
+
+class _LastInputSeenError(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+def inputs_of(model: nn.Module, block: str, x: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Inputs of the modules ``names``, in the order they run, when the module ``block`` is given ``x``.
+
+    The pass ends at the last of them.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, value: Tensor) -> None:
+        seen[name] = value
+        if name == names[-1]:
+            raise _LastInputSeenError
+
+    with observe_inputs(model, {name: partial(watch, name) for name in names}), suppress(_LastInputSeenError):
+        model.get_submodule(block)(x)
+    return tuple(seen[name] for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """A network as what is before its blocks, the blocks, and what is behind them.
+
+    Attributes:
+        embed: Images ``[B, C, H, W]`` to the residual stream ``[B, tokens, D]``.
+        blocks: Each takes the stream to the stream.
+        head: The stream to logits ``[B, classes]``.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    blocks: tuple[nn.Module, ...]
+    head: Callable[[Tensor], Tensor]
+
+    def logits(self, x: Tensor, first: int = 0) -> Tensor:
+        """Logits of a stream ``x`` that enters block ``first``."""
+        for block in self.blocks[first:]:
+            x = block(x)
+        return self.head(x)
 
 
 def forward_all(model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import readout_gain
-from gohsp.core.compensation import BlockMoments
+from gohsp.core.compensation import BlockMoments, tensors_of
 from gohsp.core.projection import (
     BlockProjection,
     ProjectionSettings,
@@ -207,7 +207,7 @@ def start(
 
 
 def _single(moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
-    return tuple(BlockMoments(m.attention_input.float(), m.head_outputs.float(), m.hidden.float()) for m in moments)
+    return tuple(BlockMoments(*(moment.float() for moment in tensors_of(m))) for m in moments)
 
 
 def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | None) -> tuple[BlockProjection, ...]:
@@ -362,7 +362,7 @@ def export(state: AdmmState) -> dict[str, Any]:
     return {
         "anchors": [list(values.values()) for values in state.anchors],
         "duals": [list(values.values()) for values in state.duals],
-        "moments": [[m.attention_input, m.head_outputs, m.hidden] for m in state.moments],
+        "moments": [list(tensors_of(m)) for m in state.moments],
         "plan": state.plan.to_json(),
         "reference": state.reference,
         "rho": state.rho,

@@ -64,7 +64,12 @@ class DamageCurve:
     damage: tuple[float, ...]
 
     def __call__(self, width: int) -> float:
-        """Damage at ``width``: linear between measured points, never less than at a larger width."""
+        """Damage at ``width``, never less than at a larger width.
+
+        Between measured points damage is taken to grow geometrically, and up to the present width, where it
+        is 0, quadratically: measured curves are convex, and straight lines would draw every choice to a
+        measured point.
+        """
         if width >= self.widths[-1]:
             return 0.0
         ceiling = 0.0
@@ -73,7 +78,8 @@ class DamageCurve:
             upper = ceiling = max(ceiling, d1)
             lower = max(upper, d0)
             if width >= w0:
-                return upper + (lower - upper) * (w1 - width) / (w1 - w0)
+                share = (w1 - width) / (w1 - w0)
+                return lower * share**2 if upper == 0 else upper * (lower / upper) ** share
             ceiling = lower
         raise BudgetError(f"no damage was measured at width {width}; the curve covers {self.widths}")
 
@@ -144,6 +150,15 @@ def allocate(
     choice = _fill(cheapest(high), groups, limit - fixed)
     merged = [dict(a.fields) | dict(f.fields) for a, f in zip(choice[::2], choice[1::2], strict=True)]
     return tuple(BlockShape(**fields) for fields in merged)
+
+
+def predicted_damage(curves: Curves, shapes: Sequence[BlockShape]) -> float:
+    """The summed damage that the curves foresee for a plan's widths, each piece counted alone."""
+    return sum(
+        curve(getattr(shape, FIELDS[kind]))
+        for of_block, shape in zip(curves, shapes, strict=True)
+        for kind, curve in of_block.items()
+    )
 
 
 def require_feasible(structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings) -> None:

@@ -8,19 +8,20 @@ the last column; that column is never a candidate for removal. Solves run in flo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import forward_all, observe_inputs
+from gohsp.core.fisher import TokenWeights
 from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
 
 logger = logging.getLogger(__name__)
 
-RIDGE = 1e-4
+RIDGE = 0.1
 """Default ridge, relative to the mean diagonal entry of the Gram matrix."""
 
 ROUNDS = 16
@@ -28,30 +29,72 @@ ROUNDS = 16
 
 
 class MomentFitter:
-    """Accumulates ``sum x x^T`` of inputs extended by a constant 1, in constant memory.
+    """Accumulates ``sum w x x^T`` of inputs extended by a constant 1, in constant memory.
 
     Args:
         width: Entries of one input.
         device: Where to accumulate.
+        token_weights: Weights ``[tokens]`` of an image's tokens; None weighs all alike.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, token_weights: Tensor | None = None) -> None:
         self._sum = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
-        self._count = 0
+        self._count = 0.0
+        self._weights = token_weights
 
     def update(self, x: Tensor) -> None:
-        """Add a batch ``[..., width]``."""
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
-        ones = flat.new_ones(flat.shape[0], 1)
-        extended = torch.cat([flat, ones], dim=1)
+        """Add a batch ``[..., width]``; with token weights, ``[B, tokens, width]``."""
+        extended = weighted_rows(x, self._weights)
         with torch.autocast(x.device.type, enabled=False):
             self._sum += (extended.T @ extended).double()
-        self._count += flat.shape[0]
+        self._count += float(extended[:, -1].square().sum())
 
     @property
     def moment(self) -> Tensor:
         """Second moment ``[width + 1, width + 1]``, float64."""
-        return self._sum / max(self._count, 1)
+        return self._sum / max(self._count, 1e-30)
+
+
+class RegressionFitter:
+    """Accumulates what a least-squares fit of ``y`` on ``x`` needs, in constant memory.
+
+    Args:
+        width: Entries of one input; it is extended by a constant 1.
+        outputs: Entries of one target.
+        device: Where to accumulate.
+        token_weights: Weights ``[tokens]`` of an image's tokens; None weighs all alike.
+    """
+
+    def __init__(self, width: int, outputs: int, device: torch.device, token_weights: Tensor | None = None) -> None:
+        self._inputs = MomentFitter(width, device, token_weights)
+        self._cross = torch.zeros(outputs, width + 1, dtype=torch.float64, device=device)
+        self._weights = token_weights
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add a batch of inputs ``[B, tokens, width]`` and targets ``[B, tokens, outputs]``."""
+        self._inputs.update(x)
+        inputs, targets = weighted_rows(x, self._weights), weighted_rows(y, self._weights)[:, :-1]
+        with torch.autocast(x.device.type, enabled=False):
+            self._cross += (targets.T @ inputs).double()
+
+    @property
+    def moment(self) -> Tensor:
+        """Second moment ``[width + 1, width + 1]`` of the inputs, float64."""
+        return self._inputs.moment
+
+    @property
+    def cross(self) -> Tensor:
+        """Cross moment ``[outputs, width + 1]`` of targets and inputs, float64."""
+        return self._cross / max(self._inputs._count, 1e-30)
+
+
+def weighted_rows(x: Tensor, token_weights: Tensor | None) -> Tensor:
+    """``x`` ``[..., width]`` as float32 rows with a last entry 1, each times the root of its token's weight."""
+    x = x.detach().float()
+    extended = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+    if token_weights is not None:
+        extended = extended * token_weights.sqrt()[:, None]
+    return extended.reshape(-1, extended.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,44 +103,105 @@ class BlockMoments:
 
     Attributes:
         attention_input: Of the normalised residual stream that queries, keys and values read, ``[D + 1, D + 1]``.
+        key_input: The same about each image's mean, which the softmax does not see; its last row is 0.
         head_outputs: Of the concatenated head outputs, ``[heads * vo + 1, heads * vo + 1]``.
         hidden: Of the FFN's hidden activations, ``[ffn + 1, ffn + 1]``.
     """
 
     attention_input: Tensor
+    key_input: Tensor
     head_outputs: Tensor
     hidden: Tensor
 
 
-def collect_moments(model: nn.Module, structure: ModelStructure, batches: Sequence[Tensor]) -> tuple[BlockMoments, ...]:
+def tensors_of(moments: BlockMoments) -> tuple[Tensor, ...]:
+    """The moments in the order of the fields."""
+    return moments.attention_input, moments.key_input, moments.head_outputs, moments.hidden
+
+
+class InputFitter:
+    """Moments of an attention's inputs, and of the same about their image's mean."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._all, self._means = MomentFitter(width, device), MomentFitter(width, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch ``[B, tokens, width]``."""
+        self._all.update(x)
+        self._means.update(x.detach().float().mean(1))
+
+    @property
+    def moment(self) -> Tensor:
+        """Second moment ``[width + 1, width + 1]``, float64."""
+        return self._all.moment
+
+    @property
+    def within(self) -> Tensor:
+        """Second moment about the image's mean, float64."""
+        return self._all.moment - self._means.moment
+
+
+def collect_moments(
+    model: nn.Module,
+    structure: ModelStructure,
+    batches: Sequence[Tensor],
+    weights: Sequence[TokenWeights] | None = None,
+) -> tuple[BlockMoments, ...]:
     """Stream calibration images ``[B, C, H, W]`` through the model once and take every block's moments.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        batches: The images.
+        weights: How much each token counts in what the readouts read, by block; None counts all alike.
 
     Raises:
         NonFiniteError: An activation is NaN or infinite; the message names the module.
     """
     device = next(model.parameters()).device
+    inputs: list[InputFitter] = []
     fitters: dict[str, MomentFitter] = {}
-    for block in structure.blocks:
+    watch: dict[str, Callable[[Tensor], None]] = {}
+    for i, block in enumerate(structure.blocks):
         shape = block.shape
-        fitters[block.attention] = MomentFitter(structure.embed_dim, device)
-        fitters[block.attention_readout.module] = MomentFitter(shape.heads * shape.vo, device)
-        fitters[block.ffn_readout.module] = MomentFitter(shape.ffn, device)
-    with observe_inputs(model, {name: fitter.update for name, fitter in fitters.items()}):
+        of_block = weights[i] if weights else TokenWeights(None, None)
+        attention, ffn = block.attention_readout.module, block.ffn_readout.module
+        inputs.append(InputFitter(structure.embed_dim, device))
+        fitters[attention] = MomentFitter(shape.heads * shape.vo, device, of_block.attention)
+        fitters[ffn] = MomentFitter(shape.ffn, device, of_block.ffn)
+        watch |= {block.attention: inputs[i].update, attention: fitters[attention].update, ffn: fitters[ffn].update}
+    with observe_inputs(model, watch):
         forward_all(model, batches)
-    for name, fitter in fitters.items():
-        if not torch.isfinite(fitter.moment).all():
-            raise NonFiniteError(
-                f"the input of module '{name}' holds NaN or infinite values on the calibration images; "
-                "check the weights and the preprocessing"
-            )
-    return tuple(
+    moments = tuple(
         BlockMoments(
-            attention_input=fitters[b.attention].moment,
+            attention_input=inputs[i].moment,
+            key_input=inputs[i].within,
             head_outputs=fitters[b.attention_readout.module].moment,
             hidden=fitters[b.ffn_readout.module].moment,
         )
-        for b in structure.blocks
+        for i, b in enumerate(structure.blocks)
     )
+    for block, of in zip(structure.blocks, moments, strict=True):
+        for name, moment in (
+            (block.attention, of.attention_input),
+            (block.attention_readout.module, of.head_outputs),
+            (block.ffn_readout.module, of.hidden),
+        ):
+            require_finite(name, moment)
+    return moments
+
+
+def require_finite(module: str, moment: Tensor) -> None:
+    """Check a moment of the inputs of ``module``.
+
+    Raises:
+        NonFiniteError: It holds NaN or infinite values.
+    """
+    if not torch.isfinite(moment).all():
+        raise NonFiniteError(
+            f"the input of module '{module}' holds NaN or infinite values on the calibration images; "
+            "check the weights and the preprocessing"
+        )
 
 
 def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -138,6 +242,19 @@ def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
     """
     kept = ridged(gram, ridge)[keep][:, keep]
     return gram.double()[~keep][:, keep] @ inverse(kept)
+
+
+def residual_refit(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The map that minimises ``E ||y - V x||^2 + ridge ||V - weight||^2``: nothing cut, a target to reach.
+
+    Args:
+        gram: Second moment ``[n, n]`` of the inputs ``x``.
+        cross: Cross moment ``[outputs, n]`` of the targets ``y`` and the inputs.
+        weight: The present map ``[outputs, n]``.
+        ridge: Relative to the mean diagonal entry of ``gram``.
+    """
+    level = ridge * gram.diagonal().mean()
+    return (cross.double() + level * weight.double()) @ inverse(ridged(gram, ridge))
 
 
 def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:

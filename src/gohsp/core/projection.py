@@ -41,16 +41,22 @@ class ProjectionSettings:
         guidance: Share of the graph ranking in a head's strength, 0 (none) to 1 (ranking alone): the soft
             pruning guideline of the paper.
         ridge: Ridge of the refits, relative to the mean diagonal entry of the Gram matrix.
+        attention_fisher: Share of the weight of tokens, in what attention writes, that follows the Fisher
+            information of the predictions; the rest is spread evenly.
+        ffn_fisher: The same in what FFNs write.
     """
 
     metric: Metric = "data"
     strength: Strength = "activation"
     guidance: float = 0.5
     ridge: float = RIDGE
+    attention_fisher: float = 0.3
+    ffn_fisher: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance <= 1:
-            raise RecipeError(f"projection.guidance is a share, 0 to 1; got {self.guidance}")
+        for name in ("guidance", "attention_fisher", "ffn_fisher"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"projection.{name} is a share, 0 to 1; got {getattr(self, name)}")
         if self.ridge <= 0:
             raise RecipeError(f"projection.ridge must be above 0, got {self.ridge}")
 
@@ -211,7 +217,7 @@ def _grid_strength(
         flat = _squared_norm(values, block.slices(kind))
     elif kind == "qk":
         flat = _energy(values, block.query, moments.attention_input)
-        flat = flat * _energy(values, block.key, moments.attention_input)
+        flat = flat * _energy(values, block.key, moments.key_input)
     else:
         norm = values[block.attention_readout.columns].double().square().sum(0)
         flat = norm * moments.head_outputs.diagonal()[:-1]
@@ -334,7 +340,7 @@ def squared_size(block: BlockStructure, values: Values, moments: BlockMoments, m
     if metric == "euclidean":
         return float(sum(v.double().square().sum() for v in values.values()))
     total = _energy(values, block.query, moments.attention_input).sum()
-    total = total + _energy(values, block.key, moments.attention_input).sum()
+    total = total + _energy(values, block.key, moments.key_input).sum()
     for readout, moment in (
         (block.attention_readout, moments.head_outputs),
         (block.ffn_readout, moments.hidden),

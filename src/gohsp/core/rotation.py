@@ -32,27 +32,41 @@ def rotate(model: nn.Module, structure: ModelStructure, moments: Sequence[BlockM
     Returns:
         The second moments after the change.
     """
-    return tuple(_rotate_block(model, b, m) for b, m in zip(structure.blocks, moments, strict=True))
+    for block, of_block in zip(structure.blocks, moments, strict=True):
+        rotate_queries_keys(model, block, of_block)
+    return tuple(rotate_values(model, b, m) for b, m in zip(structure.blocks, moments, strict=True))
 
 
-def _rotate_block(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> BlockMoments:
-    heads, qk, vo = block.shape.heads, block.shape.qk, block.shape.vo
-    if "qk" in block.rotatable:
-        query = extended_rows(model, block.query, heads * qk)
-        key = extended_rows(model, block.key, heads * qk)
-        moment = moments.attention_input[: query.shape[1], : query.shape[1]]
-        for h in range(heads):
-            part = slice(h * qk, (h + 1) * qk)
-            to_query, to_key = balance_query_key(query[part], key[part], moment)
-            _mix_rows(model, block.query, h, qk, to_query)
-            _mix_rows(model, block.key, h, qk, to_key)
+def rotate_queries_keys(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> None:
+    """Rotate one block's query/key dimensions in place, if it allows that."""
+    if "qk" not in block.rotatable:
+        return
+    heads, qk = block.shape.heads, block.shape.qk
+    query = extended_rows(model, block.query, heads * qk)
+    key = extended_rows(model, block.key, heads * qk)
+    width = query.shape[1]
+    for h in range(heads):
+        part = slice(h * qk, (h + 1) * qk)
+        to_query, to_key = balance_query_key(
+            query[part], key[part], moments.attention_input[:width, :width], moments.key_input[:width, :width]
+        )
+        _mix_rows(model, block.query, h, qk, to_query)
+        _mix_rows(model, block.key, h, qk, to_key)
+
+
+def rotate_values(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> BlockMoments:
+    """Rotate one block's value dimensions in place, if it allows that; returns the moments after the change."""
     if "vo" not in block.rotatable:
         return moments
+    heads, vo = block.shape.heads, block.shape.vo
     mixing = torch.eye(heads * vo + 1, dtype=torch.float64, device=moments.head_outputs.device)
     columns = units(model, block.attention_readout.columns, heads * vo)
+    spread = moments.head_outputs
+    if block.attention_readout.bias:  # the bias takes over means, so that only what varies counts
+        spread = spread - torch.outer(spread[:, -1], spread[:, -1])
     for h in range(heads):
         part = slice(h * vo, (h + 1) * vo)
-        forward, backward = order_values(columns[:, part], moments.head_outputs[part, part])
+        forward, backward = order_values(columns[:, part], spread[part, part])
         _mix_rows(model, block.value, h, vo, forward)
         columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
         mixing[part, part] = forward
@@ -80,23 +94,24 @@ def _half(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
-def balance_query_key(query: Tensor, key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+def balance_query_key(query: Tensor, key: Tensor, moment: Tensor, key_moment: Tensor) -> tuple[Tensor, Tensor]:
     """Invertible matrices that order a head's query/key dimensions by their share of the attention logits.
 
-    With ``X = query C^1/2`` and ``Y = key C^1/2``, the singular vectors of ``X^T Y`` give the basis in which
+    With ``X = query C^1/2`` and ``Y = key K^1/2``, the singular vectors of ``X^T Y`` give the basis in which
     dropping trailing dimensions is the best low-rank approximation (Eckart-Young) of the logits' map.
 
     Args:
         query: Rows ``[d, n]`` that make a head's queries from inputs (bias as last column, if any).
         key: Rows ``[d, n]`` that make its keys.
         moment: Second moment ``C`` ``[n, n]`` of the inputs.
+        key_moment: Second moment ``K`` ``[n, n]`` of the inputs about their image's mean: what all keys of an
+            image share shifts a query's logits alike, and the softmax does not see it.
 
     Returns:
         ``(S, T)``, each ``[d, d]`` with ``S^T T = 1``: new queries ``S q``, new keys ``T k``.
     """
-    moment = moment.double()
-    root_q, inverse_root_q = _half(moment, query.double())
-    root_k, _ = _half(moment, key.double())
+    root_q, inverse_root_q = _half(moment.double(), query.double())
+    root_k, _ = _half(key_moment.double(), key.double())
     u, s, _ = torch.linalg.svd(root_q @ root_k)
     # A floor keeps both matrices invertible where trailing dimensions carry nothing.
     gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR).sqrt()
@@ -109,7 +124,7 @@ def order_values(readout: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         readout: The head's columns ``[D, d]`` of the output projection.
-        moment: Second moment ``[d, d]`` of the head's output.
+        moment: Second moment or covariance ``[d, d]`` of the head's output.
 
     Returns:
         ``(T, T^-1)``: new values ``T v``, new columns ``readout T^-1``.

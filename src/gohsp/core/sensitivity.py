@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import readout_gain
+from gohsp.core.activations import Stages, readout_gain
 from gohsp.core.allocation import FIELDS, Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.compensation import BlockMoments
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
@@ -19,53 +20,68 @@ GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
 """Where between the smallest and the present width damage is measured; denser where curves are steep."""
 
 
+@torch.no_grad()
 def measure_curves(
     model: nn.Module,
+    stages: Stages,
     structure: ModelStructure,
     moments: Sequence[BlockMoments],
-    batches: Sequence[Tensor],
+    embedded: Sequence[Tensor],
     scores: Sequence[Sequence[float]] | None,
     widths: WidthSettings,
     settings: ProjectionSettings,
     *,
+    reference: Sequence[Tensor] | None = None,
     precision: torch.dtype = torch.float32,
     advance: Callable[[], None] = lambda: None,
 ) -> Curves:
-    """KL divergence from the dense predictions when each piece alone is projected to each of a few widths.
+    """What the KL divergence from the dense predictions gains when one piece alone is projected to a few widths.
 
-    No labels are read. The model is changed in place for one forward pass at a time and always restored.
+    No labels are read. A point costs one pass through the blocks from the piece's own to the last, since what
+    enters the block does not change. The model is changed in place for one pass at a time and always restored.
 
     Args:
-        model: The dense model, in the basis that pruning will use.
+        model: The model, in the basis that pruning will use.
+        stages: The same model as embedding, blocks and head.
         structure: Its structure.
         moments: Its second moments.
-        batches: Calibration images.
+        embedded: What enters the first block, in batches ``[B, tokens, D]``.
         scores: Graph scores by block and head, which decide the order in which heads go; None for none.
         widths: Allowed widths.
         settings: Metric and strength of the projection.
+        reference: Dense log-probabilities of the same images (:func:`predictions`); None takes the model's own.
         precision: Data type of the forward passes; below float32 by autocast.
         advance: Called once per measured point (:func:`count_points` of them), for progress.
 
     Returns:
         Curves by block and kind, for the kinds that may be cut.
     """
-    reference = predictions(model, batches, precision)
-    curves = []
-    for i, block in enumerate(structure.blocks):
-        ranking = None if scores is None else torch.tensor(scores[i], device=reference[0].device)
-        of_block: dict[Kind, DamageCurve] = {}
-        for kind in KINDS:
-            grid = _grid(block, kind, widths)
-            if len(grid) < 2:
-                continue
-            damage = []
-            for width in grid[:-1]:
-                damage.append(
-                    _damage(model, block, moments[i], kind, width, ranking, settings, batches, reference, precision)
-                )
-                advance()
-            of_block[kind] = DamageCurve(grid, (*damage, 0.0))
-        curves.append(of_block)
+    training = model.training
+    model.eval()
+    try:
+        own = predictions(stages, embedded, precision)
+        reference = own if reference is None else reference
+        present = divergence(reference, own)
+        stream, curves = list(embedded), []
+        for i, block in enumerate(structure.blocks):
+            cut = _Cut(
+                model, block, moments[i], None if scores is None else torch.tensor(scores[i]).to(own[0]), settings
+            )
+            of_block: dict[Kind, DamageCurve] = {}
+            for kind in KINDS:
+                grid = _grid(block, kind, widths)
+                damage = []
+                for width in grid[:-1]:
+                    with cut.to(kind, width):
+                        after = divergence(reference, predictions(stages, stream, precision, first=i))
+                    damage.append(max(after - present, 0.0))
+                    advance()
+                if damage:
+                    of_block[kind] = DamageCurve(grid, (*damage, 0.0))
+            curves.append(of_block)
+            stream = [passed(stages.blocks[i], x, precision) for x in stream]
+    finally:
+        model.train(training)
     return tuple(curves)
 
 
@@ -80,17 +96,19 @@ def _grid(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[i
     return tuple(allowed[i] for i in sorted({round(share * last) for share in (*GRID, 1.0)}))
 
 
-def predictions(model: nn.Module, batches: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
-    """Log-probabilities ``[B, classes]`` of every batch, in float32."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+@torch.no_grad()
+def predictions(
+    stages: Stages, stream: Sequence[Tensor], precision: torch.dtype = torch.float32, *, first: int = 0
+) -> list[Tensor]:
+    """Log-probabilities ``[B, classes]`` in float32, of batches of a residual stream that enters block ``first``."""
+    return [passed(lambda x: stages.logits(x, first), x, precision).log_softmax(-1) for x in stream]
+
+
+def passed(function: Callable[[Tensor], Tensor], x: Tensor, precision: torch.dtype) -> Tensor:
+    """``function(x)`` in float32, computed in ``precision``."""
     # Autocast keeps casts of weights until it is left; left after every pass, it never sees stale ones.
-    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        logits = [model(images.to(device)) for images in batches]
-    result = [batch.float().log_softmax(-1) for batch in logits]
-    model.train(training)
-    return result
+    with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+        return function(x).float()
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -99,28 +117,30 @@ def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(total) / sum(len(a) for a in reference)
 
 
-@torch.no_grad()
-def _damage(
-    model: nn.Module,
-    block: BlockStructure,
-    moments: BlockMoments,
-    kind: Kind,
-    width: int,
-    ranking: Tensor | None,
-    settings: ProjectionSettings,
-    batches: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    precision: torch.dtype,
-) -> float:
-    values = constrained(model, block, settings.metric)
-    shape = replace(block.shape, **{FIELDS[kind]: width})
-    gains = (readout_gain(model, block.attention_readout), readout_gain(model, block.ffn_readout))
-    kept = select(block, values, moments, shape, settings, ranking=ranking, gains=gains)
-    before = {entry: value.clone() for entry, value in values.items()}
-    try:
-        for entry, target in project(on_support(block, values, moments, kept, settings), values).items():
-            values[entry].copy_(target)
-        return divergence(reference, predictions(model, batches, precision))
-    finally:
-        for entry, value in before.items():
-            values[entry].copy_(value)
+@dataclass(frozen=True)
+class _Cut:
+    """Cuts of one kind in one block, undone afterwards."""
+
+    model: nn.Module
+    block: BlockStructure
+    moments: BlockMoments
+    ranking: Tensor | None
+    settings: ProjectionSettings
+
+    @contextmanager
+    def to(self, kind: Kind, width: int) -> Iterator[None]:
+        """The block with ``kind`` alone projected to ``width``, while the context is open."""
+        block, settings = self.block, self.settings
+        values = constrained(self.model, block, settings.metric)
+        shape = replace(block.shape, **{FIELDS[kind]: width})
+        gains = (readout_gain(self.model, block.attention_readout), readout_gain(self.model, block.ffn_readout))
+        kept = select(block, values, self.moments, shape, settings, ranking=self.ranking, gains=gains)
+        targets = project(on_support(block, values, self.moments, kept, settings), values)
+        before = {entry: value.clone() for entry, value in values.items()}
+        try:
+            for entry, target in targets.items():
+                values[entry].copy_(target)
+            yield
+        finally:
+            for entry, value in before.items():
+                values[entry].copy_(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import surgery
+from gohsp.core.activations import Stages
 from gohsp.errors import CheckpointError, EqualityError, NonFiniteError, UnsupportedModelError
 from gohsp.models import timm as _timm
 from gohsp.structure import BlockShape, ModelStructure, Plan
@@ -33,6 +34,7 @@ class Adapter(Protocol):
     def architecture_name(self, model: nn.Module) -> str: ...  # noqa: D102
     def architecture_arguments(self, model: nn.Module) -> dict[str, Any]: ...  # noqa: D102
     def set_fused_attention(self, model: nn.Module, fused: bool) -> None: ...  # noqa: D102
+    def stages(self, model: nn.Module) -> Stages: ...  # noqa: D102
 
 
 ADAPTERS: tuple[Adapter, ...] = (cast(Adapter, _timm),)
@@ -68,6 +70,11 @@ def describe(model: nn.Module) -> ModelStructure:
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose between PyTorch's fused attention kernel and plain matrix products."""
     adapter_for(model).set_fused_attention(model, fused)
+
+
+def stages(model: nn.Module) -> Stages:
+    """The network as embedding, blocks and head."""
+    return adapter_for(model).stages(model)
 
 
 def specification(model: nn.Module) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import timm
 import torch
 from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gohsp.core.activations import Stages
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.attention import PrunedAttention
 from gohsp.structure import BlockShape, BlockStructure, Kind, ModelStructure, Readout, UnitSlice
@@ -218,6 +219,19 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose between PyTorch's fused attention kernel and plain matrix products, for every block."""
     for block in _blocks(model):
         block.attn.fused_attn = fused
+
+
+def stages(model: nn.Module) -> Stages:
+    """The network as embedding, blocks and head, as ``VisionTransformer.forward`` chains them."""
+    vit = cast(VisionTransformer, model)
+
+    def embed(images: Tensor) -> Tensor:
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+    def head(x: Tensor) -> Tensor:
+        return vit.forward_head(vit.norm(x))
+
+    return Stages(embed, tuple(_blocks(vit)), head)
 
 
 def architecture_name(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ class SummaryRow:
         model: "dense", "dense, trained longer" or "pruned".
         params: Number of parameters.
         macs: Multiply-accumulates of one image.
-        top1: Top-1 accuracy in percent.
+        top1: Top-1 accuracy in percent; None, like all other scores, where no labels were read.
         top1_error: Its standard error in percentage points, from the number of images scored.
         top5: Top-5 accuracy in percent.
         loss: Mean cross-entropy in nats.
@@ -44,15 +44,18 @@ class SummaryRow:
     model: str
     params: int
     macs: int
-    top1: float
-    top1_error: float
-    top5: float
-    loss: float
+    top1: float | None
+    top1_error: float | None
+    top5: float | None
+    loss: float | None
     params_change: float | None
     macs_change: float | None
     top1_change: float | None
     top5_change: float | None
     loss_change: float | None
+
+    def _top1(self) -> str:
+        return "–" if self.top1 is None else f"{self.top1:.1f} ± {self.top1_error:.1f}"
 
     def cells(self) -> list[tuple[str, str]]:
         """Return a (value, change) pair of texts for each of `HEADERS`; an unknown change is empty."""
@@ -60,9 +63,9 @@ class SummaryRow:
             (self.model, ""),
             (quantity(self.params), signed(self.params_change, 1, " %")),
             (quantity(self.macs), signed(self.macs_change, 1, " %")),
-            (f"{self.top1:.1f} ± {self.top1_error:.1f}", signed(self.top1_change, 1)),
-            (f"{self.top5:.1f}", signed(self.top5_change, 1)),
-            (f"{self.loss:.3f}", signed(self.loss_change, 3)),
+            (self._top1(), signed(self.top1_change, 1)),
+            (_fixed(self.top5, 1), signed(self.top5_change, 1)),
+            (_fixed(self.loss, 3), signed(self.loss_change, 3)),
         ]
 
 
@@ -174,22 +177,30 @@ def index_ranges(indices: list[int]) -> str:
 
 
 def _row(key: str, metrics: Mapping[str, Any], dense: Mapping[str, Any]) -> SummaryRow:
-    is_dense = key == "dense"
-    share = metrics["top1"] / 100
+    is_dense, scored = key == "dense", metrics.get("top1") is not None
+
+    def change(score: str) -> float | None:
+        return metrics[score] - dense[score] if scored and not is_dense else None
+
+    share = metrics["top1"] / 100 if scored else 0.0
     return SummaryRow(
         model=_MODELS[key],
         params=metrics["params"],
         macs=metrics["macs"],
-        top1=metrics["top1"],
-        top1_error=100 * math.sqrt(share * (1 - share) / metrics["n"]),
-        top5=metrics["top5"],
-        loss=metrics["loss"],
+        top1=metrics.get("top1"),
+        top1_error=100 * math.sqrt(share * (1 - share) / metrics["n"]) if scored else None,
+        top5=metrics.get("top5"),
+        loss=metrics.get("loss"),
         params_change=None if is_dense else relative(metrics["params"], dense["params"]),
         macs_change=None if is_dense else relative(metrics["macs"], dense["macs"]),
-        top1_change=None if is_dense else metrics["top1"] - dense["top1"],
-        top5_change=None if is_dense else metrics["top5"] - dense["top5"],
-        loss_change=None if is_dense else metrics["loss"] - dense["loss"],
+        top1_change=change("top1"),
+        top5_change=change("top5"),
+        loss_change=change("loss"),
     )
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
@@ -202,7 +213,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         warnings.append("The compacted model does not compute what the masked dense model computes.")
     if admm and admm["status"] != "converged":
         warnings.append(f"ADMM did not converge; it ended with status “{admm['status']}”.")
-    if unreadable := report["data"]["unreadable_images"]:
+    if unreadable := report["data"].get("unreadable_images"):
         warnings.append(f"{unreadable:,} images could not be read and were left out.")
     return warnings + [f"Ranking: {note}" for note in report["ranking"]["notes"]]
 

@@ -67,16 +67,17 @@ class Model(_Level):
 
 
 class Data(_Level):
-    """The images that trained and scored the models."""
+    """The images that calibrated, trained and scored the models; the one-shot route only calibrates."""
 
     source: str
     train_split: str
-    validation_split: str
     image_size: Positive
     classes: Positive
-    train_images: Count
-    validation_images: Count
-    unreadable_images: Count
+    calibration_images: Positive | None = None
+    validation_split: str | None = None
+    train_images: Count | None = None
+    validation_images: Count | None = None
+    unreadable_images: Count = 0
 
 
 class Budget(_Level):
@@ -89,14 +90,34 @@ class Budget(_Level):
 
 
 class Metrics(_Level):
-    """Size and validation scores of one model; ``n`` images were scored."""
+    """Size and validation scores of one model; ``n`` images were scored. Without labels there are no scores."""
 
     params: Positive
     macs: Positive
-    top1: Percent
-    top5: Percent
-    loss: NonNegative
-    n: Positive
+    top1: Percent | None = None
+    top5: Percent | None = None
+    loss: NonNegative | None = None
+    n: Positive | None = None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Metrics:
+        scores = (self.top1, self.top5, self.loss, self.n)
+        if None in scores and any(score is not None for score in scores):
+            raise ValueError("give all of top1, top5, loss and n, or none of them")
+        return self
+
+
+class Fidelity(_Level):
+    """The cut model against the dense one, before any fine-tuning, on images that nothing was measured on.
+
+    ``kl`` is the mean divergence of its predictions in nats, ``predicted_kl`` what the damage curves foresaw (None
+    without them), ``agreement`` the share of images with the same first prediction.
+    """
+
+    images: Positive
+    kl: NonNegative
+    predicted_kl: NonNegative | None
+    agreement: Percent
 
 
 class Widths(_Level):
@@ -243,6 +264,7 @@ class Report(_Level):
     dense: Metrics
     dense_retrained: Metrics | None = None
     pruned: Metrics
+    fidelity: Fidelity | None = None
     plan: Plan
     ranking: Ranking
     admm: Admm | None = None

@@ -1,0 +1,241 @@
+"""Cutting block by block, each repaired against the dense model's residual stream (design, section 6).
+
+A block is calibrated on what the already pruned blocks before it really send, and fitted to where the dense
+model's residual stream is at the same depth, so that errors are repaired and not passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.core.activations import inputs_of, readout_gain, units
+from gohsp.core.compensation import BlockMoments, InputFitter, RegressionFitter, require_finite, residual_refit
+from gohsp.core.fisher import TokenWeights
+from gohsp.core.projection import ProjectionSettings, Values, constrained, full_map, on_support, project, select
+from gohsp.core.rotation import rotate_queries_keys, rotate_values
+from gohsp.structure import (
+    BlockPlan,
+    BlockShape,
+    BlockStructure,
+    ModelStructure,
+    Plan,
+    Readout,
+    check_shapes,
+    dense_block_plan,
+)
+
+Store = Callable[[], MutableSequence[Tensor]]
+"""Makes an empty place for batches of a residual stream; ``list`` keeps them in memory."""
+
+
+@torch.no_grad()
+def reconstruct(
+    dense: nn.Module,
+    model: nn.Module,
+    structure: ModelStructure,
+    shapes: Sequence[BlockShape],
+    moments: Sequence[BlockMoments],
+    embedded: Iterable[Tensor],
+    scores: Sequence[Sequence[float]] | None,
+    settings: ProjectionSettings,
+    *,
+    support: Plan | None = None,
+    weights: Sequence[TokenWeights] | None = None,
+    precision: torch.dtype = torch.float32,
+    store: Store = list,
+    advance: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Put ``model`` on the sparsity set of ``shapes``, first block to last.
+
+    In each block queries and keys go first, then heads and values, then FFN units. Before each of the latter two
+    cuts the readout is fitted to the dense stream, so that what is selected and refitted is the best full map.
+
+    Args:
+        dense: The model to stay close to; left as it is.
+        model: A copy of it, or of it after training; changed in place, its shapes stay.
+        structure: Structure of both.
+        shapes: Widths to reach.
+        moments: The model's second moments.
+        embedded: What enters the first block, in batches ``[B, tokens, D]``; the same for both models.
+        scores: Graph scores by block and head; None for no guidance.
+        settings: Guidance, ridge; the metric is the data's, whatever they say.
+        support: The units to keep, where they are chosen already (by ADMM); None selects them, in a basis that
+            is rotated anew.
+        weights: How much each token counts; None counts all alike.
+        precision: Data type of the forward passes; below float32 by autocast.
+        store: Where streams are kept between blocks.
+        advance: Called once per block.
+
+    Returns:
+        The plan, ready for compaction.
+
+    Raises:
+        PlanError: ``shapes`` do not fit the structure.
+        NonFiniteError: An activation is NaN or infinite.
+    """
+    check_shapes(structure, shapes)
+    settings = replace(settings, metric="data")
+    target, middle, stream = store(), store(), store()
+    for batch in embedded:
+        target.append(batch)
+        middle.append(batch)
+        stream.append(batch)
+    plans = []
+    with _evaluating(dense), _evaluating(model):
+        for i, block in enumerate(structure.blocks):
+            ranking = None if scores is None else scores[i]
+            kept = support.blocks[i] if support else None
+            work = _Block(dense, model, block, settings, precision, ranking, kept)
+            plans.append(
+                work.reconstruct(
+                    shapes[i], moments[i], weights[i] if weights else TokenWeights(None, None), target, middle, stream
+                )
+            )
+            advance()
+    return Plan(tuple(plans))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    yield
+    model.train(training)
+
+
+class _Block:
+    """One block of the model and its dense original."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        model: nn.Module,
+        block: BlockStructure,
+        settings: ProjectionSettings,
+        precision: torch.dtype,
+        scores: Sequence[float] | None,
+        support: BlockPlan | None,
+    ) -> None:
+        self.dense, self.model, self.block = dense, model, block
+        self.settings, self.precision = settings, precision
+        self.device = next(model.parameters()).device
+        self.ranking = None if scores is None else torch.tensor(scores, device=self.device)
+        self.support = support
+        self.attention, self.ffn = block.attention_readout, block.ffn_readout
+
+    def reconstruct(
+        self,
+        shape: BlockShape,
+        moments: BlockMoments,
+        weights: TokenWeights,
+        target: MutableSequence[Tensor],
+        middle: MutableSequence[Tensor],
+        stream: MutableSequence[Tensor],
+    ) -> BlockPlan:
+        """Cut and repair the block; the streams enter as before it and leave as after it."""
+        have, dim = self.block.shape, self.attention.size
+        inputs = InputFitter(dim, self.device)
+        for b in range(len(stream)):
+            before = target[b].to(self.device)
+            z, h = self.inputs(self.dense, before, self.attention, self.ffn)
+            between = before + branch(self.dense, self.attention, z)
+            middle[b], target[b] = between, between + branch(self.dense, self.ffn, h)
+            (x,) = self.inputs(self.model, stream[b].to(self.device), self.block.attention)
+            inputs.update(x)
+        require_finite(self.block.attention, inputs.moment)
+        moments = replace(moments, attention_input=inputs.moment, key_input=inputs.within)
+        if shape.qk < have.qk and self.support is None:
+            rotate_queries_keys(self.model, self.block, moments)
+        by_query = self.cut(moments, replace(have, qk=shape.qk), "qk")
+
+        fit = RegressionFitter(have.heads * have.vo, dim, self.device, weights.attention)
+        for b in range(len(stream)):
+            before = stream[b].to(self.device)
+            (z,) = self.inputs(self.model, before, self.attention)
+            fit.update(z, middle[b].to(self.device) - before)
+        require_finite(self.attention.module, fit.moment)
+        self.refit(self.attention, fit)
+        moments = replace(moments, head_outputs=fit.moment)
+        if shape.vo < have.vo and self.support is None:
+            moments = rotate_values(self.model, self.block, moments)
+        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo")
+
+        fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
+        for b in range(len(stream)):
+            before = stream[b].to(self.device)
+            z, h = self.inputs(self.model, before, self.attention, self.ffn)
+            stream[b] = between = before + branch(self.model, self.attention, z)
+            middle[b] = h  # needed once more below, when the readout is known
+            fit.update(h, target[b].to(self.device) - between)
+        require_finite(self.ffn.module, fit.moment)
+        self.refit(self.ffn, fit)
+        by_unit = self.cut(replace(moments, hidden=fit.moment), replace(have, ffn=shape.ffn), "ffn")
+        for b in range(len(stream)):
+            stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
+        if self.support is not None:
+            return self.support
+        queries = dict(zip(by_query.heads, by_query.qk, strict=True))
+        return BlockPlan(
+            heads=by_value.heads, qk=tuple(queries[h] for h in by_value.heads), vo=by_value.vo, ffn=by_unit.ffn
+        )
+
+    def inputs(self, model: nn.Module, x: Tensor, *of: Readout | str) -> tuple[Tensor, ...]:
+        """What the named modules read when the block is given ``x``; nothing behind the last of them is computed."""
+        names = [o if isinstance(o, str) else o.module for o in of]
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            return inputs_of(model, self.block.name, x, names)
+
+    def cut(self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"]) -> BlockPlan:
+        """Select what ``shape`` allows and project, in place; ``kind`` is what differs from the present shape."""
+        values = constrained(self.model, self.block, self.settings.metric)
+        if self.support is None:
+            gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
+            kept = select(self.block, values, moments, shape, self.settings, ranking=self.ranking, gains=gains)
+        else:
+            kept = only(self.support, kind, self.block.shape)
+        for entry, value in project(on_support(self.block, values, moments, kept, self.settings), values).items():
+            values[entry].copy_(value)
+        return kept
+
+    def refit(self, readout: Readout, fit: RegressionFitter) -> None:
+        """Fit a readout to its target, nothing cut, in place; LayerScale stays."""
+        values: Values = constrained(self.model, self.block, self.settings.metric)
+        weight, gram = full_map(values, readout, fit.moment)
+        gain = readout_gain(self.model, readout)
+        scale = torch.ones_like(weight[:, 0]) if gain is None else gain
+        cross = fit.cross[:, : weight.shape[1]]
+        fitted = residual_refit(gram, cross, weight * scale[:, None], self.settings.ridge).float()
+        # A channel that LayerScale shuts off has nothing to say; its weights stay.
+        fitted = torch.where(scale[:, None] != 0, fitted / scale[:, None], weight)
+        columns = values[readout.columns]
+        columns.copy_(fitted[:, : columns.shape[1]])
+        if readout.bias:
+            self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
+
+
+def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:
+    """A plan that cuts what ``plan`` cuts of ``kind`` and keeps everything else of a block of ``shape``."""
+    everything = dense_block_plan(shape)
+    if kind == "ffn":
+        return replace(everything, ffn=plan.ffn)
+    if kind == "vo":
+        return replace(everything, heads=plan.heads, qk=everything.qk[: len(plan.heads)], vo=plan.vo)
+    kept = dict(zip(plan.heads, plan.qk, strict=True))
+    # A head that goes loses its queries with its values; until then any of them will do.
+    return replace(everything, qk=tuple(kept.get(h, plan.qk[0]) for h in everything.heads))
+
+
+def branch(model: nn.Module, readout: Readout, inputs: Tensor) -> Tensor:
+    """What a readout adds to the residual stream ``[B, tokens, D]``, in float32."""
+    weight = units(model, readout.columns, inputs.shape[-1]).float()
+    bias = model.get_parameter(readout.bias).detach().float() if readout.bias else None
+    written = F.linear(inputs.float(), weight, bias)
+    gain = readout_gain(model, readout)
+    return written if gain is None else written * gain
