@@ -358,7 +358,7 @@ def _prune(
     pruned_metrics = _scored(bench, "pruned_score", small) if trains else {}
     small_structure = models.describe(small)
     content = {
-        "schema_version": 1,
+        "schema_version": report.SCHEMA_VERSION,
         **_provenance(command, recipe),
         "model": models.specification(dense),
         "data": _data_record(bench, source),

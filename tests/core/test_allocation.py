@@ -17,6 +17,7 @@ from gohsp.core.allocation import (
     WidthSettings,
     allocate,
     allowed_widths,
+    predicted_damage,
     require_feasible,
     uniform,
 )
@@ -306,13 +307,25 @@ def test_a_damage_curve_never_rises_with_width(points: list[tuple[int, float]]) 
     assert values[-6:] == [0.0] * 6
 
 
-def test_a_damage_curve_is_linear_between_points() -> None:
+def test_a_damage_curve_is_geometric_between_points_and_ends_in_a_parabola() -> None:
     curve = DamageCurve((8, 16, 64), (3.0, 1.0, 0.0))
-    assert [curve(w) for w in (8, 10, 16, 40, 64, 100)] == pytest.approx([3.0, 2.5, 1.0, 0.5, 0.0, 0.0])
+    got = [curve(w) for w in (8, 10, 12, 16, 28, 40, 64, 100)]
+    assert got == pytest.approx([3.0, 3**0.75, 3**0.5, 1.0, 0.75**2, 0.25, 0.0, 0.0])
     noisy = DamageCurve((8, 16, 32, 64), (1.0, 3.0, 2.0, 0.0))  # measured with noise: the dip at 8 is not believed
-    assert [noisy(w) for w in (8, 12, 16, 24, 32)] == pytest.approx([3.0, 3.0, 3.0, 2.5, 2.0])
+    assert [noisy(w) for w in (8, 12, 16, 24, 32, 48)] == pytest.approx([3.0, 3.0, 3.0, 6**0.5, 2.0, 0.5])
+    free = DamageCurve((8, 16, 64), (3.0, 0.0, 0.0))  # nothing is felt before 16
+    assert [free(w) for w in (8, 12, 16, 40)] == pytest.approx([3.0, 0.75, 0.0, 0.0])
     with pytest.raises(BudgetError, match=r"no damage was measured at width 7; the curve covers \(8, 16, 64\)"):
         curve(7)
+
+
+def test_predicted_damage_is_the_sum_over_blocks_and_kinds() -> None:
+    ffn, qk = DamageCurve((8, 16, 64), (3.0, 1.0, 0.0)), DamageCurve((2, 8), (0.4, 0.0))
+    curves: Curves = ({"ffn": ffn}, {"ffn": ffn, "qk": qk}, {})
+    shape = BlockShape(heads=3, qk=5, vo=2, ffn=16)
+    shapes = (replace(shape, ffn=40), shape, shape)
+    assert predicted_damage(curves, shapes) == pytest.approx(0.25 + 1.0 + 0.1)
+    assert predicted_damage(curves, (replace(shape, qk=8, ffn=64),) * 3) == 0
 
 
 @pytest.mark.parametrize("setting", [{"multiple": 0}, {"min_width": 0}, {"min_heads": 0}, {"min_ffn": 1.5}])

@@ -41,11 +41,12 @@ def cut(
     how: ProjectionSettings = HOW,
     model: nn.Module | None = None,
     scores: list | None = None,
+    structure: ModelStructure | None = None,
     **rest: Any,
 ) -> Cut:
     """``model`` (a copy of ``dense``) reconstructed at ``shapes``, on batches of 12 images."""
     model = copy.deepcopy(dense if model is None else model)
-    structure = describe(model)
+    structure = structure or describe(model)
     moments = collect_moments(model, structure, [images])
     with torch.no_grad():
         embedded = [stages(dense).embed(batch) for batch in images.split(12)]
@@ -221,6 +222,51 @@ def test_what_the_plan_removes_has_nothing_left_to_say(support: Plan | None, mod
     assert describe(small).shapes == shapes
     assert relative_difference(result.model, small, images) < 1e-5
     assert relative_difference(model, result.model, images) > 1e-2  # the cut was felt
+
+
+def test_every_head_keeps_its_own_dimensions(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
+    """Where the basis must stay, the strongest queries and keys of a head may be any of them."""
+    fixed = replace(structure, blocks=tuple(replace(b, rotatable=frozenset()) for b in structure.blocks))
+    scores = [[0.1, 0.4, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]]  # the first head goes
+    result = cut(model, images, SMALL, SMALL, structure=fixed, scores=scores, how=replace(HOW, guidance=1.0))
+    masked = copy.deepcopy(result.model)
+    surgery.mask(masked, structure, result.plan)
+    assert relative_difference(result.model, masked, images) < 1e-6
+    assert len({dims for block in result.plan.blocks for dims in block.qk}) > 3
+    for block, before, plan in zip(result.model.blocks, model.blocks, result.plan.blocks, strict=True):
+        for part in (0, 32):
+            for head, dims in zip(plan.heads, plan.qk, strict=True):
+                kept = [part + 8 * head + j for j in dims]
+                assert torch.equal(block.attn.qkv.weight[kept], before.attn.qkv.weight[kept])
+        assert torch.equal(block.attn.qkv.weight[64:], before.attn.qkv.weight[64:])
+
+
+def test_a_chosen_support_is_kept_in_its_basis(model: nn.Module, images: Tensor) -> None:
+    result = cut(model, images, SUPPORT.shape, SUPPORT.shape, support=Plan((SUPPORT, SUPPORT)))
+    for block, before in zip(result.model.blocks, model.blocks, strict=True):
+        now, then = (b.attn.qkv.weight.unflatten(0, (3, 4, 8)) for b in (block, before))
+        for head, dims in zip(SUPPORT.heads, SUPPORT.qk, strict=True):
+            gone = [j for j in range(8) if j not in dims]
+            assert torch.equal(now[:2, head, dims], then[:2, head, dims])
+            assert not now[:2, head, gone].any()
+        assert torch.equal(now[2], then[2])
+
+
+def test_layer_scale_decides_what_is_worth_keeping(make_model: Callable[..., nn.Module], images: Tensor) -> None:
+    dense = make_model(mlp_ratio=2, init_values=1.0)
+    with torch.no_grad():
+        for block in dense.blocks:
+            for linear in (block.attn.proj, block.mlp.fc2):
+                half = linear.in_features // 2  # the first half of the units writes to the first half of the channels
+                linear.weight[:16, half:] = 0
+                linear.weight[16:, :half] = 0
+                linear.weight[:16] *= 10
+            for scale in (block.ls1, block.ls2):
+                scale.gamma[:16] = 1e-3
+    half = replace(FULL, heads=2, ffn=32)
+    for kept in cut(dense, images, half, half).plan.blocks:
+        assert kept.heads == (2, 3)
+        assert kept.ffn == tuple(range(32, 64))
 
 
 def test_heads_follow_their_scores(model: nn.Module, images: Tensor) -> None:

@@ -75,7 +75,7 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
 
     steps = 24
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "gohsp": "0.1.0",
         "created": "2025-11-22T17:30:00+00:00",
         "command": ["gohsp", "prune", "recipes/deit tiny.toml", "--budget", "params=-40%"],
@@ -293,9 +293,16 @@ def test_global_chain_may_leave_its_block(tiny: dict[str, Any]) -> None:
         validate(edited(edited(tiny, "ranking.transition.6.0", [0.0, 0.9, 0.9]), "ranking.scope", "global"))
 
 
+def test_reports_of_version_1_are_read(small: dict[str, Any]) -> None:
+    old = copy.deepcopy(small) | {"schema_version": 1}
+    del old["fidelity"], old["data"]["calibration_images"]
+    validate(old)
+    assert "Right after the cut" not in Page(render_html(old)).text
+
+
 def test_other_schema_version_says_so(tiny: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match="schema_version 2, this gohsp knows 1"):
-        validate(edited(tiny, "schema_version", 2))
+    with pytest.raises(RunError, match=r"schema_version 3, this gohsp knows \(1, 2\)"):
+        validate(edited(tiny, "schema_version", 3))
 
 
 def test_not_an_object() -> None:
@@ -310,7 +317,7 @@ def test_write_then_read_is_identity(small: dict[str, Any], tmp_path: Path) -> N
     write(small, tmp_path / "run")
     assert read(tmp_path / "run") == small
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
-    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 1,')
+    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 2,')
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render_html(small)
 
 

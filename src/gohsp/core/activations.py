@@ -64,6 +64,17 @@ def observe_inputs(model: nn.Module, watch: dict[str, Callable[[Tensor], None]])
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the context is open, whatever happens in it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class _LastInputSeenError(Exception):
     """Ends a forward pass early; never leaves this module."""
 
@@ -109,9 +120,6 @@ class Stages:
 def forward_all(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """Run every batch through the model in evaluation mode, without gradients."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for images in batches:
             model(images.to(device, non_blocking=True))
-    model.train(training)

@@ -79,7 +79,7 @@ class DamageCurve:
             lower = max(upper, d0)
             if width >= w0:
                 share = (w1 - width) / (w1 - w0)
-                return lower * share**2 if upper == 0 else upper * (lower / upper) ** share
+                return lower * share**2 if upper == 0 else lower**share * upper ** (1 - share)
             ceiling = lower
         raise BudgetError(f"no damage was measured at width {width}; the curve covers {self.widths}")
 

@@ -240,6 +240,8 @@ def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
         keep: Boolean mask ``[n]``.
         ridge: Relative to the mean diagonal entry.
     """
+    if keep.all():
+        return gram.new_zeros(0, len(keep), dtype=torch.float64)
     kept = ridged(gram, ridge)[keep][:, keep]
     return gram.double()[~keep][:, keep] @ inverse(kept)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohsp.core.activations import evaluating
+from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
 
 
@@ -50,6 +52,9 @@ def token_weights(
 
     Returns:
         Weights by block.
+
+    Raises:
+        NonFiniteError: The model's outputs are NaN or infinite.
     """
     if attention == ffn == 0:
         return (TokenWeights(None, None),) * len(structure.blocks)
@@ -57,12 +62,10 @@ def token_weights(
     generator = torch.Generator(device).manual_seed(seed)
     names = [r.module for b in structure.blocks for r in (b.attention_readout, b.ffn_readout)]
     totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=device))
-    training = model.training
-    model.eval()
-    for images in batches:
-        for name, gradient in zip(names, _gradients(model, names, images.to(device), generator), strict=True):
-            totals[name] = totals[name] + gradient.double().square().sum((0, 2))
-    model.train(training)
+    with evaluating(model):
+        for images in batches:
+            for name, gradient in zip(names, _gradients(model, names, images.to(device), generator), strict=True):
+                totals[name] = totals[name] + gradient.double().square().sum((0, 2))
     return tuple(
         TokenWeights(
             _blended(totals[b.attention_readout.module], attention), _blended(totals[b.ffn_readout.module], ffn)
@@ -87,6 +90,11 @@ def _gradients(
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         logits = model(images).float()
+        if not torch.isfinite(logits).all():
+            raise NonFiniteError(
+                "the model's outputs hold NaN or infinite values on the calibration images; check the weights and the "
+                "preprocessing"
+            )
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         return torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), outputs)
 

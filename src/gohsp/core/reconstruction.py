@@ -6,8 +6,7 @@ model's residual stream is at the same depth, so that errors are repaired and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import inputs_of, readout_gain, units
+from gohsp.core.activations import evaluating, inputs_of, readout_gain, units
 from gohsp.core.compensation import BlockMoments, InputFitter, RegressionFitter, require_finite, residual_refit
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.projection import ProjectionSettings, Values, constrained, full_map, on_support, project, select
@@ -88,7 +87,7 @@ def reconstruct(
         middle.append(batch)
         stream.append(batch)
     plans = []
-    with _evaluating(dense), _evaluating(model):
+    with evaluating(dense), evaluating(model):
         for i, block in enumerate(structure.blocks):
             ranking = None if scores is None else scores[i]
             kept = support.blocks[i] if support else None
@@ -100,14 +99,6 @@ def reconstruct(
             )
             advance()
     return Plan(tuple(plans))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    yield
-    model.train(training)
 
 
 class _Block:

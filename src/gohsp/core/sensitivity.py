@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import Stages, readout_gain
+from gohsp.core.activations import Stages, evaluating, readout_gain
 from gohsp.core.allocation import FIELDS, Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.compensation import BlockMoments
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
@@ -56,9 +56,7 @@ def measure_curves(
     Returns:
         Curves by block and kind, for the kinds that may be cut.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         own = predictions(stages, embedded, precision)
         reference = own if reference is None else reference
         present = divergence(reference, own)
@@ -80,8 +78,6 @@ def measure_curves(
                     of_block[kind] = DamageCurve(grid, (*damage, 0.0))
             curves.append(of_block)
             stream = [passed(stages.blocks[i], x, precision) for x in stream]
-    finally:
-        model.train(training)
     return tuple(curves)
 
 

@@ -14,7 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from gohsp.errors import RunError, nearest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What is written; every key that version 2 added is optional, so reports of version 1 are read, too."""
+
+READABLE_VERSIONS = (1, 2)
 
 # A chain's rows are written in float64 after a float64 normalisation; float32 input costs 1e-6.
 _ROW_SUM_TOLERANCE = 1e-4
@@ -251,7 +254,7 @@ class Curves(_Level):
 class Report(_Level):
     """The whole of ``report.json``."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     gohsp: str
     created: Annotated[str, AfterValidator(_is_utc)]
     command: list[str]
@@ -295,9 +298,9 @@ def validate(report: Mapping[str, Any]) -> None:
     if not isinstance(report, Mapping):
         raise RunError(f"a report is a JSON object, got {type(report).__name__}; see docs/report.md")
     version = report.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise RunError(
-            f"the report has schema_version {version!r}, this gohsp knows {SCHEMA_VERSION}: "
+            f"the report has schema_version {version!r}, this gohsp knows {READABLE_VERSIONS}: "
             "use the gohsp that wrote it, or run again"
         )
     try:
