@@ -364,3 +364,13 @@ def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
 def test_oneshot_with_training_of_the_dense_model_is_refused():
     with pytest.raises(GohspError, match=r"dense\.epochs"):
         recipe_with(route="oneshot")
+
+
+def test_the_euclidean_metric_cuts_what_admm_settled_on(tmp_path: Path):
+    recipe = recipe_with(dense={"epochs": 0}, finetune={"epochs": 0})
+    projection = gohsp.ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0)
+    recipe = dataclasses.replace(recipe, admm=dataclasses.replace(recipe.admm, projection=projection))
+    content = prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES).report
+    assert content["admm"]["metric"] == "euclidean"
+    assert content["admm"]["trace"]
+    assert [BlockShape(**block) for block in content["plan"]["pruned"]] == list(SHAPES)

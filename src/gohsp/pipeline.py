@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from gohsp import checkpoint, data, models, report, run, training
 from gohsp import recipe as recipes
-from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity
+from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.activations import Stages
 from gohsp.errors import DataError, PlanError
 from gohsp.measure import Metrics, evaluate
@@ -362,22 +362,11 @@ def _prune(
         **_provenance(command, recipe),
         "model": models.specification(dense),
         "data": _data_record(bench, source),
-        "budget": {
-            "kind": goal.kind,
-            "requested": goal.requested,
-            "limit": goal.limit,
-            "achieved": model_cost(small_structure, small_structure.shapes, goal.kind),
-        },
         "dense": _metrics_record(structure, dense_metrics),
         "pruned": _metrics_record(small_structure, pruned_metrics),
         "fidelity": fidelity,
-        "plan": {"dense": shapes_to_json(structure.shapes), "pruned": shapes_to_json(shapes), "kept": cut["plan"]},
         "ranking": heads,
-        "equality": {
-            "max_relative_difference": compaction.max_relative_difference,
-            "tolerance": models.EQUALITY_TOLERANCE,
-            "images": compaction.images,
-        },
+        **_cut_record(goal, structure, small_structure, cut["plan"], compaction),
     }
     if trains:
         content["admm"] = {
@@ -569,11 +558,14 @@ def _cut(
         bench.folder.restore("cut", work)
         return record
     before = _training_loss(bench, work)
+    plan = Plan.from_json(support) if support else None
     with bench.timed("reconstruct"):
-        if recipe.admm.projection.metric == "euclidean":
-            plan = admm.finish(admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm))
-        else:
-            plan = _reconstructed(bench, basis, dense, shapes, Plan.from_json(support) if support else None)
+        if recipe.admm.projection.metric == "data":
+            plan = _reconstructed(bench, basis, dense, shapes, plan)
+        else:  # nothing is repaired in this metric: the projection is the mask
+            state = admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm)
+            plan = plan or state.plan
+            surgery.mask(work, basis.structure, plan)
     record = {"plan": plan.to_json(), "loss_before": before, "loss_after": _training_loss(bench, work)}
     bench.folder.record("cut", record, work)
     return record
@@ -642,6 +634,29 @@ def _training_loss(bench: _Bench, model: nn.Module) -> float | None:
 
 def _metrics_record(structure: ModelStructure, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {kind: model_cost(structure, structure.shapes, kind) for kind in ("params", "macs")} | dict(metrics)
+
+
+def _cut_record(
+    goal: Budget,
+    before: ModelStructure,
+    after: ModelStructure,
+    kept: list[dict[str, Any]],
+    compaction: models.Compaction,
+) -> dict[str, Any]:
+    return {
+        "budget": {
+            "kind": goal.kind,
+            "requested": goal.requested,
+            "limit": goal.limit,
+            "achieved": model_cost(after, after.shapes, goal.kind),
+        },
+        "plan": {"dense": shapes_to_json(before.shapes), "pruned": shapes_to_json(after.shapes), "kept": kept},
+        "equality": {
+            "max_relative_difference": compaction.max_relative_difference,
+            "tolerance": models.EQUALITY_TOLERANCE,
+            "images": compaction.images,
+        },
+    }
 
 
 def _provenance(command: Sequence[str], recipe: Recipe) -> dict[str, Any]:
