@@ -44,10 +44,18 @@ class MomentFitter:
 
     def update(self, x: Tensor) -> None:
         """Add a batch ``[..., width]``; with token weights, ``[B, tokens, width]``."""
-        extended = weighted_rows(x, self._weights)
-        with torch.autocast(x.device.type, enabled=False):
-            self._sum += (extended.T @ extended).double()
-        self._count += float(extended[:, -1].square().sum())
+        self.update_rows(weighted_rows(x, self._weights))
+
+    def update_rows(self, rows: Tensor) -> None:
+        """Add what :func:`weighted_rows` made of a batch."""
+        with torch.autocast(rows.device.type, enabled=False):
+            self._sum += (rows.T @ rows).double()
+        self._count += float(rows[:, -1].square().sum())
+
+    @property
+    def count(self) -> float:
+        """Summed weight of the inputs."""
+        return self._count
 
     @property
     def moment(self) -> Tensor:
@@ -72,8 +80,8 @@ class RegressionFitter:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add a batch of inputs ``[B, tokens, width]`` and targets ``[B, tokens, outputs]``."""
-        self._inputs.update(x)
         inputs, targets = weighted_rows(x, self._weights), weighted_rows(y, self._weights)[:, :-1]
+        self._inputs.update_rows(inputs)
         with torch.autocast(x.device.type, enabled=False):
             self._cross += (targets.T @ inputs).double()
 
@@ -85,7 +93,7 @@ class RegressionFitter:
     @property
     def cross(self) -> Tensor:
         """Cross moment ``[outputs, width + 1]`` of targets and inputs, float64."""
-        return self._cross / max(self._inputs._count, 1e-30)
+        return self._cross / max(self._inputs.count, 1e-30)
 
 
 def weighted_rows(x: Tensor, token_weights: Tensor | None) -> Tensor:
