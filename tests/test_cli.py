@@ -208,7 +208,7 @@ def test_a_misspelt_recipe_key_is_refused_with_the_nearest(tmp_path: Path, capsy
     [
         ["evaluate", "no-such-model", "--data", "digits"],
         ["evaluate", "MODEL", "--data", "digits", "--split", "tset"],
-        ["prune", "MODEL", "--data", "digits", "--budget", "latency=-10%", "--out", "OUT"],
+        ["prune", "MODEL", "--data", "digits", "--budget", "speed=-10%", "--out", "OUT"],
         ["report", "OUT"],
     ],
 )

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp
 from gohsp import Recipe, pipeline, report
@@ -237,13 +239,13 @@ def test_a_macs_budget_and_a_pruned_model_to_start_from(finished: gohsp.Result, 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"budget": "params=1K"}, BudgetError, r"no plan meets 1,000 params: the smallest possible model has \d,\d{3}"),
+        ({"budget": "params=1K"}, BudgetError, r"no plan meets 1,000 parameters: the smallest .* has \d,\d{3}"),
         ({"budget": "params=50M"}, BudgetError, "the model has 26,"),
         ({"budget": "parms=-10%"}, BudgetError, "did you mean 'params'"),
         (
             {"shapes": SHAPES, "budget": "params=10K"},
             PlanError,
-            r"given plan costs \d\d,\d{3} params, the budget allows",
+            r"given plan costs \d\d,\d{3} parameters, the budget allows",
         ),
         ({"shapes": SHAPES[:1]}, PlanError, "the plan has 1 blocks, the model has 2"),
         ({"source": "no/such/folder"}, DataError, "no such folder"),
@@ -344,6 +346,65 @@ def test_oneshot_reads_no_label_and_trains_nothing(tmp_path: Path, monkeypatch: 
     again = gohsp.load(tmp_path / "run")
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(again(images), result.model(images))
+
+
+def test_curves_are_measured_once_for_all_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0})
+    first = prune(tmp_path / "first", model=tiny(), recipe=recipe, budget="params=-20%")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", refuse)
+    again = prune(tmp_path / "again", model=tiny(), recipe=recipe, budget="params=-20%")
+    assert again.report["plan"] == first.report["plan"]
+    assert again.report["fidelity"] == first.report["fidelity"]
+    prune(tmp_path / "other", model=tiny(), recipe=recipe, budget="params=-40%")
+    with pytest.raises(AssertionError, match="measured again"):
+        prune(tmp_path / "changed", model=tiny(), recipe=dataclasses.replace(recipe, seed=1), budget="params=-20%")
+
+
+def count_multiplications(contestants: list[Callable[[], object]], _device: torch.device, _rounds: int) -> list[float]:
+    """A clock that no other process can disturb."""
+    times = []
+    for call in contestants:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        times.append(counter.get_total_flops() / 1e6)
+    return times
+
+
+@pytest.mark.parametrize("kind", ["measured", "uniform"])
+def test_a_latency_budget_is_met_and_nearly_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    monkeypatch.setattr("gohsp.latency.interleaved", count_multiplications)
+    widths = {"multiple": 1, "min_width": 1}
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation=kind, widths=widths)
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=-25%")
+    budget, speed = result.report["budget"], result.report["speed"]
+    assert budget["kind"] == "latency"
+    assert budget["limit"] == pytest.approx(0.75 * speed["dense_ms"])
+    assert budget["achieved"] == speed["pruned_ms"]
+    assert 0.95 * budget["limit"] <= budget["achieved"] <= budget["limit"]
+    assert "times as fast" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_latency_budget_that_nothing_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gohsp.latency.interleaved", count_multiplications)
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation="uniform")
+    with pytest.raises(BudgetError, match=r"ms a batch: the smallest|cost at least .* ms a batch"):
+        prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=1%")
+
+
+@pytest.mark.parametrize(("images", "warned"), [(1, True), (10, True), (64, False)])
+def test_few_images_give_a_finite_model_and_a_warning(
+    tmp_path: Path, images: int, warned: bool, caplog: pytest.LogCaptureFixture
+):
+    data = {"calibration_images": images, "allocation_images": images, "ranking_images": images}
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, data=data)
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe)
+    assert all(torch.isfinite(v).all() for v in result.model.state_dict().values())
+    assert torch.isfinite(torch.tensor(result.report["fidelity"]["kl"]))
+    assert (f"{images} calibration images are fewer than the model's 32 channels" in caplog.text) == warned
 
 
 def test_oneshot_repair_beats_plain_projection(tmp_path: Path):

@@ -188,8 +188,15 @@ DENSE = {kind: model_cost(MODEL, MODEL.shapes, kind) for kind in ("params", "mac
     ],
 )
 def test_budgets(text: str, kind: str, limit: int) -> None:
-    budget = parse_budget(text, MODEL)
-    assert (budget.kind, budget.limit, budget.requested) == (kind, limit, text)
+    budget = parse_budget(text)
+    assert (budget.kind, budget.limit(DENSE[kind]), budget.requested) == (kind, limit, text)
+
+
+@pytest.mark.parametrize(("text", "limit"), [("latency=-25%", 6.0), ("latency=7.5ms", 7.5), ("latency=0.002s", 2.0)])
+def test_latency_budgets_are_milliseconds(text: str, limit: float) -> None:
+    budget = parse_budget(text)
+    assert budget.kind == "latency"
+    assert budget.limit(8.0) == pytest.approx(limit)
 
 
 @pytest.mark.parametrize(
@@ -201,18 +208,21 @@ def test_budgets(text: str, kind: str, limit: int) -> None:
         ("params=+30%", "cannot be read"),
         ("", "cannot be read"),
         ("param=-30%", r"'param' is unknown; did you mean 'params'\?"),
-        ("latency=-30%", "'latency' is unknown; valid: 'macs', 'params'"),
+        ("speed=-30%", "'speed' is unknown; valid: 'latency', 'macs', 'params'"),
+        ("latency=3", r"ends with one of \['ms', 's'\], or %"),
+        ("latency=3M", "ends with one of"),
+        ("params=3ms", r"ends with one of \['k', 'm', 'g'\], or %"),
         ("params=-4M", "must be a percentage, as in params=-30%"),
         ("params=100%", "the model has"),
         ("params=-0%", "the model has"),
         ("params=0", "more than 0"),
         ("params=-100%", "more than 0"),
-        ("macs=1G", f"allows 1,000,000,000 macs, the model has {DENSE['macs']:,}"),
+        ("macs=1G", f"allows 1,000,000,000 MACs, the model has {DENSE['macs']:,} MACs"),
     ],
 )
 def test_bad_budgets_say_what_to_write(text: str, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        parse_budget(text, MODEL)
+        parse_budget(text).limit(DENSE["macs" if text.startswith("macs") else "params"])
 
 
 def test_nearest_names_one_or_all() -> None:

@@ -145,7 +145,7 @@ class Prune:
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
-    """Such as params=4.0M, params=-40%, macs=0.9G or macs=-30%."""
+    """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%."""
     out: Path
     """Folder of the run."""
     recipe: Path | None = None

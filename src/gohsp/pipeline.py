@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,18 +23,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gohsp import checkpoint, data, models, report, run, training
+from gohsp import cache, checkpoint, data, latency, models, report, run, training
 from gohsp import recipe as recipes
 from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.activations import Stages
-from gohsp.errors import DataError, PlanError
+from gohsp.errors import BudgetError, DataError, PlanError
 from gohsp.measure import Metrics, evaluate
 from gohsp.recipe import Recipe
 from gohsp.structure import (
     BlockShape,
     Budget,
+    CostModel,
     ModelStructure,
     Plan,
+    amount,
     check_shapes,
     model_cost,
     parse_budget,
@@ -47,6 +49,12 @@ logger = logging.getLogger(__name__)
 PROBE_IMAGES = 8
 LOSS_IMAGES = 1024
 """Training images on which the loss before and after the cut is compared."""
+
+LATENCY_TRIALS = 6
+"""Plans that are timed before a latency budget is given up."""
+
+LATENCY_ROOM = 0.97
+"""Share of a latency budget that a plan has to use; time cannot be measured more finely on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,8 @@ def prune(
     Args:
         model: A timm model, a timm name, or a folder that gohsp wrote. A given module is left as it is.
         source: Where the images are.
-        budget: Such as ``params=-40%`` or ``macs=0.8G``; an upper bound that is met within 1 %.
+        budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
+            of the time that the dense model takes on this device.
         out: The run's folder; it will hold the model, the plan, the report and the recipe.
         recipe: Everything else; None for the defaults.
         weights: A safetensors file, for a model given by name.
@@ -210,11 +219,15 @@ def prune(
     dense = _open(model, weights, pretrained, recipe, train_split)
     structure = models.describe(dense)
     models.check_finite(dense)
-    goal = parse_budget(budget, structure)
-    if shapes is None:
-        allocation.require_feasible(structure, goal.kind, goal.limit, recipe.widths)
-    else:
-        _check_given(structure, shapes, goal)
+    goal = parse_budget(budget)
+    if shapes is not None:
+        check_shapes(structure, shapes)
+    if goal.kind != "latency":
+        limit = goal.limit(model_cost(structure, structure.shapes, goal.kind))
+        if shapes is None:
+            allocation.require_feasible(structure, goal.kind, limit, recipe.widths)
+        else:
+            _require_met(goal, model_cost(structure, shapes, goal.kind), limit)
     if recipe.route == "train":
         for split in splits:
             split.labels(_num_classes(dense))
@@ -259,11 +272,11 @@ def _num_classes(model: nn.Module) -> int:
     return int(model.num_classes)  # type: ignore[arg-type]
 
 
-def _check_given(structure: ModelStructure, shapes: Sequence[BlockShape], goal: Budget) -> None:
-    check_shapes(structure, shapes)
-    cost = model_cost(structure, shapes, goal.kind)
-    if cost > goal.limit:
-        raise PlanError(f"the given plan costs {cost:,} {goal.kind}, the budget allows {goal.limit:,}; cut more")
+def _require_met(goal: Budget, cost: float, limit: float) -> None:
+    if cost > limit:
+        raise PlanError(
+            f"the given plan costs {amount(goal.kind, cost)}, the budget allows {amount(goal.kind, limit)}; cut more"
+        )
 
 
 def _bench(
@@ -275,7 +288,7 @@ def _bench(
     quiet: bool,
 ) -> _Bench:
     size, settings = len(splits[0]), recipe.data
-    holdout = min(settings.holdout_images, -(-size // 5))  # a small set gives a fifth of its images at most
+    holdout = min(settings.holdout_images, -(-size // 20))  # a small set gives a twentieth of its images
     calibration = max(1, min(settings.calibration_images, size - holdout))
     drawn: dict[str, Any] = {
         "transform": data.eval_transform(data.Preprocessing.from_model(model)),
@@ -357,6 +370,12 @@ def _prune(
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
     pruned_metrics = _scored(bench, "pruned_score", small) if trains else {}
     small_structure = models.describe(small)
+    speed = _timed_models(bench, dense, small)
+    if goal.kind == "latency":
+        achieved, limit = speed["pruned_ms"], goal.limit(speed["dense_ms"])
+    else:
+        achieved = model_cost(small_structure, small_structure.shapes, goal.kind)
+        limit = goal.limit(model_cost(structure, structure.shapes, goal.kind))
     content = {
         "schema_version": report.SCHEMA_VERSION,
         **_provenance(command, recipe),
@@ -366,7 +385,9 @@ def _prune(
         "pruned": _metrics_record(small_structure, pruned_metrics),
         "fidelity": fidelity,
         "ranking": heads,
-        **_cut_record(goal, structure, small_structure, cut["plan"], compaction),
+        "speed": speed,
+        "budget": {"kind": goal.kind, "requested": goal.requested, "limit": limit, "achieved": achieved},
+        **_cut_record(structure, small_structure, cut["plan"], compaction),
     }
     if trains:
         content["admm"] = {
@@ -450,6 +471,15 @@ def _ranked(bench: _Bench, dense: nn.Module, structure: ModelStructure) -> dict[
 
 def _based(bench: _Bench, dense: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> _Basis:
     """A working copy in the basis that pruning uses, with its second moments."""
+    images = sum(len(batch) for batch in bench.calibration)
+    if images < structure.embed_dim:
+        logger.warning(
+            "%d calibration images are fewer than the model's %d channels: at any one token, such as the class token, "
+            "second moments are singular, and only the ridge makes repairs possible; give %d images or more",
+            images,
+            structure.embed_dim,
+            4 * structure.embed_dim,
+        )
     work, projection = copy.deepcopy(dense), bench.recipe.admm.projection
     with bench.timed("moments"), bench.autocast():
         weights = fisher.token_weights(
@@ -471,31 +501,90 @@ def _allocated(bench: _Bench, basis: _Basis, goal: Budget) -> tuple[tuple[BlockS
     recipe, structure = bench.recipe, basis.structure
     if record := bench.folder.done("allocation"):
         return shapes_from_json(record["shapes"]), record["predicted"]
-    predicted = None
     with bench.timed("allocate"):
-        if recipe.allocation == "uniform":
-            shapes = allocation.uniform(structure, goal.kind, goal.limit, recipe.widths)
+        curves = _curves(bench, basis) if recipe.allocation == "measured" else None
+
+        def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
+            if curves is None:
+                return allocation.uniform(structure, cost, limit, recipe.widths)
+            return allocation.allocate(structure, curves, cost, limit, recipe.widths)
+
+        if goal.kind == "latency":
+            shapes = _within_latency(bench, basis, goal, chosen)
         else:
-            stages = models.stages(basis.model)
-            points = sensitivity.count_points(structure, recipe.widths)
-            with training.progress_bar(disable=bench.quiet) as bar:
-                task = bar.add_task("damage curves", total=points, rate="")
-                curves = sensitivity.measure_curves(
-                    basis.model,
-                    stages,
-                    structure,
-                    basis.moments,
-                    list(bench.embedded(stages, bench.images(recipe.data.allocation_images))),
-                    basis.scores,
-                    recipe.widths,
-                    recipe.admm.projection,
-                    precision=bench.precision,
-                    advance=lambda: bar.advance(task),
-                )
-            shapes = allocation.allocate(structure, curves, goal.kind, goal.limit, recipe.widths)
-            predicted = allocation.predicted_damage(curves, shapes)
+            shapes = chosen(goal.kind, goal.limit(model_cost(structure, structure.shapes, goal.kind)))
+        predicted = None if curves is None else allocation.predicted_damage(curves, shapes)
     bench.folder.record("allocation", {"shapes": shapes_to_json(shapes), "predicted": predicted})
     return shapes, predicted
+
+
+def _curves(bench: _Bench, basis: _Basis) -> allocation.Curves:
+    """Damage curves, measured or from the cache."""
+    recipe, structure, stages = bench.recipe, basis.structure, models.stages(basis.model)
+    embedded = list(bench.embedded(stages, bench.images(recipe.data.allocation_images)))
+    settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection)]
+    moments = (m for of_block in basis.moments for m in compensation.tensors_of(of_block))
+    key = cache.key_of(
+        [*basis.model.state_dict().values(), *moments, *embedded],
+        [*settings, basis.scores, str(bench.precision), sensitivity.GRID, importlib.metadata.version("gohsp")],
+    )
+    if found := cache.load("curves", key):
+        return allocation.curves_from_json(found)
+    points = sensitivity.count_points(structure, recipe.widths)
+    with training.progress_bar(disable=bench.quiet) as bar:
+        task = bar.add_task("damage curves", total=points, rate="")
+        curves = sensitivity.measure_curves(
+            basis.model,
+            stages,
+            structure,
+            basis.moments,
+            embedded,
+            basis.scores,
+            recipe.widths,
+            recipe.admm.projection,
+            precision=bench.precision,
+            advance=lambda: bar.advance(task),
+        )
+    cache.store("curves", key, allocation.curves_to_json(curves))
+    return curves
+
+
+def _within_latency(
+    bench: _Bench,
+    basis: _Basis,
+    goal: Budget,
+    chosen: Callable[[CostModel, float], tuple[BlockShape, ...]],
+) -> tuple[BlockShape, ...]:
+    """Widths whose measured time meets the budget: a table proposes, a measurement decides, the bound is corrected."""
+    settings, images = bench.recipe.latency, bench.images(1)[0]
+    with training.progress_bar(disable=bench.quiet) as bar:
+        task = bar.add_task("block times", total=1 + latency.distinct_blocks(basis.structure), rate="")
+        table = latency.measure_table(
+            basis.model, basis.structure, images, bench.recipe.widths, settings, lambda: bar.advance(task)
+        )
+    bound = goal.limit(model_cost(basis.structure, basis.structure.shapes, table))
+    met: list[tuple[float, tuple[BlockShape, ...]]] = []
+    for _ in range(LATENCY_TRIALS):
+        shapes = chosen(table, bound)
+        dense, small = latency.compare([basis.model, models.resized(basis.model, shapes)], images, settings)
+        spent = small / goal.limit(dense)
+        logger.info(
+            "latency: %.3f ms predicted, %.3f ms measured, %.1f %% of the budget",
+            model_cost(basis.structure, shapes, table),
+            small,
+            100 * spent,
+        )
+        if spent <= 1:
+            met.append((spent, shapes))
+        if LATENCY_ROOM <= spent <= 1:
+            break
+        bound *= (1 + LATENCY_ROOM) / 2 / spent
+    if not met:
+        raise BudgetError(
+            f"no plan was measured to meet {goal.requested} in {LATENCY_TRIALS} trials; measure on a quieter machine, "
+            "with more latency.rounds, or raise the budget"
+        )
+    return max(met, key=lambda trial: trial[0])[1]
 
 
 def _soft_pruned(bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> dict[str, Any]:
@@ -636,20 +725,21 @@ def _metrics_record(structure: ModelStructure, metrics: Mapping[str, Any]) -> di
     return {kind: model_cost(structure, structure.shapes, kind) for kind in ("params", "macs")} | dict(metrics)
 
 
+def _timed_models(bench: _Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """Time of a batch before and after, interleaved."""
+    settings = bench.recipe.latency
+    with bench.timed("latency"):
+        before, after = latency.compare([dense, small], bench.images(1)[0], settings)
+    return {"batch_size": settings.batch_size, "dtype": settings.dtype, "dense_ms": before, "pruned_ms": after}
+
+
 def _cut_record(
-    goal: Budget,
     before: ModelStructure,
     after: ModelStructure,
     kept: list[dict[str, Any]],
     compaction: models.Compaction,
 ) -> dict[str, Any]:
     return {
-        "budget": {
-            "kind": goal.kind,
-            "requested": goal.requested,
-            "limit": goal.limit,
-            "achieved": model_cost(after, after.shapes, goal.kind),
-        },
         "plan": {"dense": shapes_to_json(before.shapes), "pruned": shapes_to_json(after.shapes), "kept": kept},
         "equality": {
             "max_relative_difference": compaction.max_relative_difference,

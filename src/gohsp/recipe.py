@@ -17,6 +17,7 @@ from gohsp.core.admm import AdmmSettings
 from gohsp.core.allocation import WidthSettings
 from gohsp.core.ranking import RankingSettings
 from gohsp.errors import RecipeError, nearest
+from gohsp.latency import LatencySettings
 from gohsp.training import StageSettings, TrainingSettings
 
 
@@ -69,6 +70,7 @@ class Recipe:
         data: Images.
         ranking: Heads' graph, chain and baselines.
         widths: Allowed widths.
+        latency: How time is measured, for latency budgets and for the report.
         dense: Training of the dense model on this data before anything else; 0 epochs where it is trained.
         admm: Penalty, schedule and metric.
         admm_stage: Length and rate of the ADMM stage; 0 epochs project once instead.
@@ -85,6 +87,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     widths: WidthSettings = field(default_factory=WidthSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
     dense: StageSettings = field(default_factory=StageSettings)
     admm: AdmmSettings = field(default_factory=AdmmSettings)
     admm_stage: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, schedule="constant"))

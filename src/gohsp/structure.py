@@ -7,15 +7,17 @@ A *unit* is the smallest thing that can be removed. Query/key units and value un
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, overload
 
 from gohsp.errors import BudgetError, PlanError, nearest
 
 Kind = Literal["head", "qk", "vo", "ffn"]
 KINDS: tuple[Kind, ...] = ("head", "qk", "vo", "ffn")
-BudgetKind = Literal["params", "macs"]
+BudgetKind = Literal["params", "macs", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,13 +153,92 @@ class ModelStructure:
         return tuple(b.shape for b in self.blocks)
 
 
-def block_cost(structure: ModelStructure, block: BlockStructure, shape: BlockShape, kind: BudgetKind) -> int:
-    """Cost of ``block`` cut down to ``shape``, in parameters or in MACs per image.
+@dataclass(frozen=True, slots=True)
+class BlockTimes:
+    """Measured times of one block's two halves, in milliseconds; never less for a wider one.
+
+    Attributes:
+        heads: Measured numbers of heads, ascending.
+        qk: Measured query/key widths, ascending.
+        vo: Measured value widths, ascending.
+        attention: Times ``[heads][qk][vo]``.
+        ffn: Measured numbers of hidden units, ascending.
+        hidden: Times ``[ffn]``.
+    """
+
+    heads: tuple[int, ...]
+    qk: tuple[int, ...]
+    vo: tuple[int, ...]
+    attention: tuple[tuple[tuple[float, ...], ...], ...]
+    ffn: tuple[int, ...]
+    hidden: tuple[float, ...]
+
+    def __call__(self, shape: BlockShape) -> float:
+        """Time of a block of ``shape``, linear between measured widths; a half of width 0 takes none."""
+        attention = 0.0
+        if shape.heads:
+            corners = product(
+                _between(self.heads, shape.heads), _between(self.qk, shape.qk), _between(self.vo, shape.vo)
+            )
+            attention = sum(a * b * c * self.attention[i][j][k] for (i, a), (j, b), (k, c) in corners)
+        return attention + (sum(a * self.hidden[i] for i, a in _between(self.ffn, shape.ffn)) if shape.ffn else 0.0)
+
+
+def _between(grid: Sequence[int], value: int) -> list[tuple[int, float]]:
+    """The grid points around ``value`` and their weights; outside the grid, its end."""
+    above = bisect_left(grid, value)
+    if above == 0 or above == len(grid) or grid[above] == value:
+        return [(min(above, len(grid) - 1), 1.0)]
+    share = (value - grid[above - 1]) / (grid[above] - grid[above - 1])
+    return [(above - 1, 1 - share), (above, share)]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Measured times on one device, at one batch size and precision.
+
+    Attributes:
+        fixed: What is outside the blocks, in milliseconds.
+        scale: Time of a block inside the network over its time alone.
+        blocks: Times of the blocks, by their present shape.
+    """
+
+    fixed: float
+    scale: float
+    blocks: Mapping[BlockShape, BlockTimes]
+
+
+CostModel = Literal["params", "macs"] | LatencyTable
+"""What a plan costs: a number that can be counted, or a time that was measured."""
+
+
+def kind_of(cost: CostModel) -> BudgetKind:
+    """The kind of budget that a cost belongs to."""
+    return "latency" if isinstance(cost, LatencyTable) else cost
+
+
+def fixed_cost(structure: ModelStructure, cost: CostModel) -> float:
+    """Cost of what no plan can remove; parameters, MACs per image, or milliseconds a batch."""
+    if isinstance(cost, LatencyTable):
+        return cost.fixed
+    return structure.fixed_params if cost == "params" else structure.fixed_macs
+
+
+@overload
+def block_cost(
+    structure: ModelStructure, block: BlockStructure, shape: BlockShape, cost: Literal["params", "macs"]
+) -> int: ...
+@overload
+def block_cost(structure: ModelStructure, block: BlockStructure, shape: BlockShape, cost: CostModel) -> float: ...
+def block_cost(structure: ModelStructure, block: BlockStructure, shape: BlockShape, cost: CostModel) -> float:
+    """Cost of ``block`` cut down to ``shape``: parameters, MACs per image, or milliseconds a batch.
 
     MACs are those of the linear maps and of attention's two ``tokens^2`` products; norms, softmax and
     biases are not counted (design, section 8).
     """
-    if kind == "params":
+    if isinstance(cost, LatencyTable):
+        return cost.scale * cost.blocks[block.shape](shape)
+    if cost == "params":
         attention = shape.heads * (shape.qk * block.unit_params("qk") + shape.vo * block.unit_params("vo"))
         return attention + shape.ffn * block.unit_params("ffn")
     n = structure.tokens
@@ -166,10 +247,14 @@ def block_cost(structure: ModelStructure, block: BlockStructure, shape: BlockSha
     return n * linear + n * n * shape.heads * (shape.qk + shape.vo)
 
 
-def model_cost(structure: ModelStructure, shapes: Sequence[BlockShape], kind: BudgetKind) -> int:
+@overload
+def model_cost(structure: ModelStructure, shapes: Sequence[BlockShape], cost: Literal["params", "macs"]) -> int: ...
+@overload
+def model_cost(structure: ModelStructure, shapes: Sequence[BlockShape], cost: CostModel) -> float: ...
+def model_cost(structure: ModelStructure, shapes: Sequence[BlockShape], cost: CostModel) -> float:
     """Cost of the whole model with its blocks cut down to ``shapes``."""
-    fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
-    return fixed + sum(block_cost(structure, b, s, kind) for b, s in zip(structure.blocks, shapes, strict=True))
+    blocks = zip(structure.blocks, shapes, strict=True)
+    return fixed_cost(structure, cost) + sum(block_cost(structure, b, s, cost) for b, s in blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,48 +429,72 @@ class Budget:
     """An upper bound on a model's cost.
 
     Attributes:
-        kind: What is counted.
+        kind: What is counted or measured.
         requested: The text it was read from.
-        limit: The bound, in parameters or MACs per image.
+        number: The bound: parameters, MACs per image or milliseconds a batch; or a share of the dense model's cost.
+        relative: Whether ``number`` is a share.
     """
 
     kind: BudgetKind
     requested: str
-    limit: int
+    number: float
+    relative: bool
+
+    def limit(self, dense: float) -> float:
+        """The bound for a model that now costs ``dense``.
+
+        Raises:
+            BudgetError: It is not below ``dense``.
+        """
+        limit = dense * self.number if self.relative else self.number
+        if not 0 < limit < dense:
+            raise BudgetError(
+                f"budget '{self.requested}' allows {amount(self.kind, limit)}, the model has "
+                f"{amount(self.kind, dense)}; ask for less, and for more than 0"
+            )
+        return limit if self.kind == "latency" else int(limit)
 
 
-_BUDGET = re.compile(r"(?P<kind>\w+)=(?P<sign>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>[%KMG]?)", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+UNITS: dict[BudgetKind, str] = {"params": "parameters", "macs": "MACs", "latency": "ms a batch"}
+"""What each kind of budget is counted in."""
 
 
-def parse_budget(text: str, structure: ModelStructure) -> Budget:
-    """Read a budget such as ``params=4.0M``, ``params=-30%``, ``macs=0.9G`` or ``macs=60%``.
+def amount(kind: BudgetKind, cost: float) -> str:
+    """A cost in words, such as ``3,997,816 parameters`` or ``8.250 ms a batch``."""
+    return f"{cost:,.{3 if kind == 'latency' else 0}f} {UNITS[kind]}"
 
-    ``-30%`` takes 30 % off the given model; ``60%`` leaves 60 % of it. K, M and G are powers of 1000.
+
+_BUDGET = re.compile(r"(?P<kind>\w+)=(?P<sign>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>%|K|M|G|ms|s|)", re.IGNORECASE)
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_TIMES = {"ms": 1.0, "s": 1e3}
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget such as ``params=4.0M``, ``params=-30%``, ``macs=0.9G``, ``macs=60%`` or ``latency=-25%``.
+
+    ``-30%`` takes 30 % off the given model; ``60%`` leaves 60 % of it. K, M and G are powers of 1000; times are given
+    in ms or s.
 
     Raises:
-        BudgetError: Unreadable text, an unknown kind, or a bound that is not below the model's present cost.
+        BudgetError: Unreadable text, or an unknown kind.
     """
     match = _BUDGET.fullmatch(text.strip())
     if match is None:
-        raise BudgetError(f"budget '{text}' cannot be read; write params=4.0M, params=-30%, macs=0.9G or macs=-50%")
-    kind, sign, number, unit = (
-        match["kind"].lower(),
-        match["sign"],
-        float(match["number"]),
-        match["unit"].upper(),
-    )
-    if kind != "params" and kind != "macs":
-        raise BudgetError(f"budget kind '{kind}' is unknown; {nearest(kind, ('params', 'macs'))}")
-    dense = model_cost(structure, structure.shapes, kind)
-    if unit == "%":
-        limit = int(dense * ((100 - number) if sign else number) / 100)
-    elif sign:
-        raise BudgetError(f"budget '{text}': a negative number must be a percentage, as in {kind}=-30%")
-    else:
-        limit = int(number * _UNITS[unit])
-    if not 0 < limit < dense:
         raise BudgetError(
-            f"budget '{text}' allows {limit:,} {kind}, the model has {dense:,}; ask for less, and for more than 0"
+            f"budget '{text}' cannot be read; write params=4.0M, params=-30%, macs=0.9G, macs=-50%, latency=-25% or "
+            "latency=8ms"
         )
-    return Budget(kind=kind, requested=text, limit=limit)
+    kind, number, unit = match["kind"].lower(), float(match["number"]), match["unit"].lower()
+    if kind not in UNITS:
+        raise BudgetError(f"budget kind '{kind}' is unknown; {nearest(kind, UNITS)}")
+    relative = unit == "%"
+    units = _TIMES if kind == "latency" else _COUNTS
+    if relative:
+        number = (100 - number if match["sign"] else number) / 100
+    elif match["sign"]:
+        raise BudgetError(f"budget '{text}': a negative number must be a percentage, as in {kind}=-30%")
+    elif unit not in units:
+        raise BudgetError(f"budget '{text}': a bound on {kind} ends with one of {[u for u in units if u]}, or %")
+    else:
+        number *= units[unit]
+    return Budget(kind=kind, requested=text, number=number, relative=relative)  # type: ignore[arg-type]

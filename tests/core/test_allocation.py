@@ -240,7 +240,7 @@ def test_a_budget_out_of_reach_names_the_smallest_possible() -> None:
     structure, how = deit_tiny(), WidthSettings()
     floor = smallest(structure, how, "params")
     curves = random_curves(structure, how, 0)
-    message = rf"no plan meets {floor - 1:,} params: the smallest possible model has {floor:,}; raise the budget"
+    message = rf"no plan meets {floor - 1:,} parameters: the smallest possible model has {floor:,} parameters; raise"
     for ask in (
         lambda: allocate(structure, curves, "params", floor - 1, how),
         lambda: require_feasible(structure, "params", floor - 1, how),
@@ -259,14 +259,14 @@ def test_a_budget_that_the_measured_kinds_cannot_reach() -> None:
     shapes = tuple(replace(s, ffn=2) for s in structure.shapes)
     floor = model_cost(structure, shapes, "params")
     assert allocate(structure, curves, "params", floor, how) == shapes
-    with pytest.raises(BudgetError, match=rf"no plan meets {floor - 1:,} params: .* {floor:,}"):
+    with pytest.raises(BudgetError, match=rf"no plan meets {floor - 1:,} parameters: .* {floor:,}"):
         allocate(structure, curves, "params", floor - 1, how)
 
 
 def test_uniform_without_room_for_all_heads_says_what_else_would_do() -> None:
     structure, how = deit_tiny(), WidthSettings()
     all_heads = model_cost(structure, [BlockShape(heads=3, qk=8, vo=8, ffn=40)] * 12, "params")
-    with pytest.raises(BudgetError, match=rf"all heads kept cost at least {all_heads:,} params.*measured"):
+    with pytest.raises(BudgetError, match=rf"all heads kept cost at least {all_heads:,} parameters.*measured"):
         uniform(structure, "params", all_heads - 1, how)
     assert uniform(structure, "params", all_heads, how) == (BlockShape(heads=3, qk=8, vo=8, ffn=40),) * 12
 

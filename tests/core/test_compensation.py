@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gohsp.core.compensation import (
+    RIDGE_STEP,
     BrainSurgeon,
     InputFitter,
     MomentFitter,
+    Regression,
     RegressionFitter,
     collect_moments,
+    cross_validated_ridge,
     inverse,
     refit,
     refit_map,
@@ -192,9 +195,9 @@ def test_a_streamed_regression_equals_least_squares_on_all_rows(weights: Tensor 
         fitter.update(a, b)
     weights = torch.ones(4) if weights is None else weights
     rows, targets = weighted(x, weights), weighted(y, weights)[:, :-1]
-    torch.testing.assert_close(fitter.moment, rows.T @ rows, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fitter.cross, targets.T @ rows, rtol=1e-5, atol=1e-6)
-    fitted = residual_refit(fitter.moment, fitter.cross, torch.randn(3, 6), ridge=0)
+    torch.testing.assert_close(fitter.total.gram, rows.T @ rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fitter.total.cross, targets.T @ rows, rtol=1e-5, atol=1e-6)
+    fitted = residual_refit(fitter.total, torch.randn(3, 6), ridge=0)
     torch.testing.assert_close(fitted, torch.linalg.lstsq(rows, targets).solution.T, rtol=1e-4, atol=1e-5)
 
 
@@ -207,14 +210,54 @@ def test_ridge_pulls_a_residual_refit_towards_the_present_map(seed: int, ridge: 
     design = torch.cat([x / len(x) ** 0.5, level**0.5 * torch.eye(6, dtype=torch.float64)])
     target = torch.cat([y / len(x) ** 0.5, level**0.5 * weight.T])
     expected = torch.linalg.lstsq(design, target).solution.T
-    fitted = residual_refit(gram, y.T @ x / len(x), weight, ridge)
+    fitted = residual_refit(Regression(gram, y.T @ x / len(x), len(x)), weight, ridge)
     torch.testing.assert_close(fitted, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_residual_refit_leaves_a_map_that_reaches_its_target() -> None:
     x, gram, weight = problem(3)
-    fitted = residual_refit(gram, (x @ weight.T).T @ x / len(x), weight)
+    fitted = residual_refit(Regression(gram, (x @ weight.T).T @ x / len(x), len(x)), weight)
     torch.testing.assert_close(fitted, weight, rtol=1e-8, atol=1e-8)
+
+
+def test_folds_are_disjoint_by_image_and_add_up() -> None:
+    x, y = torch.randn(6, 4, 5), torch.randn(6, 4, 3)
+    fitter = RegressionFitter(5, 3, CPU)
+    fitter.update(x, y)
+    fitter.update(x.flip(1), y.flip(1))  # another view of the same images belongs to the same folds
+    splits = fitter.splits()
+    assert [held_out.count for _, held_out in splits] == [16, 16, 8, 8]
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    for fold, (rest, held_out) in enumerate(splits):
+        for part, mine in ((held_out, True), (rest, False)):
+            images = [i for i in range(6) if (i % 4 == fold) == mine]
+            rows = torch.cat([x[images], torch.ones(len(images), 4, 1)], dim=-1).flatten(0, 1).double()
+            targets = y[images].flatten(0, 1).double()
+            torch.testing.assert_close(part.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+            error = 2 * ((rows @ weight.T - targets).square().sum() - targets.square().sum())
+            assert part.error(weight) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_one_image_cannot_be_split() -> None:
+    fitter = RegressionFitter(5, 3, CPU)
+    fitter.update(torch.randn(1, 4, 5), torch.randn(1, 4, 3))
+    assert fitter.splits() == []
+    assert cross_validated_ridge([], lambda _fit, _ridge: torch.zeros(3, 6), 0.1) == 0.1
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0, 1e-3), (30.0, 10, 1e4)], ids=["exact", "noise"])
+def test_the_ridge_follows_how_far_a_fit_can_be_trusted(noise: float, low: float, high: float) -> None:
+    x, truth = torch.randn(40, 3, 5), torch.randn(5, 3)
+    fitter = RegressionFitter(5, 3, CPU)
+    fitter.update(x, x @ truth + noise * torch.randn(40, 3, 3))
+    present = torch.zeros(3, 6)
+    ridge = cross_validated_ridge(fitter.splits(), lambda fit, ridge: residual_refit(fit, present, ridge), 0.1)
+    assert low <= ridge <= high
+
+    def error(ridge: float) -> float:
+        return sum(held_out.error(residual_refit(rest, present, ridge)) for rest, held_out in fitter.splits())
+
+    assert error(ridge) <= min(error(ridge * RIDGE_STEP), error(ridge / RIDGE_STEP if ridge > 2e-4 else ridge))
 
 
 def test_moments_about_each_images_mean() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gohsp.core import surgery
+from gohsp.core import reconstruction, surgery
 from gohsp.core.activations import observe_inputs, queries_keys
 from gohsp.core.compensation import collect_moments
 from gohsp.core.fisher import TokenWeights
@@ -99,6 +99,13 @@ WEIGHTS = (
 )
 
 
+@pytest.fixture
+def fixed_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ridge of the settings everywhere, in place of one chosen by folds."""
+    monkeypatch.setattr(reconstruction, "cross_validated_ridge", lambda _splits, _fitted, start: start)
+
+
+@pytest.mark.usefixtures("fixed_ridge")
 @pytest.mark.parametrize("arguments", [{}, {"init_values": 0.1}, {"proj_bias": False}], ids=str)
 @pytest.mark.parametrize("chosen", [True, False], ids=["support", "selected"])
 @pytest.mark.parametrize("weights", [WEIGHTS, None], ids=["weights", "even"])
@@ -199,6 +206,7 @@ def test_errors_of_earlier_blocks_are_repaired(seed: int, make_model: Callable[.
         assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.usefixtures("fixed_ridge")
 def test_a_block_makes_up_for_the_one_before_it(make_model: Callable[..., nn.Module], images: Tensor) -> None:
     """The first block is cut hard, the second not at all: fitted to the dense stream, it still has work to do."""
     dense = make_model(mlp_ratio=2)

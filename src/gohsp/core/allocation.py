@@ -10,16 +10,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 from gohsp.errors import BudgetError, RecipeError
 from gohsp.structure import (
     KINDS,
     BlockShape,
     BlockStructure,
-    BudgetKind,
+    CostModel,
     Kind,
     ModelStructure,
+    amount,
     block_cost,
+    fixed_cost,
+    kind_of,
     model_cost,
 )
 
@@ -88,6 +92,16 @@ Curves = tuple[Mapping[Kind, DamageCurve], ...]
 """One mapping a block; a kind that is missing is not cut there."""
 
 
+def curves_to_json(curves: Curves) -> list[dict[str, Any]]:
+    """Plain data, a block each."""
+    return [{k: {"widths": c.widths, "damage": c.damage} for k, c in of_block.items()} for of_block in curves]
+
+
+def curves_from_json(blocks: Sequence[Mapping[Kind, Mapping[str, Any]]]) -> Curves:
+    """Read what :func:`curves_to_json` wrote."""
+    return tuple({k: DamageCurve(tuple(c["widths"]), tuple(c["damage"])) for k, c in b.items()} for b in blocks)
+
+
 def allowed_widths(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:
     """Widths that a plan may give ``kind`` in this block, ascending; the present one is last."""
     have = getattr(block.shape, FIELDS[kind])
@@ -106,12 +120,12 @@ class _Option:
     """One way to shape a part of a block: the whole attention, or the FFN."""
 
     fields: Mapping[str, int]
-    cost: int
+    cost: float
     damage: float
 
 
 def allocate(
-    structure: ModelStructure, curves: Curves, kind: BudgetKind, limit: int, settings: WidthSettings
+    structure: ModelStructure, curves: Curves, cost: CostModel, limit: float, settings: WidthSettings
 ) -> tuple[BlockShape, ...]:
     """Minimise the summed damage subject to a budget: a multiple-choice knapsack, by Lagrangian bisection.
 
@@ -122,7 +136,7 @@ def allocate(
         structure: The model.
         curves: Damage by block and kind. The head curve, made with the ranking's order, lets whole heads compete
             with narrower ones.
-        kind: What the budget counts.
+        cost: What the budget counts, or a table of measured times.
         limit: Upper bound on the whole model's cost.
         settings: Allowed widths.
 
@@ -130,10 +144,10 @@ def allocate(
         BudgetError: Even the smallest allowed widths cost more than ``limit``.
     """
     groups = [
-        g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, kind, settings)
+        g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, cost, settings)
     ]
-    fixed = structure.fixed_params if kind == "params" else structure.fixed_macs
-    _require_within(limit, fixed + sum(min(o.cost for o in group) for group in groups), kind)
+    fixed = fixed_cost(structure, cost)
+    _require_within(limit, fixed + sum(min(o.cost for o in group) for group in groups), cost)
 
     def cheapest(price: float) -> list[_Option]:
         return [min(group, key=lambda o: (o.damage + price * o.cost, o.cost)) for group in groups]
@@ -161,7 +175,7 @@ def predicted_damage(curves: Curves, shapes: Sequence[BlockShape]) -> float:
     )
 
 
-def require_feasible(structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings) -> None:
+def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, settings: WidthSettings) -> None:
     """Check that the smallest allowed widths fit under ``limit``, before anything is measured.
 
     Raises:
@@ -170,13 +184,14 @@ def require_feasible(structure: ModelStructure, kind: BudgetKind, limit: int, se
     floors = [
         BlockShape(**{FIELDS[k]: allowed_widths(block, k, settings)[0] for k in KINDS}) for block in structure.blocks
     ]
-    _require_within(limit, model_cost(structure, floors, kind), kind)
+    _require_within(limit, model_cost(structure, floors, cost), cost)
 
 
-def _require_within(limit: int, smallest: int, kind: BudgetKind) -> None:
+def _require_within(limit: float, smallest: float, cost: CostModel) -> None:
     if smallest > limit:
+        kind = kind_of(cost)
         raise BudgetError(
-            f"no plan meets {limit:,} {kind}: the smallest possible model has {smallest:,}; "
+            f"no plan meets {amount(kind, limit)}: the smallest possible model has {amount(kind, smallest)}; "
             "raise the budget, or lower the floors (widths.min_heads, min_width, min_ffn)"
         )
 
@@ -185,7 +200,7 @@ def _groups(
     structure: ModelStructure,
     block: BlockStructure,
     curves: Mapping[Kind, DamageCurve],
-    kind: BudgetKind,
+    cost: CostModel,
     settings: WidthSettings,
 ) -> Iterator[list[_Option]]:
     """The block's attention options and its FFN options."""
@@ -199,22 +214,22 @@ def _groups(
 
     attention = []
     for heads, qk, vo in product(widths("head"), widths("qk"), widths("vo")):
-        cost = block_cost(structure, block, BlockShape(heads=heads, qk=qk, vo=vo, ffn=0), kind)
+        price = block_cost(structure, block, BlockShape(heads=heads, qk=qk, vo=vo, ffn=0), cost)
         # A head that is gone cannot be damaged by narrower dimensions as well.
         narrower = (damage("qk", qk) + damage("vo", vo)) * heads / have.heads
-        attention.append(_Option({"heads": heads, "qk": qk, "vo": vo}, cost, damage("head", heads) + narrower))
+        attention.append(_Option({"heads": heads, "qk": qk, "vo": vo}, price, damage("head", heads) + narrower))
     yield attention
     yield [
         _Option(
             {"ffn": n},
-            block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), kind),
+            block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), cost),
             damage("ffn", n),
         )
         for n in widths("ffn")
     ]
 
 
-def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: int) -> list[_Option]:
+def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: float) -> list[_Option]:
     """Spend the room under ``limit`` on upgrades, best repair per cost first, then on whatever is widest."""
     choice = list(choice)
     room = limit - sum(o.cost for o in choice)
@@ -232,7 +247,9 @@ def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: int
         choice[i] = option
 
 
-def uniform(structure: ModelStructure, kind: BudgetKind, limit: int, settings: WidthSettings) -> tuple[BlockShape, ...]:
+def uniform(
+    structure: ModelStructure, cost: CostModel, limit: float, settings: WidthSettings
+) -> tuple[BlockShape, ...]:
     """The same share of every width in every block, all heads kept: the plain way, for comparison.
 
     Room that rounding leaves is given to FFNs, last block first.
@@ -244,25 +261,26 @@ def uniform(structure: ModelStructure, kind: BudgetKind, limit: int, settings: W
     def at(share: float) -> tuple[BlockShape, ...]:
         return tuple(_shrunk(b, lambda have: share * have, settings) for b in structure.blocks)
 
-    require_feasible(structure, kind, limit, settings)
-    if (smallest := model_cost(structure, at(0.0), kind)) > limit:
+    require_feasible(structure, cost, limit, settings)
+    if (smallest := model_cost(structure, at(0.0), cost)) > limit:
         raise BudgetError(
-            f"uniform widths with all heads kept cost at least {smallest:,} {kind}, the budget allows {limit:,}; "
+            f"uniform widths with all heads kept cost at least {amount(kind_of(cost), smallest)}, the budget allows "
+            f"{amount(kind_of(cost), limit)}; "
             'use allocation = "measured"'
         )
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if model_cost(structure, at(middle), kind) <= limit else (low, middle)
+        low, high = (middle, high) if model_cost(structure, at(middle), cost) <= limit else (low, middle)
     shapes = list(at(low))
     for i in reversed(range(len(shapes))):
         for ffn in allowed_widths(structure.blocks[i], "ffn", settings):
             shape = shapes[i]
             wider = BlockShape(heads=shape.heads, qk=shape.qk, vo=shape.vo, ffn=max(ffn, shape.ffn))
             trial = [*shapes[:i], wider, *shapes[i + 1 :]]
-            if model_cost(structure, trial, kind) <= limit:
+            if model_cost(structure, trial, cost) <= limit:
                 shapes = trial
-        if model_cost(structure, shapes, kind) > 0.995 * limit:
+        if model_cost(structure, shapes, cost) > 0.995 * limit:
             break
     return tuple(shapes)
 

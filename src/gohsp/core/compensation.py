@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 RIDGE = 0.1
 """Default ridge, relative to the mean diagonal entry of the Gram matrix."""
 
+RIDGE_STEP = 10**0.5
+"""Ratio of neighbouring ridges that cross-validation compares."""
+
+FOLDS = 4
+"""Parts of the calibration images that cross-validation holds out in turn."""
+
 ROUNDS = 16
 """Groups that a greedy removal is done in; each costs one pass over the inverse Gram matrix."""
 
@@ -64,7 +70,7 @@ class MomentFitter:
 
 
 class RegressionFitter:
-    """Accumulates what a least-squares fit of ``y`` on ``x`` needs, in constant memory.
+    """Accumulates what a least-squares fit of ``y`` on ``x`` needs, in constant memory and apart for a few folds.
 
     Args:
         width: Entries of one input; it is extended by a constant 1.
@@ -74,26 +80,91 @@ class RegressionFitter:
     """
 
     def __init__(self, width: int, outputs: int, device: torch.device, token_weights: Tensor | None = None) -> None:
-        self._inputs = MomentFitter(width, device, token_weights)
-        self._cross = torch.zeros(outputs, width + 1, dtype=torch.float64, device=device)
+        self._inputs = [MomentFitter(width, device, token_weights) for _ in range(FOLDS)]
+        self._cross = torch.zeros(FOLDS, outputs, width + 1, dtype=torch.float64, device=device)
         self._weights = token_weights
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch of inputs ``[B, tokens, width]`` and targets ``[B, tokens, outputs]``."""
-        inputs, targets = weighted_rows(x, self._weights), weighted_rows(y, self._weights)[:, :-1]
-        self._inputs.update_rows(inputs)
-        with torch.autocast(x.device.type, enabled=False):
-            self._cross += (targets.T @ inputs).double()
+        """Add a batch of inputs ``[B, tokens, width]`` and targets ``[B, tokens, outputs]``.
+
+        Image ``i`` of a batch belongs to fold ``i % FOLDS``, so that views of one image share a fold where their
+        batches have one order.
+        """
+        for fold in range(min(FOLDS, len(x))):
+            inputs = weighted_rows(x[fold::FOLDS], self._weights)
+            targets = weighted_rows(y[fold::FOLDS], self._weights)[:, :-1]
+            self._inputs[fold].update_rows(inputs)
+            with torch.autocast(x.device.type, enabled=False):
+                self._cross[fold] += (targets.T @ inputs).double()
 
     @property
-    def moment(self) -> Tensor:
-        """Second moment ``[width + 1, width + 1]`` of the inputs, float64."""
-        return self._inputs.moment
+    def total(self) -> Regression:
+        """All images."""
+        return self._sum(range(FOLDS))
 
-    @property
-    def cross(self) -> Tensor:
-        """Cross moment ``[outputs, width + 1]`` of targets and inputs, float64."""
-        return self._cross / max(self._inputs.count, 1e-30)
+    def splits(self) -> list[tuple[Regression, Regression]]:
+        """Each fold that holds an image, as ``(all others, the fold)``; none if there is only one such fold."""
+        filled = [f for f in range(FOLDS) if self._inputs[f].count > 0]
+        if len(filled) < 2:
+            return []
+        return [(self._sum(g for g in filled if g != f), self._sum([f])) for f in filled]
+
+    def _sum(self, folds: Iterable[int]) -> Regression:
+        folds = list(folds)
+        count = max(sum(self._inputs[f].count for f in folds), 1e-30)
+        gram = torch.stack([self._inputs[f].moment * (self._inputs[f].count / count) for f in folds]).sum(0)
+        return Regression(gram, self._cross[folds].sum(0) / count, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """What a least-squares fit needs, float64.
+
+    Attributes:
+        gram: Second moment ``[n, n]`` of the inputs.
+        cross: Cross moment ``[outputs, n]`` of targets and inputs.
+        count: Summed weight of the inputs.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    count: float
+
+    def first(self, n: int) -> Regression:
+        """The regression on the first ``n`` inputs alone."""
+        return Regression(self.gram[:n, :n], self.cross[:, :n], self.count)
+
+    def error(self, weight: Tensor) -> float:
+        """Summed squared error of a map ``[outputs, n]``, up to a constant."""
+        quadratic = (weight @ self.gram).mul(weight).sum()
+        return self.count * float(quadratic - 2 * weight.mul(self.cross).sum())
+
+
+def cross_validated_ridge(
+    splits: Sequence[tuple[Regression, Regression]], fitted: Callable[[Regression, float], Tensor], start: float
+) -> float:
+    """The ridge whose fit to all folds but one has the least squared error on that one, summed over folds.
+
+    Candidates lie :data:`RIDGE_STEP` apart; from ``start`` they are walked towards less error until it grows.
+
+    Args:
+        splits: As :meth:`RegressionFitter.splits` makes them; with none, ``start`` stays.
+        fitted: Makes a map ``[outputs, n]`` of a regression and a ridge.
+        start: First candidate.
+    """
+
+    def error(ridge: float) -> float:
+        return sum(held_out.error(fitted(rest, ridge)) for rest, held_out in splits)
+
+    if not splits:
+        return start
+    best, least = start, error(start)
+    for factor in (RIDGE_STEP, 1 / RIDGE_STEP):
+        while 1e-4 < best * factor < 1e3 and (now := error(best * factor)) < least:
+            best, least = best * factor, now
+        if best != start:
+            break
+    return best
 
 
 def weighted_rows(x: Tensor, token_weights: Tensor | None) -> Tensor:
@@ -254,17 +325,16 @@ def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
     return gram.double()[~keep][:, keep] @ inverse(kept)
 
 
-def residual_refit(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float = RIDGE) -> Tensor:
+def residual_refit(fit: Regression, weight: Tensor, ridge: float = RIDGE) -> Tensor:
     """The map that minimises ``E ||y - V x||^2 + ridge ||V - weight||^2``: nothing cut, a target to reach.
 
     Args:
-        gram: Second moment ``[n, n]`` of the inputs ``x``.
-        cross: Cross moment ``[outputs, n]`` of the targets ``y`` and the inputs.
+        fit: Moments of the inputs ``x`` and the targets ``y``.
         weight: The present map ``[outputs, n]``.
-        ridge: Relative to the mean diagonal entry of ``gram``.
+        ridge: Relative to the mean diagonal entry of the Gram matrix.
     """
-    level = ridge * gram.diagonal().mean()
-    return (cross.double() + level * weight.double()) @ inverse(ridged(gram, ridge))
+    level = ridge * fit.gram.diagonal().mean()
+    return (fit.cross + level * weight.double()) @ inverse(ridged(fit.gram, ridge))
 
 
 def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:

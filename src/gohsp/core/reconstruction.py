@@ -6,6 +6,7 @@ model's residual stream is at the same depth, so that errors are repaired and no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohsp.core.activations import evaluating, inputs_of, readout_gain, units
-from gohsp.core.compensation import BlockMoments, InputFitter, RegressionFitter, require_finite, residual_refit
+from gohsp.core.compensation import (
+    BlockMoments,
+    InputFitter,
+    Regression,
+    RegressionFitter,
+    cross_validated_ridge,
+    require_finite,
+    residual_refit,
+)
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.projection import ProjectionSettings, Values, constrained, full_map, on_support, project, select
 from gohsp.core.rotation import rotate_queries_keys, rotate_values
@@ -29,6 +38,8 @@ from gohsp.structure import (
     check_shapes,
     dense_block_plan,
 )
+
+logger = logging.getLogger(__name__)
 
 Store = Callable[[], MutableSequence[Tensor]]
 """Makes an empty place for batches of a residual stream; ``list`` keeps them in memory."""
@@ -144,19 +155,18 @@ class _Block:
         moments = replace(moments, attention_input=inputs.moment, key_input=inputs.within)
         if shape.qk < have.qk and self.support is None:
             rotate_queries_keys(self.model, self.block, moments)
-        by_query = self.cut(moments, replace(have, qk=shape.qk), "qk")
+        by_query = self.cut(moments, replace(have, qk=shape.qk), "qk", self.settings.ridge)
 
         fit = RegressionFitter(have.heads * have.vo, dim, self.device, weights.attention)
         for b in range(len(stream)):
             before = stream[b].to(self.device)
             (z,) = self.inputs(self.model, before, self.attention)
             fit.update(z, middle[b].to(self.device) - before)
-        require_finite(self.attention.module, fit.moment)
-        self.refit(self.attention, fit)
-        moments = replace(moments, head_outputs=fit.moment)
+        ridge = self.refit(self.attention, fit)
+        moments = replace(moments, head_outputs=fit.total.gram)
         if shape.vo < have.vo and self.support is None:
             moments = rotate_values(self.model, self.block, moments)
-        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo")
+        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", ridge)
 
         fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
         for b in range(len(stream)):
@@ -165,9 +175,8 @@ class _Block:
             stream[b] = between = before + branch(self.model, self.attention, z)
             middle[b] = h  # needed once more below, when the readout is known
             fit.update(h, target[b].to(self.device) - between)
-        require_finite(self.ffn.module, fit.moment)
-        self.refit(self.ffn, fit)
-        by_unit = self.cut(replace(moments, hidden=fit.moment), replace(have, ffn=shape.ffn), "ffn")
+        ridge = self.refit(self.ffn, fit)
+        by_unit = self.cut(replace(moments, hidden=fit.total.gram), replace(have, ffn=shape.ffn), "ffn", ridge)
         for b in range(len(stream)):
             stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
         if self.support is not None:
@@ -183,32 +192,44 @@ class _Block:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return inputs_of(model, self.block.name, x, names)
 
-    def cut(self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"]) -> BlockPlan:
+    def cut(
+        self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"], ridge: float
+    ) -> BlockPlan:
         """Select what ``shape`` allows and project, in place; ``kind`` is what differs from the present shape."""
-        values = constrained(self.model, self.block, self.settings.metric)
+        settings = replace(self.settings, ridge=ridge)
+        values = constrained(self.model, self.block, settings.metric)
         if self.support is None:
             gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
-            kept = select(self.block, values, moments, shape, self.settings, ranking=self.ranking, gains=gains)
+            kept = select(self.block, values, moments, shape, settings, ranking=self.ranking, gains=gains)
         else:
             kept = only(self.support, kind, self.block.shape)
-        for entry, value in project(on_support(self.block, values, moments, kept, self.settings), values).items():
+        for entry, value in project(on_support(self.block, values, moments, kept, settings), values).items():
             values[entry].copy_(value)
         return kept
 
-    def refit(self, readout: Readout, fit: RegressionFitter) -> None:
-        """Fit a readout to its target, nothing cut, in place; LayerScale stays."""
+    def refit(self, readout: Readout, fit: RegressionFitter) -> float:
+        """Fit a readout to its target, nothing cut, in place; LayerScale stays. Returns the ridge that held up best."""
+        total = fit.total
+        require_finite(readout.module, total.gram)
         values: Values = constrained(self.model, self.block, self.settings.metric)
-        weight, gram = full_map(values, readout, fit.moment)
-        gain = readout_gain(self.model, readout)
+        weight, _ = full_map(values, readout, total.gram)
+        n, gain = weight.shape[1], readout_gain(self.model, readout)
         scale = torch.ones_like(weight[:, 0]) if gain is None else gain
-        cross = fit.cross[:, : weight.shape[1]]
-        fitted = residual_refit(gram, cross, weight * scale[:, None], self.settings.ridge).float()
+
+        def fitted_to(part: Regression, ridge: float) -> Tensor:
+            return residual_refit(part.first(n), weight * scale[:, None], ridge)
+
+        splits = [(rest.first(n), held_out.first(n)) for rest, held_out in fit.splits()]
+        ridge = cross_validated_ridge(splits, fitted_to, self.settings.ridge)
+        fitted = fitted_to(total, ridge).float()
         # A channel that LayerScale shuts off has nothing to say; its weights stay.
         fitted = torch.where(scale[:, None] != 0, fitted / scale[:, None], weight)
         columns = values[readout.columns]
         columns.copy_(fitted[:, : columns.shape[1]])
         if readout.bias:
             self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
+        logger.info("%s: ridge %.2g", readout.module, ridge)
+        return ridge
 
 
 def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:

@@ -77,6 +77,13 @@ def stages(model: nn.Module) -> Stages:
     return adapter_for(model).stages(model)
 
 
+def resized(model: nn.Module, shapes: Sequence[BlockShape]) -> nn.Module:
+    """A copy with other widths, whose cut weights are newly drawn: what its shape costs, not what it computes."""
+    copied = copy.deepcopy(model)
+    adapter_for(model).resize(copied, shapes)
+    return copied
+
+
 def specification(model: nn.Module) -> dict[str, Any]:
     """What is needed to make the dense architecture again: ``library``, ``architecture``, ``arguments``."""
     adapter = adapter_for(model)

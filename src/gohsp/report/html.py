@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from gohsp.report import plots
+from gohsp.structure import amount
 
 HEADERS = ("model", "parameters", "MACs", "top-1 (%)", "top-5 (%)", "loss (nats)")
 _MODELS = {"dense": "dense", "dense_retrained": "dense, trained longer", "pruned": "pruned"}
@@ -95,6 +96,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "quantity": quantity,
         "signed": signed,
         "duration": duration,
+        "amount": lambda cost, kind: amount(kind, cost),
         "index_ranges": index_ranges,
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
@@ -208,7 +210,8 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     budget, equality, admm = report["budget"], report["equality"], report.get("admm")
     warnings = []
     if budget["achieved"] > budget["limit"]:
-        warnings.append(f"The budget is not met: {budget['achieved']:,} {budget['kind']}, {budget['limit']:,} allowed.")
+        taken, allowed = (amount(budget["kind"], budget[key]) for key in ("achieved", "limit"))
+        warnings.append(f"The budget is not met: {taken}, {allowed} allowed.")
     if equality["max_relative_difference"] > equality["tolerance"]:
         warnings.append("The compacted model does not compute what the masked dense model computes.")
     if admm and admm["status"] != "converged":

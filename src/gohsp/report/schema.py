@@ -32,6 +32,7 @@ def _is_utc(text: str) -> str:
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+AboveZero = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Indices = list[Count]
@@ -84,12 +85,27 @@ class Data(_Level):
 
 
 class Budget(_Level):
-    """The bound that was asked for, and what the pruned model takes."""
+    """The bound that was asked for, and what the pruned model takes; of a latency budget, milliseconds a batch."""
 
-    kind: Literal["params", "macs"]
+    kind: Literal["params", "macs", "latency"]
     requested: str
-    limit: Positive
-    achieved: Positive
+    limit: Positive | AboveZero
+    achieved: Positive | AboveZero
+
+    @model_validator(mode="after")
+    def _counts_are_whole(self) -> Budget:
+        if self.kind != "latency" and not (isinstance(self.limit, int) and isinstance(self.achieved, int)):
+            raise ValueError(f"limit and achieved of a {self.kind} budget are whole numbers")
+        return self
+
+
+class Speed(_Level):
+    """Median time of a batch, dense and pruned model taking turns on the run's device."""
+
+    batch_size: Positive
+    dtype: str
+    dense_ms: AboveZero
+    pruned_ms: AboveZero
 
 
 class Metrics(_Level):
@@ -268,6 +284,7 @@ class Report(_Level):
     dense_retrained: Metrics | None = None
     pruned: Metrics
     fidelity: Fidelity | None = None
+    speed: Speed | None = None
     plan: Plan
     ranking: Ranking
     admm: Admm | None = None

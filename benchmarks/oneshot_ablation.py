@@ -1,0 +1,206 @@
+"""What each part of the one-shot route is worth: DeiT-Tiny at one budget, each line adding one thing to the one before.
+
+    python benchmarks/oneshot_ablation.py --weights deit_tiny_patch16_224.safetensors --data hfds/imagenet-1k-mini
+
+Images of the training split calibrate, no label is read; top-1 is on the validation split, which chooses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from gohsp import Recipe, checkpoint, data, models
+from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
+from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
+from gohsp.measure import evaluate
+from gohsp.structure import BlockShape, ModelStructure, Plan, model_cost, parse_budget
+
+MAGNITUDE = ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0)
+EVEN = ProjectionSettings(attention_fisher=0.0)
+"""All tokens weigh alike."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every line shares."""
+
+    dense: nn.Module
+    structure: ModelStructure
+    calibration: list[Tensor]
+    scores: list[list[float]]
+
+    def embedded(self) -> Iterator[Tensor]:
+        """The stream that enters the first block, of images and mirror images."""
+        stages = models.stages(self.dense)
+        with torch.no_grad():
+            for batch in self.calibration:
+                yield stages.embed(batch)
+                yield stages.embed(batch.flip(-1))
+
+
+@dataclass(frozen=True)
+class Start:
+    """A copy of the model to cut, with what was measured on it."""
+
+    model: nn.Module
+    structure: ModelStructure
+    weights: tuple[fisher.TokenWeights, ...]
+    moments: tuple[compensation.BlockMoments, ...]
+
+
+def started(setting: Setting, how: ProjectionSettings, images: int, *, rotated: bool) -> Start:
+    """Measure moments, in the basis that pruning uses or in the model's own."""
+    model, structure = copy.deepcopy(setting.dense), setting.structure
+    if not rotated:
+        structure = replace(structure, blocks=tuple(replace(b, rotatable=frozenset()) for b in structure.blocks))
+    few = setting.calibration[: -(-images // len(setting.calibration[0]))]
+    weights = fisher.token_weights(model, structure, few, attention=how.attention_fisher, ffn=how.ffn_fisher)
+    moments = compensation.collect_moments(model, structure, setting.calibration, weights)
+    return Start(model, structure, weights, rotation.rotate(model, structure, moments))
+
+
+def selected(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> Plan:
+    """What a projection of every block alone keeps."""
+    plans = []
+    for i, block in enumerate(start.structure.blocks):
+        values = constrained(start.model, block, how.metric)
+        order = torch.tensor(setting.scores[i])
+        plans.append(select(block, values, start.moments[i], shapes[i], how, ranking=order))
+    return Plan(tuple(plans))
+
+
+def masked(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> nn.Module:
+    """Units gone, nothing repaired."""
+    plan = selected(setting, start, shapes, how)
+    surgery.mask(start.model, start.structure, plan)
+    return start.model
+
+
+def refitted(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> nn.Module:
+    """Units gone, the others take over, every block by the dense model's moments."""
+    plan = selected(setting, start, shapes, how)
+    for block, moments, kept in zip(start.structure.blocks, start.moments, plan.blocks, strict=True):
+        values = constrained(start.model, block, how.metric)
+        for entry, value in project(on_support(block, values, moments, kept, how), values).items():
+            values[entry].copy_(value)
+    surgery.mask(start.model, start.structure, plan)
+    return start.model
+
+
+def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> nn.Module:
+    """Block by block against the dense residual stream."""
+    plan = reconstruction.reconstruct(
+        setting.dense,
+        start.model,
+        start.structure,
+        shapes,
+        start.moments,
+        setting.embedded(),
+        setting.scores,
+        how,
+        weights=start.weights,
+        store=data.Spool,
+    )
+    surgery.mask(start.model, start.structure, plan)
+    return start.model
+
+
+def lines(setting: Setting, recipe: Recipe, budget: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every line's name and cut model, one after the other."""
+    goal, structure, images = parse_budget(budget), setting.structure, recipe.data.ranking_images
+    limit = goal.limit(model_cost(structure, structure.shapes, "params"))
+    even = allocation.uniform(structure, "params", limit, recipe.widths)
+    how = recipe.admm.projection
+    fixed = patch.object(reconstruction, "cross_validated_ridge", lambda _splits, _fitted, ridge: ridge)
+    own = started(setting, EVEN, images, rotated=False)
+
+    def fresh(start: Start) -> Start:
+        return replace(start, model=copy.deepcopy(start.model))
+
+    yield "magnitude, uniform widths", masked(setting, fresh(own), even, MAGNITUDE)
+    yield "+ OBS selection", masked(setting, fresh(own), even, EVEN)
+    yield "+ refit", refitted(setting, fresh(own), even, EVEN)
+    with fixed:
+        yield "+ residual target", rebuilt(setting, fresh(own), even, EVEN)
+        turned = started(setting, EVEN, images, rotated=True)
+        yield "+ rotation", rebuilt(setting, fresh(turned), even, EVEN)
+        weighed = started(setting, how, images, rotated=True)
+        yield "+ token weights", rebuilt(setting, fresh(weighed), even, how)
+        shapes = allocated(setting, weighed, recipe, limit)
+        yield "+ allocation", rebuilt(setting, fresh(weighed), shapes, how)
+    yield "+ cross-validated ridge", rebuilt(setting, fresh(weighed), shapes, how)
+
+
+def allocated(setting: Setting, start: Start, recipe: Recipe, limit: float) -> tuple[BlockShape, ...]:
+    """Widths by measured damage curves."""
+    few = setting.calibration[: -(-recipe.data.allocation_images // len(setting.calibration[0]))]
+    stages = models.stages(start.model)
+    with torch.no_grad():
+        embedded = [stages.embed(batch) for batch in few]
+    curves = sensitivity.measure_curves(
+        start.model,
+        stages,
+        start.structure,
+        start.moments,
+        embedded,
+        setting.scores,
+        recipe.widths,
+        recipe.admm.projection,
+    )
+    return allocation.allocate(start.structure, curves, "params", limit, recipe.widths)
+
+
+def main() -> None:
+    """Run all lines, writing the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--budget", default="params=4.0M")
+    parser.add_argument("--images", type=int, default=872)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/oneshot_ablation_deit_tiny.json"))
+    options = parser.parse_args()
+    recipe = Recipe(route="oneshot", seed=options.seed)
+    dense = checkpoint.open_model(options.model, weights=options.weights).eval()
+    source, transform = data.DataSource(source=options.data), data.eval_transform(data.Preprocessing.from_model(dense))
+    structure = models.describe(dense)
+    images = data.calibration_images(source, "train", options.images, transform=transform, seed=options.seed)
+    first = list(images[: -(-recipe.data.ranking_images // len(images[0]))])
+    scores = ranking.rank_heads(dense, structure, first, recipe.ranking, seed=options.seed).to_json()["scores"]
+    setting = Setting(dense, structure, list(images), scores)
+    scored = data.open_split(source, "validation")
+    batches = data.loader(scored, transform=transform, batch_size=50, shuffle=False, num_classes=1000)
+    results: dict[str, Any] = {
+        "command": f"python benchmarks/oneshot_ablation.py --weights {options.weights.name} "
+        f"--data hfds/{Path(options.data).name}",
+        "budget": options.budget,
+        "images": options.images,
+        "seed": options.seed,
+        "torch": torch.__version__,
+        "lines": {},
+    }
+    began = time.perf_counter()
+    for name, model in lines(setting, recipe, options.budget):
+        seconds, top1 = time.perf_counter() - began, evaluate(model, batches).top1
+        results["lines"][name] = {"top1": top1, "seconds": round(seconds, 1)}
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        sys.stdout.write(f"{name}: {top1:.1f} %, {seconds:.0f} s\n")
+        sys.stdout.flush()
+        began = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

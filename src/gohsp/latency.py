@@ -1,0 +1,198 @@
+"""Measured time: whole models side by side, and blocks by width for latency budgets (design, sections 4 and 8)."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gohsp import models
+from gohsp.core.allocation import WidthSettings, allowed_widths
+from gohsp.errors import RecipeError
+from gohsp.structure import KINDS, BlockShape, BlockStructure, BlockTimes, Kind, LatencyTable, ModelStructure
+
+_GRID = {"head": 4, "qk": 5, "vo": 5, "ffn": 8}
+"""Widths of each kind that blocks are timed at, evenly spread; attention is timed at all combinations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencySettings:
+    """How time is measured, always on the device that prunes.
+
+    Attributes:
+        batch_size: Images a batch.
+        dtype: Data type of weights and images.
+        rounds: How often each contestant is timed; the median counts.
+    """
+
+    batch_size: int = 1
+    dtype: str = "float32"
+    rounds: int = 21
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.rounds) < 1:
+            raise RecipeError(
+                f"latency: batch_size and rounds must be at least 1, got {self.batch_size} and {self.rounds}"
+            )
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise RecipeError(f"latency.dtype is float32, bfloat16 or float16, got {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The data type itself."""
+        return getattr(torch, self.dtype)
+
+
+def interleaved(contestants: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
+    """Median time of each contestant in milliseconds; they take turns, so that drift of the machine hits all alike.
+
+    Args:
+        contestants: What to time; each is called twice to warm up.
+        device: The device that they work on; it is waited for.
+        rounds: Turns.
+    """
+    times: list[list[float]] = [[] for _ in contestants]
+    for turn in range(rounds + 2):
+        for mine, call in zip(times, contestants, strict=True):
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            if turn >= 2:
+                mine.append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(mine) for mine in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@torch.no_grad()
+def compare(networks: Sequence[nn.Module], images: Tensor, settings: LatencySettings) -> list[float]:
+    """Median milliseconds that each model takes for a batch, interleaved.
+
+    Args:
+        networks: Models on one device; left as they are.
+        images: At least one image ``[B, C, H, W]``; repeated to the batch size.
+        settings: Batch, data type, rounds.
+    """
+    device = next(networks[0].parameters()).device
+    batch = _batch(images, device, settings)
+    timed = [copy.deepcopy(n).eval().to(settings.torch_dtype) for n in networks]
+    return interleaved([lambda n=n: n(batch) for n in timed], device, settings.rounds)
+
+
+def _batch(images: Tensor, device: torch.device, settings: LatencySettings) -> Tensor:
+    repeats = -(-settings.batch_size // len(images))
+    batch = images.repeat(repeats, 1, 1, 1)[: settings.batch_size]
+    return batch.to(device, settings.torch_dtype)
+
+
+@torch.no_grad()
+def measure_table(
+    model: nn.Module,
+    structure: ModelStructure,
+    images: Tensor,
+    widths: WidthSettings,
+    settings: LatencySettings,
+    advance: Callable[[], None] = lambda: None,
+) -> LatencyTable:
+    """Time every distinct block over a grid of widths, and fit the sum to the whole network's time.
+
+    A block is timed with one half at its smallest and the other over the grid. What a block takes inside a network
+    differs from what it takes alone; two whole networks, the present and the smallest possible, give the scale
+    and what is outside the blocks.
+
+    Args:
+        model: The model; left as it is.
+        structure: Its structure.
+        images: At least one image ``[B, C, H, W]``.
+        widths: Allowed widths.
+        settings: Batch, data type, rounds.
+        advance: Called once per distinct block (and once for the whole networks), for progress.
+    """
+    blocks = {}
+    for block in {b.shape: b for b in structure.blocks}.values():
+        blocks[block.shape] = _block_times(model, structure, block, images, widths, settings)
+        advance()
+    smallest = [_smallest(b, widths) for b in structure.blocks]
+    large, small = compare([model, models.resized(model, smallest)], images, settings)
+    sums = [
+        sum(blocks[b.shape](s) for b, s in zip(structure.blocks, of, strict=True))
+        for of in (structure.shapes, smallest)
+    ]
+    scale = max((large - small) / (sums[0] - sums[1]), 0.0) if sums[0] > sums[1] else 1.0
+    advance()
+    return LatencyTable(fixed=large - scale * sums[0], scale=scale, blocks=blocks)
+
+
+def distinct_blocks(structure: ModelStructure) -> int:
+    """How many blocks :func:`measure_table` times."""
+    return len(set(structure.shapes))
+
+
+def _smallest(block: BlockStructure, widths: WidthSettings) -> BlockShape:
+    heads, qk, vo, ffn = (allowed_widths(block, kind, widths)[0] for kind in KINDS)
+    return BlockShape(heads=heads, qk=qk, vo=vo, ffn=ffn)
+
+
+def _block_times(
+    model: nn.Module,
+    structure: ModelStructure,
+    block: BlockStructure,
+    images: Tensor,
+    widths: WidthSettings,
+    settings: LatencySettings,
+) -> BlockTimes:
+    device, least = next(model.parameters()).device, _smallest(block, widths)
+    grid: dict[Kind, tuple[int, ...]] = {
+        kind: _grid(allowed_widths(block, kind, widths), _GRID[kind]) for kind in KINDS
+    }
+    attention = [replace(least, heads=h, qk=q, vo=v) for h, q, v in product(grid["head"], grid["qk"], grid["vo"])]
+    shapes = [*attention, *(replace(least, ffn=n) for n in grid["ffn"])]
+    stream = models.stages(model).embed(_batch(images, device, replace(settings, dtype="float32")))
+    stream = stream.to(settings.torch_dtype)
+    trials = [b.to(settings.torch_dtype) for b in _resized_blocks(model, structure, block.shape, shapes)]
+    times = interleaved([lambda b=b: b(stream) for b in trials], device, settings.rounds)
+    both = times[0]  # both halves at their smallest
+    shape = tuple(len(grid[kind]) for kind in ("head", "qk", "vo"))
+    table = np.array(times[: len(attention)]).reshape(shape) - both / 2
+    hidden = np.array(times[len(attention) :]) - both / 2
+    for axis in range(3):
+        table = np.maximum.accumulate(table, axis)
+    return BlockTimes(
+        heads=grid["head"],
+        qk=grid["qk"],
+        vo=grid["vo"],
+        attention=tuple(tuple(tuple(row) for row in plane) for plane in table.tolist()),
+        ffn=grid["ffn"],
+        hidden=tuple(np.maximum.accumulate(hidden).tolist()),
+    )
+
+
+def _grid(allowed: Sequence[int], points: int) -> tuple[int, ...]:
+    last = len(allowed) - 1
+    return tuple(allowed[i] for i in sorted({round(last * p / (points - 1)) for p in range(points)}))
+
+
+def _resized_blocks(
+    model: nn.Module, structure: ModelStructure, have: BlockShape, shapes: Sequence[BlockShape]
+) -> Iterator[nn.Module]:
+    """Copies of a block of shape ``have`` with other widths; its time does not depend on what its weights are."""
+    alike = [i for i, b in enumerate(structure.blocks) if b.shape == have]
+    for first in range(0, len(shapes), len(alike)):
+        trial, wanted = list(structure.shapes), dict(zip(alike, shapes[first:], strict=False))
+        for i, shape in wanted.items():
+            trial[i] = shape
+        blocks = models.stages(models.resized(model, trial)).blocks
+        yield from (blocks[i].eval() for i in wanted)
