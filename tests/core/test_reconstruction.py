@@ -19,7 +19,7 @@ from gohsp.core.reconstruction import reconstruct
 from gohsp.core.rotation import rotate
 from gohsp.errors import NonFiniteError, PlanError
 from gohsp.models import check_finite, compact, describe, relative_difference, stages
-from gohsp.structure import BlockPlan, BlockShape, ModelStructure, Plan, dense_plan
+from gohsp.structure import BlockPlan, BlockShape, ModelStructure, Plan, dense_block_plan, dense_plan
 
 FULL = BlockShape(heads=4, qk=8, vo=8, ffn=64)
 SMALL = BlockShape(heads=3, qk=3, vo=5, ffn=24)
@@ -204,6 +204,28 @@ def test_errors_of_earlier_blocks_are_repaired(seed: int, make_model: Callable[.
         goal = streams(dense, shown)[-1]
         errors = [float((streams(m, shown)[-1] - goal).square().mean()) for m in (joint, apart)]
         assert errors[0] < 0.9 * errors[1]
+
+
+def test_repair_and_ffn_cut_take_the_ridge_that_folds_choose(
+    make_model: Callable[..., nn.Module], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_model(mlp_ratio=2)
+    plan = Plan(tuple(replace(dense_block_plan(FULL), ffn=tuple(range(first, 64, 3))) for first in range(2)))
+    seen: list[Tensor] = []
+
+    def choose(splits: list, fitted: Callable[..., Tensor], _start: float) -> float:
+        assert len(splits) == 4
+        seen.append(fitted(splits[0][0], 0.5))
+        return 0.5
+
+    monkeypatch.setattr(reconstruction, "cross_validated_ridge", choose)
+    chosen = cut(dense, images, *plan.shapes, how=replace(HOW, ridge=1e-3), support=plan)
+    monkeypatch.setattr(reconstruction, "cross_validated_ridge", lambda _splits, _fitted, start: start)
+    given = cut(dense, images, *plan.shapes, how=replace(HOW, ridge=0.5), support=plan)
+    for name, value in chosen.model.state_dict().items():
+        torch.testing.assert_close(value, given.model.state_dict()[name], rtol=1e-5, atol=1e-6)
+    for candidate, kept in ((seen[1], plan.blocks[0]), (seen[3], plan.blocks[1])):  # FFN candidates are cut already
+        assert candidate.abs().sum(0).nonzero().flatten().tolist() == [*kept.ffn, 64]
 
 
 @pytest.mark.usefixtures("fixed_ridge")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,8 +23,10 @@ from gohsp.core.compensation import (
     Regression,
     RegressionFitter,
     cross_validated_ridge,
+    refit,
     require_finite,
     residual_refit,
+    select_units,
 )
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.projection import ProjectionSettings, Values, constrained, full_map, on_support, project, select
@@ -162,11 +165,11 @@ class _Block:
             before = stream[b].to(self.device)
             (z,) = self.inputs(self.model, before, self.attention)
             fit.update(z, middle[b].to(self.device) - before)
-        ridge = self.refit(self.attention, fit)
+        self.repair(self.attention, fit)
         moments = replace(moments, head_outputs=fit.total.gram)
         if shape.vo < have.vo and self.support is None:
             moments = rotate_values(self.model, self.block, moments)
-        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", ridge)
+        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", self.settings.ridge)
 
         fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
         for b in range(len(stream)):
@@ -175,7 +178,7 @@ class _Block:
             stream[b] = between = before + branch(self.model, self.attention, z)
             middle[b] = h  # needed once more below, when the readout is known
             fit.update(h, target[b].to(self.device) - between)
-        ridge = self.refit(self.ffn, fit)
+        ridge = self.repair(self.ffn, fit, partial(self.kept_units, shape.ffn))
         by_unit = self.cut(replace(moments, hidden=fit.total.gram), replace(have, ffn=shape.ffn), "ffn", ridge)
         for b in range(len(stream)):
             stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
@@ -207,21 +210,35 @@ class _Block:
             values[entry].copy_(value)
         return kept
 
-    def refit(self, readout: Readout, fit: RegressionFitter) -> float:
-        """Fit a readout to its target, nothing cut, in place; LayerScale stays. Returns the ridge that held up best."""
+    def repair(
+        self, readout: Readout, fit: RegressionFitter, kept: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> float:
+        """Fit a readout to its target, nothing cut yet, in place; LayerScale stays.
+
+        Args:
+            readout: The readout.
+            fit: Its inputs and target.
+            kept: Gram matrix and map to the mask of the inputs that will stay; None if that is not known yet.
+
+        Returns:
+            The ridge that held up best on folds, for the map as it will be.
+        """
         total = fit.total
         require_finite(readout.module, total.gram)
         values: Values = constrained(self.model, self.block, self.settings.metric)
         weight, _ = full_map(values, readout, total.gram)
         n, gain = weight.shape[1], readout_gain(self.model, readout)
         scale = torch.ones_like(weight[:, 0]) if gain is None else gain
+        total, present = total.first(n), weight * scale[:, None]
+        keep = None if kept is None else kept(total.gram, residual_refit(total, present, self.settings.ridge))
 
-        def fitted_to(part: Regression, ridge: float) -> Tensor:
-            return residual_refit(part.first(n), weight * scale[:, None], ridge)
+        def cut(part: Regression, ridge: float) -> Tensor:
+            whole = residual_refit(part, present, ridge)
+            return whole if keep is None else refit(part.gram, whole, keep, ridge)
 
         splits = [(rest.first(n), held_out.first(n)) for rest, held_out in fit.splits()]
-        ridge = cross_validated_ridge(splits, fitted_to, self.settings.ridge)
-        fitted = fitted_to(total, ridge).float()
+        ridge = cross_validated_ridge(splits, cut, self.settings.ridge)
+        fitted = residual_refit(total, present, ridge).float()
         # A channel that LayerScale shuts off has nothing to say; its weights stay.
         fitted = torch.where(scale[:, None] != 0, fitted / scale[:, None], weight)
         columns = values[readout.columns]
@@ -230,6 +247,16 @@ class _Block:
             self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
         logger.info("%s: ridge %.2g", readout.module, ridge)
         return ridge
+
+    def kept_units(self, count: int, gram: Tensor, weight: Tensor) -> Tensor:
+        """Mask of the FFN's hidden units (and the constant) that stay."""
+        if self.support is None:
+            bonus = torch.ones(self.block.shape.ffn, dtype=torch.float64, device=gram.device)
+            return select_units(gram, weight, bonus, count, ridge=self.settings.ridge)
+        keep = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+        keep[list(self.support.ffn)] = True
+        keep[self.block.shape.ffn :] = True
+        return keep
 
 
 def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:
