@@ -2,7 +2,8 @@
 
     python benchmarks/oneshot_ablation.py --weights deit_tiny_patch16_224.safetensors --data hfds/imagenet-1k-mini
 
-Images of the training split calibrate, no label is read; top-1 is on the validation split, which chooses nothing.
+Images of the training split calibrate, no label is read; top-1 is on the validation split. Measured widths are those
+that ``oneshot.py`` found, which has to run first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp import Recipe, checkpoint, data, models
-from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
+from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, surgery
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
 from gohsp.measure import evaluate
 from gohsp.structure import BlockShape, ModelStructure, Plan, model_cost, parse_budget
@@ -117,8 +118,10 @@ def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how:
     return start.model
 
 
-def lines(setting: Setting, recipe: Recipe, budget: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every line's name and cut model, one after the other."""
+def lines(
+    setting: Setting, recipe: Recipe, budget: str, shapes: tuple[BlockShape, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every line's name and cut model, one after the other; ``shapes`` are the measured widths."""
     goal, structure, images = parse_budget(budget), setting.structure, recipe.data.ranking_images
     limit = goal.limit(model_cost(structure, structure.shapes, "params"))
     even = allocation.uniform(structure, "params", limit, recipe.widths)
@@ -138,28 +141,14 @@ def lines(setting: Setting, recipe: Recipe, budget: str) -> Iterator[tuple[str, 
         yield "+ rotation", rebuilt(setting, fresh(turned), even, EVEN)
         weighed = started(setting, how, images, rotated=True)
         yield "+ token weights", rebuilt(setting, fresh(weighed), even, how)
-        shapes = allocated(setting, weighed, recipe, limit)
         yield "+ allocation", rebuilt(setting, fresh(weighed), shapes, how)
     yield "+ cross-validated ridge", rebuilt(setting, fresh(weighed), shapes, how)
 
 
-def allocated(setting: Setting, start: Start, recipe: Recipe, limit: float) -> tuple[BlockShape, ...]:
-    """Widths by measured damage curves."""
-    few = setting.calibration[: -(-recipe.data.allocation_images // len(setting.calibration[0]))]
-    stages = models.stages(start.model)
-    with torch.no_grad():
-        embedded = [stages.embed(batch) for batch in few]
-    curves = sensitivity.measure_curves(
-        start.model,
-        stages,
-        start.structure,
-        start.moments,
-        embedded,
-        setting.scores,
-        recipe.widths,
-        recipe.admm.projection,
-    )
-    return allocation.allocate(start.structure, curves, "params", limit, recipe.widths)
+def measured_widths(results: Path, budget: str) -> tuple[BlockShape, ...]:
+    """The widths that ``oneshot.py`` found by measured damage curves."""
+    runs = json.loads(results.read_text())["runs"]
+    return tuple(BlockShape(**block) for block in runs[f"{budget} seed=0 images=1000"]["plan"])
 
 
 def main() -> None:
@@ -169,8 +158,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--budget", default="params=4.0M")
-    parser.add_argument("--images", type=int, default=872)
+    parser.add_argument("--images", type=int, default=950)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--widths", type=Path, default=Path("benchmarks/results/oneshot_deit_tiny.json"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/oneshot_ablation_deit_tiny.json"))
     options = parser.parse_args()
     recipe = Recipe(route="oneshot", seed=options.seed)
@@ -193,7 +183,7 @@ def main() -> None:
         "lines": {},
     }
     began = time.perf_counter()
-    for name, model in lines(setting, recipe, options.budget):
+    for name, model in lines(setting, recipe, options.budget, measured_widths(options.widths, options.budget)):
         seconds, top1 = time.perf_counter() - began, evaluate(model, batches).top1
         results["lines"][name] = {"top1": top1, "seconds": round(seconds, 1)}
         options.results.write_text(json.dumps(results, indent=1) + "\n")

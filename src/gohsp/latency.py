@@ -155,16 +155,23 @@ def _block_times(
     settings: LatencySettings,
 ) -> BlockTimes:
     device, least = next(model.parameters()).device, _smallest(block, widths)
-    grid: dict[Kind, tuple[int, ...]] = {
-        kind: _grid(allowed_widths(block, kind, widths), _GRID[kind]) for kind in KINDS
-    }
-    attention = [replace(least, heads=h, qk=q, vo=v) for h, q, v in product(grid["head"], grid["qk"], grid["vo"])]
-    shapes = [*attention, *(replace(least, ffn=n) for n in grid["ffn"])]
+    allowed: dict[Kind, tuple[int, ...]] = {kind: allowed_widths(block, kind, widths) for kind in KINDS}
+    grid = {kind: _grid(allowed[kind], _GRID[kind]) for kind in KINDS}
+
+    def unequal(qk: int, vo: int) -> int:
+        """A query/key width next to ``qk`` that is not ``vo``: equal widths run in the library's own, faster class."""
+        others = [w for w in allowed["qk"] if w != vo]
+        return min(others, key=lambda w: (abs(w - qk), w)) if others else qk
+
+    attention = [
+        replace(least, heads=h, qk=unequal(q, v), vo=v) for h, q, v in product(grid["head"], grid["qk"], grid["vo"])
+    ]
+    widest = replace(least, heads=grid["head"][-1], qk=grid["qk"][-1], vo=grid["vo"][-1])
+    shapes = [least, widest, *attention, *(replace(least, ffn=n) for n in grid["ffn"])]
     stream = models.stages(model).embed(_batch(images, device, replace(settings, dtype="float32")))
     stream = stream.to(settings.torch_dtype)
     trials = [b.to(settings.torch_dtype) for b in _resized_blocks(model, structure, block.shape, shapes)]
-    times = interleaved([lambda b=b: b(stream) for b in trials], device, settings.rounds)
-    both = times[0]  # both halves at their smallest
+    both, own, *times = interleaved([lambda b=b: b(stream) for b in trials], device, settings.rounds)
     shape = tuple(len(grid[kind]) for kind in ("head", "qk", "vo"))
     table = np.array(times[: len(attention)]).reshape(shape) - both / 2
     hidden = np.array(times[len(attention) :]) - both / 2
@@ -175,6 +182,7 @@ def _block_times(
         qk=grid["qk"],
         vo=grid["vo"],
         attention=tuple(tuple(tuple(row) for row in plane) for plane in table.tolist()),
+        saving=max(0.0, float(table[-1, -1, -1]) + both / 2 - own) if widest.qk == widest.vo else 0.0,
         ffn=grid["ffn"],
         hidden=tuple(np.maximum.accumulate(hidden).tolist()),
     )

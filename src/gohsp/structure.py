@@ -161,7 +161,8 @@ class BlockTimes:
         heads: Measured numbers of heads, ascending.
         qk: Measured query/key widths, ascending.
         vo: Measured value widths, ascending.
-        attention: Times ``[heads][qk][vo]``.
+        attention: Times ``[heads][qk][vo]`` of attention whose two widths differ.
+        saving: What a library's own attention saves where they are equal.
         ffn: Measured numbers of hidden units, ascending.
         hidden: Times ``[ffn]``.
     """
@@ -170,6 +171,7 @@ class BlockTimes:
     qk: tuple[int, ...]
     vo: tuple[int, ...]
     attention: tuple[tuple[tuple[float, ...], ...], ...]
+    saving: float
     ffn: tuple[int, ...]
     hidden: tuple[float, ...]
 
@@ -181,6 +183,7 @@ class BlockTimes:
                 _between(self.heads, shape.heads), _between(self.qk, shape.qk), _between(self.vo, shape.vo)
             )
             attention = sum(a * b * c * self.attention[i][j][k] for (i, a), (j, b), (k, c) in corners)
+            attention -= self.saving if shape.qk == shape.vo else 0.0
         return attention + (sum(a * self.hidden[i] for i, a in _between(self.ffn, shape.ffn)) if shape.ffn else 0.0)
 
 
