@@ -356,7 +356,7 @@ def _prune(
     dense_metrics = _scored(bench, "dense_score", dense) if trains else {}
     heads = _ranked(bench, dense, structure)
     basis = _based(bench, dense, structure, heads["scores"])
-    shapes, predicted = (tuple(given), None) if given else _allocated(bench, basis, goal)
+    shapes, predicted = (tuple(given), None) if given else _allocated(bench, basis, dense, goal)
     checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
     soft = _soft_pruned(bench, basis, dense, shapes)
     if soft["curve"]:
@@ -496,13 +496,15 @@ def _based(bench: _Bench, dense: nn.Module, structure: ModelStructure, scores: l
     return _Basis(work, structure, scores, weights, moments)
 
 
-def _allocated(bench: _Bench, basis: _Basis, goal: Budget) -> tuple[tuple[BlockShape, ...], float | None]:
+def _allocated(
+    bench: _Bench, basis: _Basis, dense: nn.Module, goal: Budget
+) -> tuple[tuple[BlockShape, ...], float | None]:
     """Widths, and the damage that the curves predict for them (None where none were measured)."""
     recipe, structure = bench.recipe, basis.structure
     if record := bench.folder.done("allocation"):
         return shapes_from_json(record["shapes"]), record["predicted"]
     with bench.timed("allocate"):
-        curves = _curves(bench, basis) if recipe.allocation == "measured" else None
+        curves = _curves(bench, basis, dense) if recipe.allocation == "measured" else None
 
         def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
             if curves is None:
@@ -518,15 +520,16 @@ def _allocated(bench: _Bench, basis: _Basis, goal: Budget) -> tuple[tuple[BlockS
     return shapes, predicted
 
 
-def _curves(bench: _Bench, basis: _Basis) -> allocation.Curves:
+def _curves(bench: _Bench, basis: _Basis, dense: nn.Module) -> allocation.Curves:
     """Damage curves, measured or from the cache."""
     recipe, structure, stages = bench.recipe, basis.structure, models.stages(basis.model)
     embedded = list(bench.embedded(stages, bench.images(recipe.data.allocation_images)))
-    settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection)]
-    moments = (m for of_block in basis.moments for m in compensation.tensors_of(of_block))
+    # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
+    settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
+    counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
     key = cache.key_of(
-        [*basis.model.state_dict().values(), *moments, *embedded],
-        [*settings, basis.scores, str(bench.precision), sensitivity.GRID, importlib.metadata.version("gohsp")],
+        itertools.chain(dense.state_dict().values(), bench.calibration),
+        [*settings, *counts, str(bench.precision), sensitivity.GRID, importlib.metadata.version("gohsp")],
     )
     if found := cache.load("curves", key):
         return allocation.curves_from_json(found)
