@@ -217,7 +217,11 @@ def test_stages_chained_are_the_model(family: Family, images: Tensor) -> None:
         assert torch.equal(network.head(x), expected)
 
 
-def test_reconstruction_repairs_a_cut_of_everything(family: Family, images: Tensor) -> None:
+def test_reconstruction_repairs_a_cut_of_everything(
+    family: Family, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A few images of noise say nothing of others, so folds would choose to repair little; here the same images judge.
+    monkeypatch.setattr("gohsp.core.reconstruction.cross_validated_ridge", lambda _splits, _fitted, start: start)
     dense, structure = family.model, family.structure
     small = copy.deepcopy(dense)
     shapes = [narrowed(b.shape, "all", family.held) for b in structure.blocks]
