@@ -443,13 +443,17 @@ class Budget:
     number: float
     relative: bool
 
+    def bound(self, dense: float) -> float:
+        """The bound for a model that now costs ``dense``, whether that leaves anything to cut or not."""
+        return dense * self.number if self.relative else self.number
+
     def limit(self, dense: float) -> float:
-        """The bound for a model that now costs ``dense``.
+        """The same, checked, and whole where it is a count.
 
         Raises:
             BudgetError: It is not below ``dense``.
         """
-        limit = dense * self.number if self.relative else self.number
+        limit = self.bound(dense)
         if not 0 < limit < dense:
             raise BudgetError(
                 f"budget '{self.requested}' allows {amount(self.kind, limit)}, the model has "
