@@ -422,6 +422,32 @@ def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
     assert runs[0]["fidelity"]["kl"] < 0.5 * runs[1]["fidelity"]["kl"]
 
 
+def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("gohsp.data._DigitsSplit.raw_labels")
+    settings = {"epochs": 2, "learning_rate": 1e-4}
+    plain = {"projection": {"metric": "euclidean", "strength": "norm", "guidance": 0.0}}  # repairs would leave little
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings)
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES)
+    polish = result.report["polish"]
+    assert [epoch["epoch"] for epoch in polish["curve"]] == [0, 1, 2]
+    assert polish["kept"] > 0
+    assert result.report["fidelity"]["kl"] == pytest.approx(polish["curve"][polish["kept"]]["kl"], rel=1e-4)
+    assert result.report["fidelity"]["kl"] < polish["curve"][0]["kl"]
+    assert "Polished for" in (tmp_path / "run" / "report.html").read_text()
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(gohsp.load(tmp_path / "run")(images), result.model(images))
+    wild = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings | {"learning_rate": 1e3})
+    worse = prune(tmp_path / "wild", model=tiny(), recipe=wild, shapes=SHAPES)
+    assert worse.report["polish"]["kept"] == 0
+    assert worse.report["fidelity"]["kl"] == pytest.approx(polish["curve"][0]["kl"], rel=1e-4)
+    assert "No epoch of the polish helped" in (tmp_path / "wild" / "report.html").read_text()
+
+
+def test_a_polish_on_the_training_route_is_refused():
+    with pytest.raises(GohspError, match=r"polish\.epochs"):
+        recipe_with(polish={"epochs": 1})
+
+
 def test_oneshot_with_training_of_the_dense_model_is_refused():
     with pytest.raises(GohspError, match=r"dense\.epochs"):
         recipe_with(route="oneshot")

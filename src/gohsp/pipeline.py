@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gohsp import cache, checkpoint, data, latency, models, report, run, training
+from gohsp import cache, checkpoint, data, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.activations import Stages
@@ -365,7 +365,8 @@ def _prune(
     with bench.timed("compact"):
         compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.images(PROBE_IMAGES)[0])
     small = compaction.model
-    fidelity = _compared(bench, dense, small, predicted)
+    polished = _polished(bench, dense, small, source)
+    fidelity = _compared(bench, dense, small) | {"predicted_kl": predicted}
     if trains and recipe.finetune.epochs > 0:
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
     pruned_metrics = _scored(bench, "pruned_score", small) if trains else {}
@@ -389,6 +390,8 @@ def _prune(
         "budget": {"kind": goal.kind, "requested": goal.requested, "limit": limit, "achieved": achieved},
         **_cut_record(structure, small_structure, cut["plan"], compaction),
     }
+    if polished is not None:
+        content["polish"] = polished
     if trains:
         content["admm"] = {
             **{k: soft[k] for k in ("status", "metric", "penalty", "trace")},
@@ -688,7 +691,49 @@ def _reconstructed(
         )
 
 
-def _compared(bench: _Bench, dense: nn.Module, small: nn.Module, predicted: float | None) -> dict[str, Any]:
+def _polished(bench: _Bench, dense: nn.Module, small: nn.Module, source: data.DataSource) -> dict[str, Any] | None:
+    """Distil the cut model in place, where that was asked for and helps; returns its curve."""
+    settings = bench.recipe.polish
+    if settings.epochs == 0:
+        return None
+    if record := bench.folder.done("polish"):
+        bench.folder.restore("polish", small)
+        return record
+    images = sum(len(batch) for batch in bench.calibration)
+    views = data.loader(
+        data.drawn(source, bench.recipe.data.train_split, images, seed=bench.recipe.seed),
+        transform=data.train_transform(data.Preprocessing.from_model(dense), mirror=bench.mirror),
+        batch_size=settings.batch_size,
+        shuffle=True,
+        workers=bench.recipe.training.workers,
+        seed=bench.recipe.seed,
+        cache=False,
+    )
+    with (
+        bench.timed("polish"),
+        training.plain_attention(dense, bench.accelerator.device),
+        training.plain_attention(small, bench.accelerator.device),
+        training.progress_bar(disable=bench.quiet) as bar,
+    ):
+        task = bar.add_task("polish", total=settings.epochs, rate="")
+        curve = polish.polish(
+            small,
+            models.stages(small),
+            models.stages(dense),
+            views,
+            settings,
+            divergence=lambda: _compared(bench, dense, small)["kl"],
+            seed=bench.recipe.seed,
+            precision=bench.precision,
+            advance=lambda: bar.advance(task),
+        )
+    kept = min(curve, key=lambda past: past.kl).epoch
+    record = {"kept": kept, "curve": [epoch.to_json() for epoch in curve]}
+    bench.folder.record("polish", record, small)
+    return record
+
+
+def _compared(bench: _Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """How close the cut model is to the dense one on images that nothing was measured on."""
     sides = []
     for model in (dense, small):
@@ -700,7 +745,6 @@ def _compared(bench: _Bench, dense: nn.Module, small: nn.Module, predicted: floa
     return {
         "images": images,
         "kl": max(sensitivity.divergence(*sides), 0.0),
-        "predicted_kl": predicted,
         "agreement": 100 * same / images,
     }
 

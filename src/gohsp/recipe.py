@@ -18,6 +18,7 @@ from gohsp.core.allocation import WidthSettings
 from gohsp.core.ranking import RankingSettings
 from gohsp.errors import RecipeError, nearest
 from gohsp.latency import LatencySettings
+from gohsp.polish import PolishSettings
 from gohsp.training import StageSettings, TrainingSettings
 
 
@@ -71,6 +72,7 @@ class Recipe:
         ranking: Heads' graph, chain and baselines.
         widths: Allowed widths.
         latency: How time is measured, for latency budgets and for the report.
+        polish: Distillation on the calibration images after a one-shot cut.
         dense: Training of the dense model on this data before anything else; 0 epochs where it is trained.
         admm: Penalty, schedule and metric.
         admm_stage: Length and rate of the ADMM stage; 0 epochs project once instead.
@@ -88,6 +90,7 @@ class Recipe:
     ranking: RankingSettings = field(default_factory=RankingSettings)
     widths: WidthSettings = field(default_factory=WidthSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)
+    polish: PolishSettings = field(default_factory=PolishSettings)
     dense: StageSettings = field(default_factory=StageSettings)
     admm: AdmmSettings = field(default_factory=AdmmSettings)
     admm_stage: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, schedule="constant"))
@@ -100,6 +103,11 @@ class Recipe:
             raise RecipeError(
                 'route = "oneshot" trains nothing, but dense.epochs is '
                 f'{self.dense.epochs}; give a trained model and epochs = 0, or take route = "train"'
+            )
+        if self.route == "train" and self.polish.epochs > 0:
+            raise RecipeError(
+                f'polish.epochs is {self.polish.epochs}, but route = "train" fine-tunes instead; set it to 0, or take '
+                'route = "oneshot"'
             )
 
 

@@ -229,7 +229,7 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         first, curve, state = run.restore(checkpoint, state)
     seconds = steps = 0
-    with _plain_attention(model, accelerator.device), progress_bar(disable=not show_progress) as bar:
+    with plain_attention(model, accelerator.device), progress_bar(disable=not show_progress) as bar:
         task = bar.add_task(name, total=stage.epochs * len(run.loader), completed=first * len(run.loader), rate="")
         for epoch in range(first, stage.epochs):
             set_seed(seed + 1000 * (epoch + 1))  # an epoch's draws depend on its number, so that resuming repeats them
@@ -257,7 +257,7 @@ def train(
 
 
 @contextmanager
-def _plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Plain attention products while training on a CPU, whose fused kernel is slow in bf16 at few tokens."""
     if device.type != "cpu":
         yield

@@ -139,6 +139,27 @@ class Fidelity(_Level):
     agreement: Percent
 
 
+class PolishEpoch(_Level):
+    """One epoch of the polish: mean loss on calibration images (None before the first), divergence on held-out ones."""
+
+    epoch: Count
+    train_loss: float | None
+    kl: NonNegative
+
+
+class Polish(_Level):
+    """Distillation after a one-shot cut; ``kept`` is the epoch with the least divergence, 0 if none helped."""
+
+    kept: Count
+    curve: list[PolishEpoch]
+
+    @model_validator(mode="after")
+    def _kept_is_there(self) -> Polish:
+        if self.kept not in [epoch.epoch for epoch in self.curve]:
+            raise ValueError(f"kept names epoch {self.kept}, which curve does not hold")
+        return self
+
+
 class Widths(_Level):
     """The widths of one block; ``qk`` and ``vo`` are those of each head."""
 
@@ -284,6 +305,7 @@ class Report(_Level):
     dense_retrained: Metrics | None = None
     pruned: Metrics
     fidelity: Fidelity | None = None
+    polish: Polish | None = None
     speed: Speed | None = None
     plan: Plan
     ranking: Ranking
