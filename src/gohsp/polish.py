@@ -44,7 +44,7 @@ class PolishSettings:
     """
 
     epochs: int = 0
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     batch_size: int = 32
     features: float = 1.0
     mixup: float = 0.8
