@@ -295,6 +295,12 @@ def test_without_gradients_one_forward_pass_and_no_more(model: nn.Module, images
     assert graphs[2:] == [True] * 2
 
 
+def test_gradients_are_taken_under_no_grad_too(model: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        quiet = collect(model, [images], fisher=True)
+    assert torch.equal(quiet.taylor, collect(model, [images], fisher=True).taylor)
+
+
 def test_the_model_is_left_as_it_was(model: nn.Module, images: Tensor) -> None:
     model.train()
     before = {name: p.clone() for name, p in model.state_dict().items()}

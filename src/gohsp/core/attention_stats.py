@@ -172,7 +172,8 @@ class HeadStatisticsFitter:
                 "the gradient statistics need a classifier that returns logits [images, classes]; "
                 "rank by 'contribution' or with teleport 'contribution' or 'uniform' instead"
             )
-        confidence = logits.float().log_softmax(dim=-1).amax(dim=-1).sum()
+        with torch.enable_grad():
+            confidence = logits.float().log_softmax(dim=-1).amax(dim=-1).sum()
         gradients = torch.autograd.grad(confidence, outputs)
         changes = []
         for block, z, g, total in zip(self._blocks, outputs, gradients, self._gradients, strict=True):
