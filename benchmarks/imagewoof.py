@@ -12,10 +12,10 @@ Every arm starts from the same dense model and gets the same epochs:
 - ``plain``: the recipe with uniform widths and ADMM in the Euclidean metric, which repairs nothing.
 
 A finished arm is not run again; an interrupted one goes on after its last epoch. What measured widths and repairs are
-worth to the training route at two budgets, from the dense model of a run before:
+worth to the training route at two budgets, from the dense model of a run before (one line):
 
-    python benchmarks/imagewoof.py --weights ... --data ... --recipe recipes/imagewoof_short.toml \\
-        --dense runs/imagewoof/seed0/gohsp/dense --arms gohsp uniform plain --budget params=-60% --skip-retraining \\
+    python benchmarks/imagewoof.py --weights ... --data ... --recipe recipes/imagewoof_short.toml
+        --dense runs/imagewoof/seed0/gohsp/dense --arms gohsp uniform plain --budget params=-60% --skip-retraining
         --out runs/imagewoof_60 --results benchmarks/results/imagewoof_short.json
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:4])
     parser.add_argument("--dense", type=Path, help="folder of a dense model to start from, instead of training one")
-    parser.add_argument("--skip-retraining", action="store_true", help="do not train the dense model as long as gohsp's")
+    parser.add_argument("--skip-retraining", action="store_true", help="leave out the dense model trained as long")
     parser.add_argument("--out", type=Path, default=Path("runs/imagewoof"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/imagewoof.json"))
     options = parser.parse_args()
