@@ -34,6 +34,7 @@ from gohsp.report import read
 
 ARMS = ("gohsp", "random", "magnitude", "oneshot", "uniform", "plain")
 
+
 def arm_recipe(recipe: gohsp.Recipe, arm: str, *, trained: bool) -> gohsp.Recipe:
     """The recipe of an arm, which takes a ``trained`` dense model or trains one."""
     if trained:
