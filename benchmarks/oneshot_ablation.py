@@ -3,7 +3,7 @@
     python benchmarks/oneshot_ablation.py --weights deit_tiny_patch16_224.safetensors --data hfds/imagenet-1k-mini
 
 Images of the training split calibrate, no label is read; top-1 is on the validation split. Measured widths are those
-that ``oneshot.py`` found, which has to run first.
+that ``oneshot.py`` found, which has to run first. A line that stands in the results is not run again.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gohsp import Recipe, checkpoint, data, models
-from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, surgery
+from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
 from gohsp.measure import evaluate
+from gohsp.polish import PolishSettings, polish
 from gohsp.structure import BlockShape, ModelStructure, Plan, model_cost, parse_budget
 
 MAGNITUDE = ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0)
 EVEN = ProjectionSettings(attention_fisher=0.0)
 """All tokens weigh alike."""
+
+POLISH_EPOCHS = 4
+HELD_OUT = 50
+"""Images behind the calibration images that choose the polish's epoch."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,9 @@ class Setting:
     dense: nn.Module
     structure: ModelStructure
     calibration: list[Tensor]
+    holdout: list[Tensor]
     scores: list[list[float]]
+    views: Callable[[int], DataLoader[Any]]
 
     def embedded(self) -> Iterator[Tensor]:
         """The stream that enters the first block, of images and mirror images."""
@@ -100,9 +110,9 @@ def refitted(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how
     return start.model
 
 
-def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> nn.Module:
-    """Block by block against the dense residual stream."""
-    plan = reconstruction.reconstruct(
+def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings) -> Plan:
+    """Block by block against the dense residual stream, in place; nothing is masked yet."""
+    return reconstruction.reconstruct(
         setting.dense,
         start.model,
         start.structure,
@@ -114,35 +124,66 @@ def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how:
         weights=start.weights,
         store=data.Spool,
     )
-    surgery.mask(start.model, start.structure, plan)
-    return start.model
+
+
+def rebuilt_model(
+    setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how: ProjectionSettings, *, one_ridge: bool
+) -> nn.Module:
+    """The compacted result, every readout with a ridge of its own or all with the same."""
+    with patch.object(reconstruction, "cross_validated_ridge", fixed_ridge) if one_ridge else nullcontext():
+        plan = rebuilt(setting, start, shapes, how)
+    return models.compact(start.model, plan, setting.calibration[0][:8]).model
+
+
+def fixed_ridge(_splits: Any, _fitted: Any, ridge: float) -> float:
+    """In the place of cross-validation."""
+    return ridge
+
+
+def polished(setting: Setting, cut: nn.Module, settings: PolishSettings, seed: int) -> nn.Module:
+    """Distilled on the calibration images, the epoch chosen on held-out ones."""
+    stages = models.stages(cut), models.stages(setting.dense)
+    expected = sensitivity.predictions(stages[1], [stages[1].embed(x) for x in setting.holdout])
+
+    def divergence() -> float:
+        return sensitivity.divergence(
+            expected, sensitivity.predictions(stages[0], [stages[0].embed(x) for x in setting.holdout])
+        )
+
+    polish(cut, *stages, setting.views(settings.batch_size), settings, divergence=divergence, seed=seed)
+    return cut
 
 
 def lines(
     setting: Setting, recipe: Recipe, budget: str, shapes: tuple[BlockShape, ...]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Every line's name and cut model, one after the other; ``shapes`` are the measured widths."""
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Every line's name and what makes its model; ``shapes`` are the measured widths."""
     goal, structure, images = parse_budget(budget), setting.structure, recipe.data.ranking_images
     limit = goal.limit(model_cost(structure, structure.shapes, "params"))
     even = allocation.uniform(structure, "params", limit, recipe.widths)
     how = recipe.admm.projection
-    fixed = patch.object(reconstruction, "cross_validated_ridge", lambda _splits, _fitted, ridge: ridge)
-    own = started(setting, EVEN, images, rotated=False)
 
-    def fresh(start: Start) -> Start:
+    @cache
+    def measured(settings: ProjectionSettings, rotated: bool) -> Start:
+        return started(setting, settings, images, rotated=rotated)
+
+    def fresh(settings: ProjectionSettings, rotated: bool) -> Start:
+        start = measured(settings, rotated)
         return replace(start, model=copy.deepcopy(start.model))
 
-    yield "magnitude, uniform widths", masked(setting, fresh(own), even, MAGNITUDE)
-    yield "+ OBS selection", masked(setting, fresh(own), even, EVEN)
-    yield "+ refit", refitted(setting, fresh(own), even, EVEN)
-    with fixed:
-        yield "+ residual target", rebuilt(setting, fresh(own), even, EVEN)
-        turned = started(setting, EVEN, images, rotated=True)
-        yield "+ rotation", rebuilt(setting, fresh(turned), even, EVEN)
-        weighed = started(setting, how, images, rotated=True)
-        yield "+ token weights", rebuilt(setting, fresh(weighed), even, how)
-        yield "+ allocation", rebuilt(setting, fresh(weighed), shapes, how)
-    yield "+ cross-validated ridge", rebuilt(setting, fresh(weighed), shapes, how)
+    def whole(how: ProjectionSettings, widths: tuple[BlockShape, ...], rotated: bool, one_ridge: bool) -> nn.Module:
+        return rebuilt_model(setting, fresh(how, rotated), widths, how, one_ridge=one_ridge)
+
+    yield "magnitude, uniform widths", lambda: masked(setting, fresh(EVEN, False), even, MAGNITUDE)
+    yield "+ OBS selection", lambda: masked(setting, fresh(EVEN, False), even, EVEN)
+    yield "+ refit", lambda: refitted(setting, fresh(EVEN, False), even, EVEN)
+    yield "+ residual target", lambda: whole(EVEN, even, False, True)
+    yield "+ rotation", lambda: whole(EVEN, even, True, True)
+    yield "+ token weights", lambda: whole(how, even, True, True)
+    yield "+ allocation", lambda: whole(how, shapes, True, True)
+    yield "+ cross-validated ridge", lambda: whole(how, shapes, True, False)
+    epochs = PolishSettings(epochs=POLISH_EPOCHS)
+    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), epochs, recipe.seed)
 
 
 def measured_widths(results: Path, budget: str) -> tuple[BlockShape, ...]:
@@ -170,26 +211,37 @@ def main() -> None:
     images = data.calibration_images(source, "train", options.images, transform=transform, seed=options.seed)
     first = list(images[: -(-recipe.data.ranking_images // len(images[0]))])
     scores = ranking.rank_heads(dense, structure, first, recipe.ranking, seed=options.seed).to_json()["scores"]
-    setting = Setting(dense, structure, list(images), scores)
+    held_out = data.calibration_images(
+        source, "train", HELD_OUT, transform=transform, seed=options.seed, skip=options.images
+    )
+    augmented = data.train_transform(data.Preprocessing.from_model(dense))
+
+    def views(batch_size: int) -> DataLoader[Any]:
+        chosen = data.drawn(source, "train", options.images, seed=options.seed)
+        return data.loader(chosen, transform=augmented, batch_size=batch_size, shuffle=True, seed=options.seed)
+
+    setting = Setting(dense, structure, list(images), list(held_out), scores, views)
     scored = data.open_split(source, "validation")
     batches = data.loader(scored, transform=transform, batch_size=50, shuffle=False, num_classes=1000)
-    results: dict[str, Any] = {
+    results = json.loads(options.results.read_text()) if options.results.exists() else {"lines": {}}
+    results |= {
         "command": f"python benchmarks/oneshot_ablation.py --weights {options.weights.name} "
         f"--data hfds/{Path(options.data).name}",
         "budget": options.budget,
         "images": options.images,
         "seed": options.seed,
         "torch": torch.__version__,
-        "lines": {},
     }
-    began = time.perf_counter()
-    for name, model in lines(setting, recipe, options.budget, measured_widths(options.widths, options.budget)):
+    for name, make in lines(setting, recipe, options.budget, measured_widths(options.widths, options.budget)):
+        if name in results["lines"]:
+            continue
+        began = time.perf_counter()
+        model = make()
         seconds, top1 = time.perf_counter() - began, evaluate(model, batches).top1
         results["lines"][name] = {"top1": top1, "seconds": round(seconds, 1)}
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         sys.stdout.write(f"{name}: {top1:.1f} %, {seconds:.0f} s\n")
         sys.stdout.flush()
-        began = time.perf_counter()
 
 
 if __name__ == "__main__":
