@@ -87,6 +87,7 @@ def run_case(options: argparse.Namespace, case: str, seed: int, images: int, fol
         "params": report["pruned"]["params"],
         "macs": report["pruned"]["macs"],
         "fidelity": report["fidelity"],
+        "polish": report.get("polish"),
         "seconds": round(seconds, 1),
         "peak_memory_mib": round(memory),
         "budget": report["budget"],

@@ -1,0 +1,137 @@
+"""Images per second and peak memory of a dense and a pruned model, the two taking turns.
+
+    python benchmarks/throughput.py deit_small_patch16_224 --budget macs=-50%    # widths cut alike, weights drawn
+    python benchmarks/throughput.py runs/mine/dense --pruned runs/mine           # what gohsp wrote
+    python benchmarks/throughput.py deit_small_patch16_224 --budget macs=-50% --device cuda
+
+A model is a timm name or a folder that gohsp wrote; time does not depend on what the weights are. ``promised`` is the
+ratio of MACs, ``speedup`` the measured one, ``achieved`` their quotient. Peak memory is that of one batch, weights not
+counted: on a GPU what torch allocated, on a CPU what a process of its own took (Linux only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gohsp
+from gohsp import checkpoint, latency, models
+from gohsp.core import allocation
+
+CASES = {
+    "cuda": [*itertools.product(["bfloat16"], [1, 64, 256], [False, True])],
+    "cpu": [*itertools.product(["float32", "bfloat16"], [1, 32], [False])],
+}
+"""Data type, batch size and whether compiled, by device."""
+
+
+def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """The dense and the pruned model."""
+    dense = checkpoint.open_model(options.model).eval()
+    if options.pruned:
+        return dense, gohsp.load(options.pruned).eval()
+    structure, goal = models.describe(dense), gohsp.parse_budget(options.budget)
+    if goal.kind == "latency":
+        sys.exit("give a budget in params or macs: its promise is what is measured here")
+    limit = goal.limit(gohsp.model_cost(structure, structure.shapes, goal.kind))
+    shapes = allocation.uniform(structure, goal.kind, limit, allocation.WidthSettings())
+    return dense, models.resized(dense, shapes).eval()
+
+
+def batch_of(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random images that the model takes."""
+    config: Any = model.pretrained_cfg
+    side = getattr(model, "patch_embed").img_size or config["input_size"][1:]  # noqa: B009 (no typed attribute)
+    return torch.randn(size, config["input_size"][0], *side, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def peak_memory(options: argparse.Namespace, which: int, case: tuple[str, int, bool]) -> float:
+    """MiB that one batch takes beyond the model; on a CPU in a process of its own."""
+    dtype, size, _ = case
+    device = torch.device(options.device)
+    model = contestants(options)[which].to(device, getattr(torch, dtype))
+    images = batch_of(model, size, getattr(torch, dtype), device)
+    model(images[:1])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(images)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
+    before = peak_resident()
+    model(images)
+    return (peak_resident() - before) / 2**10
+
+
+def peak_resident() -> int:
+    """Most memory that this process held at once, KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@torch.no_grad()
+def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[str, Any]:
+    """Both models under one case."""
+    dtype, size, compiled = case
+    device = torch.device(options.device)
+    pair = [model.to(device, getattr(torch, dtype)) for model in contestants(options)]
+    costs = [gohsp.model_cost(s, s.shapes, "macs") for s in map(models.describe, pair)]
+    images = batch_of(pair[0], size, getattr(torch, dtype), device)
+    calls: list[Any] = [torch.compile(model) if compiled else model for model in pair]
+    times = latency.interleaved([lambda c=c: c(images) for c in calls], device, options.rounds)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = [pool.apply(peak_memory, (options, which, case)) for which in (0, 1)]
+    promised, speedup = costs[0] / costs[1], times[0] / times[1]
+    return {
+        "dtype": dtype,
+        "batch": size,
+        "compiled": compiled,
+        "images_per_second": [round(1e3 * size / t, 1) for t in times],
+        "peak_memory_mib": [round(m, 1) for m in memory],
+        "promised": round(promised, 3),
+        "speedup": round(speedup, 3),
+        "achieved": round(speedup / promised, 3),
+    }
+
+
+def main() -> None:
+    """Measure every case of the device, writing the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--budget", default="macs=-50%")
+    parser.add_argument("--pruned", type=Path, help="folder of a pruned model, instead of a budget")
+    parser.add_argument("--device", choices=CASES, default="cpu")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/throughput.json"))
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    name = Path(options.model).name
+    what = f"--pruned {options.pruned.name}" if options.pruned else f"--budget {options.budget}"
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/throughput.py {name} {what} --device {options.device}",
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cases": [],
+    }
+    results[f"{name} {what} {options.device}"] = record
+    for case in CASES[options.device]:
+        record["cases"].append(measured(options, case))
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        sys.stdout.write(f"{record['cases'][-1]}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
