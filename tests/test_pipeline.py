@@ -321,6 +321,36 @@ def test_unreadable_images_are_counted_and_do_not_end_the_run(tmp_path: Path):
         prune(tmp_path / "strict", model=model, source=source, recipe=strict, shapes=SHAPES)
 
 
+def test_resident_images_train_and_score_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_with(**NO_TRAINING | {"finetune": ONE_EPOCH}, training={"precision": "no", "augment": "light"})
+    resident = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, resident=True))
+    ordinary = prune(tmp_path / "ordinary", model=tiny(), recipe=recipe, shapes=SHAPES).report
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an ordinary loader was made")
+
+    monkeypatch.setattr("gohsp.data.loader", refuse)
+    there = prune(tmp_path / "resident", model=tiny(), recipe=resident, shapes=SHAPES).report
+    assert there["dense"] == pytest.approx(ordinary["dense"], rel=1e-4)
+    assert there["data"] == ordinary["data"]
+    assert there["curves"]["finetune"][0]["train_loss"] == pytest.approx(
+        ordinary["curves"]["finetune"][0]["train_loss"], rel=0.1
+    )
+
+
+def test_compiled_training_runs_through_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[nn.Module] = []
+
+    def compile_(model: nn.Module) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr("torch.compile", compile_)
+    recipe = recipe_with(**NO_TRAINING | {"finetune": ONE_EPOCH}, training={"precision": "no", "compile": True})
+    prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES)
+    assert len(compiled) == 2  # student and teacher of the one stage
+
+
 # The one-shot route
 
 

@@ -586,14 +586,16 @@ class Preprocessing:
         )
 
 
-def eval_transform(preprocessing: Preprocessing) -> Transform:
+def eval_transform(preprocessing: Preprocessing, *, normalize: bool = True) -> Transform:
     """Build the deterministic transform: resize, centre crop, scale to 0..1, normalise.
 
     Args:
         preprocessing: What the model expects.
+        normalize: Whether to do the last two steps.
 
     Returns:
-        A function from a PIL image of any mode to a float32 tensor [channels, height, width].
+        A function from a PIL image of any mode to a float32 tensor [channels, height, width], uint8 without
+        ``normalize``.
     """
     return _with_mode(
         preprocessing,
@@ -604,6 +606,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
             std=preprocessing.std,
             crop_pct=preprocessing.crop_pct,
             crop_mode=preprocessing.crop_mode,
+            normalize=normalize,
         ),
     )
 

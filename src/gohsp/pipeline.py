@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gohsp import cache, checkpoint, data, latency, models, polish, report, run, training
+from gohsp import cache, checkpoint, data, latency, models, polish, report, resident, run, training
 from gohsp import recipe as recipes
 from gohsp.core import admm, allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.activations import Stages
@@ -76,9 +77,9 @@ class Result:
 class _Loaders:
     """Labelled images, which only the training route reads."""
 
-    train: DataLoader[Any]
-    validation: DataLoader[Any]
-    sample: DataLoader[Any]
+    train: DataLoader[Any] | resident.ResidentLoader
+    validation: Iterable[Any]
+    sample: Callable[[], Iterable[Any]]
     train_split: data.Split
     validation_split: data.Split
 
@@ -296,46 +297,53 @@ def _bench(
         "batch_size": recipe.training.batch_size,
         "store": data.Spool,
     }
+    accelerator = training.make_accelerator(recipe.training.precision, "cpu" if recipe.device == "cpu" else None)
     return _Bench(
         recipe=recipe,
         folder=folder,
-        accelerator=training.make_accelerator(recipe.training.precision, "cpu" if recipe.device == "cpu" else None),
+        accelerator=accelerator,
         calibration=data.calibration_images(source, settings.train_split, calibration, **drawn),
         holdout=data.calibration_images(
             source, settings.train_split, holdout, skip=min(calibration, size - holdout), **drawn
         ),
         mirror=settings.mirror and splits[0].mirrored_alike,
         num_classes=_num_classes(model),
-        loaders=_loaders(model, recipe, splits[0], splits[1]) if recipe.route == "train" else None,
+        loaders=_loaders(model, recipe, splits[0], splits[1], accelerator) if recipe.route == "train" else None,
         quiet=quiet,
     )
 
 
-def _loaders(model: nn.Module, recipe: Recipe, train_split: data.Split, validation_split: data.Split) -> _Loaders:
-    settings = recipe.training
-    preprocessing = data.Preprocessing.from_model(model)
-    plain = data.eval_transform(preprocessing)
-    augmented = data.train_transform(preprocessing, augment=settings.augment, mirror=train_split.mirrored_alike)
-    common: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "workers": settings.workers,
-        "strict": recipe.data.strict,
-        "num_classes": _num_classes(model),
-    }
-    return _Loaders(
-        train=data.loader(
-            train_split,
-            transform=augmented,
+def _loaders(
+    model: nn.Module, recipe: Recipe, train_split: data.Split, validation_split: data.Split, accelerator: Accelerator
+) -> _Loaders:
+    settings, preprocessing = recipe.training, data.Preprocessing.from_model(model)
+    mirror, seed = train_split.mirrored_alike, recipe.seed
+    checks: dict[str, Any] = {"strict": recipe.data.strict, "num_classes": _num_classes(model)}
+    drop_last = len(train_split) > settings.batch_size
+    if recipe.data.resident:
+        train, validation = (
+            resident.resident_images(split, preprocessing, accelerator.device, **checks)
+            for split in (train_split, validation_split)
+        )
+        loader = partial(resident.ResidentLoader, batch_size=settings.batch_size)
+        augmented = loader(
+            train,
             shuffle=True,
-            seed=recipe.seed,
-            drop_last=len(train_split) > settings.batch_size,
-            **common,
-        ),
-        validation=data.loader(validation_split, transform=plain, shuffle=False, **common),
-        sample=data.loader(train_split, transform=plain, shuffle=True, seed=recipe.seed, **common),
-        train_split=train_split,
-        validation_split=validation_split,
-    )
+            augment=settings.augment == "light",
+            mirror=mirror,
+            seed=seed,
+            drop_last=drop_last,
+            share=(accelerator.process_index, accelerator.num_processes),
+        )
+        sample = partial(loader, train, shuffle=True, seed=seed)
+        return _Loaders(augmented, loader(validation, shuffle=False), sample, train_split, validation_split)
+    loader = partial(data.loader, batch_size=settings.batch_size, workers=settings.workers, **checks)
+    plain = data.eval_transform(preprocessing)
+    transform = data.train_transform(preprocessing, augment=settings.augment, mirror=mirror)
+    augmented = loader(train_split, transform=transform, shuffle=True, seed=seed, drop_last=drop_last)
+    sample = partial(loader, train_split, transform=plain, shuffle=True, seed=seed)
+    validation = loader(validation_split, transform=plain, shuffle=False)
+    return _Loaders(augmented, validation, sample, train_split, validation_split)
 
 
 def _prune(
@@ -763,9 +771,8 @@ def _training_loss(bench: _Bench, model: nn.Module) -> float | None:
     """Cross entropy on a fixed sample of training images, as in evaluation; None on the route without labels."""
     if bench.loaders is None:
         return None
-    bench.loaders.sample.sampler.set_epoch(0)  # type: ignore[attr-defined]
     batches = max(1, LOSS_IMAGES // bench.recipe.training.batch_size)
-    return bench.score(model, itertools.islice(bench.loaders.sample, batches)).loss
+    return bench.score(model, itertools.islice(bench.loaders.sample(), batches)).loss
 
 
 def _metrics_record(structure: ModelStructure, metrics: Mapping[str, Any]) -> dict[str, Any]:

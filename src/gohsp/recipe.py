@@ -32,6 +32,8 @@ class DataSettings:
         image_key: Column of the images, if it cannot be told.
         label_key: Column of the labels, if it cannot be told.
         strict: Whether one unreadable image ends the run; otherwise it is left out and counted.
+        resident: Whether training and validation images stay, decoded and cropped, on the training device and are
+            augmented there: for many small images. Then ``training.augment`` is ``none`` or ``light``.
         calibration_images: Unlabelled training images for statistics and repairs.
         mirror: Whether repairs see the mirror images of these, too; never where mirroring changes a class.
         allocation_images: How many of these the damage curves are measured on.
@@ -44,6 +46,7 @@ class DataSettings:
     image_key: str | None = None
     label_key: str | None = None
     strict: bool = False
+    resident: bool = False
     calibration_images: int = 1024
     mirror: bool = True
     allocation_images: int = 256
@@ -103,6 +106,11 @@ class Recipe:
             raise RecipeError(
                 'route = "oneshot" trains nothing, but dense.epochs is '
                 f'{self.dense.epochs}; give a trained model and epochs = 0, or take route = "train"'
+            )
+        if self.data.resident and self.training.augment == "strong":
+            raise RecipeError(
+                'data.resident images are augmented on the device, which knows training.augment = "none" and "light", '
+                'not "strong"; choose one of these, or set data.resident = false'
             )
         if self.route == "train" and self.polish.epochs > 0:
             raise RecipeError(
