@@ -39,6 +39,8 @@ from gohsp.measure import Metrics
 from gohsp.resident import ResidentLoader
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data types that mixed precision computes in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,7 @@ def resolve_precision(precision: Precision, *, cpu: bool) -> Literal["no", "bf16
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
     """The data type that mixed precision computes in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    return PRECISIONS[accelerator.mixed_precision]
 
 
 def progress_bar(*, disable: bool = False) -> Progress:
