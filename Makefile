@@ -18,6 +18,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/results_page.py --check
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .

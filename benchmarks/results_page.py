@@ -1,0 +1,368 @@
+"""Make ``docs/results.md``, its plots and the README's table from what the benchmarks wrote.
+
+    python benchmarks/results_page.py            # rewrite them
+    python benchmarks/results_page.py --check    # fail if a text is not what would be written
+
+A benchmark that has no results yet has no section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RESULTS, DOCS, README = Path("benchmarks/results"), Path("docs"), Path("README.md")
+BEGIN, END = "<!-- benchmarks/results_page.py: begin -->", "<!-- benchmarks/results_page.py: end -->"
+DENSE_TINY = (5_717_416, 1_253_683_200, 71.7)
+"""DeiT-Tiny: parameters, MACs (``gohsp.model_cost``), top-1 on the 1,000 validation images (``gohsp evaluate``)."""
+
+STYLE = {"font.size": 9, "svg.hashsalt": "gohsp", "axes.spines.top": False, "axes.spines.right": False}
+OURS = "#2563eb"
+BUDGETS = ("params=5.0M", "params=4.3M", "params=4.0M", "params=3.5M", "params=3.06M", "params=2.5M", "macs=-30%")
+HALVES = {"qk": "q/k halved in every block", "vo": "v/o halved", "ffn": "FFNs halved"}
+POLISH = " --polish.epochs=4"
+
+Json = Mapping[str, Any]
+
+
+def read(name: str) -> Json | None:
+    """A result file, or None where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def share(value: float, whole: float) -> str:
+    """A change in percent."""
+    return f"{100 * (value / whole - 1):+.1f} %"
+
+
+def oneshot_row(run: Json, polished: Json | None) -> list[str]:
+    """Size, accuracy, time and memory of a one-shot run, and its accuracy after the polish."""
+    return [
+        f"{run['params']:,} ({share(run['params'], DENSE_TINY[0])})",
+        f"{run['macs'] / 1e9:.3f} G ({share(run['macs'], DENSE_TINY[1])})",
+        f"{run['top1']:.1f} %",
+        f"{polished['top1']:.1f} %" if polished else "",
+        f"{run['fidelity']['kl']:.2f}",
+        f"{run['seconds']:.0f} s",
+        f"{run['peak_memory_mib'] / 1024:.1f} GiB",
+    ]
+
+
+def oneshot() -> str | None:
+    """Budgets, halves, seeds and calibration sizes of the one-shot route."""
+    if (found := read("oneshot_deit_tiny")) is None:
+        return None
+    runs = found["runs"]
+    cases = [f"{case} seed=0 images=1000" for case in (*BUDGETS, "latency=-25%", *HALVES)]
+    rows = [
+        [f"`{case}`" if "=" in case else HALVES[case], *oneshot_row(runs[key], runs.get(key + POLISH))]
+        for key in cases
+        if key in runs
+        for case in [key.split(" ")[0]]
+    ]
+    header = ["", "parameters", "MACs", "top-1", "polished", "divergence", "time", "peak memory"]
+    dense = ["dense", f"{DENSE_TINY[0]:,}", f"{DENSE_TINY[1] / 1e9:.3f} G", f"{DENSE_TINY[2]:.1f} %", "", "", "", ""]
+    seeds = [runs[key]["top1"] for s in range(3) if (key := f"params=4.0M seed={s} images=1000") in runs]
+    sizes = calibration_sizes(runs)
+    counts = sorted({n for line in sizes.values() for n in line})
+    text = [
+        "## One-shot, DeiT-Tiny",
+        f"    {found['command']}",
+        "1,000 training images without labels calibrate (950, 50 are held out), nothing is trained; top-1 on 1,000 "
+        "validation images, standard error 1.5. *Polished*: `--polish.epochs 4`, distillation on the same images. "
+        "*Divergence*: of the predictions on the held-out images, in nats, before the polish. Seed 0, two CPU cores; "
+        "cases ran side by side on one core each, so that their times are upper bounds (4.0 M ran alone), and budgets "
+        "share one measurement of damage curves.",
+        table(header, [dense, *rows]),
+        f"Three seeds at 4.0 M parameters: {', '.join(f'{top1:.1f}' for top1 in seeds)} % "
+        f"(mean {sum(seeds) / len(seeds):.1f}). Top-1 by calibration images, at the widths of the first:",
+        table(
+            ["images", *map(str, counts)],
+            [[label, *(f"{line[n]:.1f} %" if n in line else "" for n in counts)] for label, line in sizes.items()],
+        ),
+        "![Top-1 against the number of calibration images](oneshot_images.svg)",
+    ]
+    if speed := latency_text(runs):
+        text.append(speed)
+    if ablation := read("oneshot_ablation_deit_tiny"):
+        lines = [[name, f"{line['top1']:.1f} %"] for name, line in ablation["lines"].items()]
+        text += [
+            f"What each part is worth at {ablation['budget'].removeprefix('params=')} parameters, one thing added "
+            f"a line (`{ablation['command'].split(' --')[0]}`):",
+            table(["", "top-1"], lines),
+        ]
+    return "\n\n".join(text)
+
+
+def latency_text(runs: Json) -> str | None:
+    """What the latency budget came to."""
+    run = runs.get("latency=-25% seed=0 images=1000")
+    if run is None:
+        return None
+    speed, budget = run["speed"], run["budget"]
+    return (
+        f"`latency=-25%` (batch {speed['batch_size']}, {speed['dtype']}): {budget['achieved']:.1f} of "
+        f"{budget['limit']:.1f} ms allowed, dense {speed['dense_ms']:.1f} ms, measured in turns at the end of the run."
+    )
+
+
+def calibration_sizes(runs: Json) -> dict[str, dict[int, float]]:
+    """Top-1 by number of calibration images at one plan, with and without mirror images."""
+    lines: dict[str, dict[int, float]] = {"with mirror images": {}, "without": {}}
+    if first := runs.get("params=4.0M seed=0 images=1000"):
+        lines["with mirror images"][1000] = first["top1"]
+    for key, run in runs.items():
+        if key.startswith("plan ") and run["seed"] == 0:
+            label = "without" if "--data.no-mirror" in run["flags"] else "with mirror images"
+            lines[label][run["images"]] = run["top1"]
+    return lines
+
+
+def best_peers(runs: Json) -> dict[str, dict[str, Json]]:
+    """For every criterion and scope of Torch-Pruning, its best variant at each budget."""
+    best: dict[str, dict[str, Json]] = {}
+    for key, run in runs.items():
+        method, budget = key.split(" ")[:2]
+        if method == "gohsp":
+            continue
+        of_name = best.setdefault(" ".join(method.split("/")[:2]), {})
+        if budget not in of_name or run["top1"] > of_name[budget]["top1"]:
+            of_name[budget] = run
+    return best
+
+
+def peers() -> str | None:
+    """Torch-Pruning on the same images."""
+    if (found := read("peers_deit_tiny")) is None:
+        return None
+    best = best_peers(found["runs"])
+    budgets = sorted({b for of in best.values() for b in of}, key=lambda b: -float(b[len("params=") : -1]))
+    ours = (read("oneshot_deit_tiny") or {"runs": {}})["runs"]
+    rows = [
+        [name, *(f"{of[b]['top1']:.1f} %" if b in of else "" for b in budgets)] for name, of in sorted(best.items())
+    ]
+    for label, suffix in (("**gohsp**", ""), ("**gohsp, polished**", POLISH)):
+        line = [ours.get(f"{b} seed=0 images=1000{suffix}") for b in budgets]
+        if any(line):
+            rows.append([label, *(f"**{run['top1']:.1f} %**" if run else "" for run in line)])
+    return "\n\n".join(
+        [
+            "## Beside Torch-Pruning, one-shot, DeiT-Tiny",
+            f"    {found['command']} --params {' '.join(b.removeprefix('params=') for b in budgets)}",
+            "Torch-Pruning 1.6.1 on the same 1,000 images, with their labels, nothing trained afterwards; each cell is "
+            "the best of five choices of what may be cut (fewer where a budget was tried with the best ones only). "
+            "`isomorphic-raw` ranks without dividing a layer's scores by their mean, which is not its default.",
+            table(["", *(b.removeprefix("params=") for b in budgets)], rows),
+            "![Top-1 against parameters](oneshot_accuracy.svg)",
+        ]
+    )
+
+
+def imagewoof() -> str | None:
+    """The training route on a user's own data."""
+    found = [(name, read(name)) for name in ("imagewoof", "imagewoof_short")]
+    if found[0][1] is None:
+        return None
+    names = {
+        "gohsp": "**gohsp**",
+        "random": "heads ranked at random",
+        "oneshot": "no ADMM: cut and repaired, then fine-tuned",
+        "uniform": "uniform widths",
+        "plain": "uniform widths, Euclidean ADMM, no repair",
+        "magnitude": "no ADMM, uniform widths, weakest weight norms, no repair",
+    }
+    text = ["## imagewoof-160 at 112 px, DeiT-Tiny, two CPU cores, 2,000 validation images, standard error 0.8"]
+    for _, result in found:
+        if result is None:
+            continue
+        recipe = result["recipe"]
+        epochs = f"{recipe['admm_stage']['epochs']} epochs of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+        rows = []
+        for key, arms in result["runs"].items():
+            for arm, run in arms.items():
+                if retrained := run.get("dense_retrained"):
+                    rows.append([key.split(" ")[0], "dense, trained as long", "", f"{retrained['top1']:.2f} %"])
+                dense = share(run["pruned"]["params"], run["dense"]["params"])
+                rows.append([key.split(" ")[0], names[arm], dense, f"{run['pruned']['top1']:.2f} %"])
+        first = next(run for arms in result["runs"].values() for run in arms.values())
+        text += [
+            f"    {result['command']}",
+            f"Seed 0; {epochs}, or as many of fine-tuning alone; dense, before these: {first['dense']['top1']:.2f} %.",
+            table(["budget", "", "parameters", "top-1"], rows),
+        ]
+    return "\n\n".join(text)
+
+
+def cifar10() -> str | None:
+    """All methods on CIFAR-10, at either size."""
+    text = []
+    for name, title in (("cifar10_vit_small", "ViT-Small, GPU"), ("cifar10_cpu", "a small ViT, CPU")):
+        if (found := read(name)) is None:
+            continue
+        rows = [
+            [key, f"{run['params']:,}", f"{run['macs'] / 1e6:.1f} M", f"{run['top1']:.2f} %"]
+            for key, run in found["runs"].items()
+        ]
+        text += [
+            f"## CIFAR-10, {title}",
+            f"    {found['command']}",
+            table(["method, budget, seed", "parameters", "MACs", "test top-1"], rows),
+        ]
+    return "\n\n".join(text) or None
+
+
+def throughput() -> str | None:
+    """Measured speed over what the ratio of MACs promises."""
+    if (found := read("throughput")) is None:
+        return None
+    text = ["## Throughput"]
+    for record in found.values():
+        rows = [
+            [
+                f"{case['dtype']}, batch {case['batch']}{', compiled' if case['compiled'] else ''}",
+                *(f"{rate:,.0f}" for rate in case["images_per_second"]),
+                *(f"{memory:,.0f}" for memory in case["peak_memory_mib"]),
+                f"{case['speedup']:.2f}",
+                f"{100 * case['achieved']:.0f} %",
+            ]
+            for case in record["cases"]
+        ]
+        header = ["", "images/s dense", "pruned", "peak MiB dense", "pruned", "speed-up", "of the MAC ratio"]
+        text += [f"    {record['command']}", f"{record['machine']}:", table(header, rows)]
+    return "\n\n".join(text)
+
+
+def overhead() -> str | None:
+    """What ADMM adds to a training step."""
+    if (found := read("admm_overhead")) is None:
+        return None
+    kinds = ("ratio_of_medians", "ratio_of_sums")
+    rows = [[penalty, *(f"{found[penalty][kind]:.3f}" for kind in kinds)] for penalty in ("decoupled", "coupled")]
+    return "\n\n".join(
+        [
+            "## Cost of an ADMM step",
+            f"    {found['command']}",
+            "Step time with ADMM over the plain step, DeiT-Tiny, two CPU cores, in turns:",
+            table(["penalty", "ratio of medians", "ratio of sums"], rows),
+        ]
+    )
+
+
+SECTIONS: tuple[Callable[[], str | None], ...] = (oneshot, peers, imagewoof, cifar10, throughput, overhead)
+
+
+def page() -> str:
+    """The whole page."""
+    intro = (
+        "# Results\n\nMade from `benchmarks/results/*.json` by `python benchmarks/results_page.py`; every table names "
+        "the command that measured it. What the figures mean, and what did not work, stands in [one-shot](oneshot.md), "
+        "[ADMM](admm.md) and [ranking](ranking.md)."
+    )
+    return "\n\n".join([intro, *(text for section in SECTIONS if (text := section()))]) + "\n"
+
+
+def readme_table() -> str:
+    """The README's rows that come from result files."""
+    header = ["model and data", "dense", "dense, trained as long", "pruned", "cut"]
+    rows = []
+    if found := read("imagewoof"):
+        run = found["runs"]["params=-40% seed=0"]["gohsp"]
+        rows.append(
+            [
+                "DeiT-Tiny, imagewoof-160 at 112 px (2,000 validation images): "
+                "[`benchmarks/imagewoof.py`](benchmarks/imagewoof.py), seed 0",
+                f"{run['dense']['top1']:.2f} %",
+                f"{run['dense_retrained']['top1']:.2f} %",
+                f"**{run['pruned']['top1']:.2f} %**",
+                f"parameters {share(run['pruned']['params'], run['dense']['params'])}, "
+                f"MACs {share(run['pruned']['macs'], run['dense']['macs'])}",
+            ]
+        )
+    if found := read("oneshot_deit_tiny"):
+        run = found["runs"]["params=4.0M seed=0 images=1000"]
+        rows.append(
+            [
+                "DeiT-Tiny, 1,000 ImageNet validation images, one-shot, no labels, no training: "
+                "[`benchmarks/oneshot.py`](benchmarks/oneshot.py), seed 0",
+                f"{DENSE_TINY[2]:.1f} %",
+                "",
+                f"**{run['top1']:.1f} %**",
+                f"parameters {share(run['params'], DENSE_TINY[0])}, MACs {share(run['macs'], DENSE_TINY[1])}",
+            ]
+        )
+    return table(header, rows)
+
+
+def readme() -> str:
+    """The README with its table made anew."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_table()}\n{END}{rest.split(END)[1]}"
+
+
+def draw_accuracy(axes: Axes) -> None:
+    """Top-1 against parameters, all competitors."""
+    for name, of in sorted(best_peers((read("peers_deit_tiny") or {"runs": {}})["runs"]).items()):
+        points = sorted((run["params"] / 1e6, run["top1"]) for run in of.values())
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, alpha=0.75, label=name)
+    runs = (read("oneshot_deit_tiny") or {"runs": {}})["runs"]
+    for suffix, style, label in (("", "o-", "gohsp"), (POLISH, "s--", "gohsp, polished")):
+        keys = [f"{b} seed=0 images=1000{suffix}" for b in BUDGETS if b.startswith("params")]
+        points = sorted((runs[k]["params"] / 1e6, runs[k]["top1"]) for k in keys if k in runs)
+        points += [(DENSE_TINY[0] / 1e6, DENSE_TINY[2])] if not suffix else []
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=OURS, lw=2, ms=5, label=label)
+    axes.plot(DENSE_TINY[0] / 1e6, DENSE_TINY[2], "k*", ms=10, label="dense")
+    axes.set(xlabel="parameters, millions", ylabel="top-1, %", ylim=(0, 75))
+
+
+def draw_images(axes: Axes) -> None:
+    """Top-1 against calibration images at fixed widths."""
+    lines = calibration_sizes((read("oneshot_deit_tiny") or {"runs": {}})["runs"])
+    for (label, line), color in zip(lines.items(), (OURS, "#9aa5b5"), strict=True):
+        axes.plot(*zip(*sorted(line.items()), strict=True), "o-", color=color, label=label)
+    axes.set(xlabel="calibration images", ylabel="top-1, %")
+
+
+def draw() -> None:
+    """Draw all plots."""
+    with rc_context(STYLE):
+        for name, plot in (("oneshot_accuracy", draw_accuracy), ("oneshot_images", draw_images)):
+            figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+            axes = figure.add_subplot()
+            plot(axes)
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
+            figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Write everything, or check the texts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    texts = {DOCS / "results.md": page(), README: readme()}
+    if options.check:
+        stale = [str(path) for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        sys.exit(f"{', '.join(stale)}: run python benchmarks/results_page.py" if stale else 0)
+    for path, text in texts.items():
+        path.write_text(text)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
