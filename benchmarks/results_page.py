@@ -190,7 +190,7 @@ def imagewoof() -> str | None:
         if result is None:
             continue
         recipe = result["recipe"]
-        epochs = f"{recipe['admm_stage']['epochs']} epochs of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+        epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
         rows = []
         for key, arms in result["runs"].items():
             for arm, run in arms.items():
@@ -201,7 +201,7 @@ def imagewoof() -> str | None:
         first = next(run for arms in result["runs"].values() for run in arms.values())
         text += [
             f"    {result['command']}",
-            f"Seed 0; {epochs}, or as many of fine-tuning alone; dense, before these: {first['dense']['top1']:.2f} %.",
+            f"Seed 0; epochs: {epochs}, or as many of fine-tuning alone; dense, before these: {first['dense']['top1']:.2f} %.",
             table(["budget", "", "parameters", "top-1"], rows),
         ]
     return "\n\n".join(text)
