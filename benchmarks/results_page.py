@@ -201,7 +201,8 @@ def imagewoof() -> str | None:
         first = next(run for arms in result["runs"].values() for run in arms.values())
         text += [
             f"    {result['command']}",
-            f"Seed 0; epochs: {epochs}, or as many of fine-tuning alone; dense, before these: {first['dense']['top1']:.2f} %.",
+            f"Seed 0; epochs: {epochs}, or as many of fine-tuning alone; dense, before them: "
+            f"{first['dense']['top1']:.2f} %.",
             table(["budget", "", "parameters", "top-1"], rows),
         ]
     return "\n\n".join(text)
