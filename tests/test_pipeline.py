@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gohsp
 from gohsp import Recipe, pipeline, report
 from gohsp import recipe as recipes
+from gohsp.core import sensitivity
 from gohsp.data import DataSource
 from gohsp.errors import BudgetError, DataError, GohspError, NonFiniteError, PlanError, RunError
 from gohsp.structure import BlockShape, Plan, model_cost
@@ -392,6 +393,42 @@ def test_curves_are_measured_once_for_all_budgets(tmp_path: Path, monkeypatch: p
     prune(tmp_path / "other", model=tiny(), recipe=recipe, budget="params=-40%")
     with pytest.raises(AssertionError, match="measured again"):
         prune(tmp_path / "changed", model=tiny(), recipe=dataclasses.replace(recipe, seed=1), budget="params=-20%")
+
+
+def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, bool]] = []
+    measure = sensitivity.measure_curves
+
+    def spy(model: nn.Module, stages: Any, structure: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append((model_cost(structure, structure.shapes, "params"), named["reference"] is None))
+        floors = {block.ffn_floor for block in structure.blocks}
+        assert floors == ({0} if len(seen) == 1 else {32})  # a quarter of the dense model's units
+        return measure(model, stages, structure, *arguments, **named)
+
+    monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", spy)
+    widths = {"multiple": 2, "min_width": 2, "min_ffn": 0.25}
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation_stages=2, widths=widths)
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="params=-50%")
+    (dense, first), (half, second) = seen
+    assert (first, second) == (True, False)
+    assert half <= dense * 0.5**0.5 < half * 1.02
+    budget = result.report["budget"]
+    assert 0.99 * budget["limit"] <= budget["achieved"] <= budget["limit"]
+    assert all(block["ffn"] >= 32 for block in result.report["plan"]["pruned"])
+    assert result.report["fidelity"]["predicted_kl"] > 0
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("changes", [{"allocation_stages": 0}, {"allocation_stages": 2, "allocation": "uniform"}])
+def test_impossible_stages_are_refused(changes: dict[str, Any]):
+    with pytest.raises(GohspError, match="allocation_stages"):
+        recipe_with(**changes)
+
+
+def test_stages_with_a_latency_budget_are_refused(tmp_path: Path):
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation_stages=2)
+    with pytest.raises(BudgetError, match="one stage"):
+        prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=-20%")
 
 
 def count_multiplications(contestants: list[Callable[[], object]], _device: torch.device, _rounds: int) -> list[float]:

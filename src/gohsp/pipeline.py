@@ -8,6 +8,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -223,7 +224,14 @@ def prune(
     goal = parse_budget(budget)
     if shapes is not None:
         check_shapes(structure, shapes)
-    if goal.kind != "latency":
+    if goal.kind == "latency":
+        if recipe.allocation_stages > 1:
+            raise BudgetError(
+                f"budget '{budget}' with allocation_stages = {recipe.allocation_stages}: times are measured on the "
+                "dense model's blocks, so a latency budget is allocated in one stage; set allocation_stages to 1, or "
+                "give a budget in params or macs"
+            )
+    else:
         limit = goal.limit(model_cost(structure, structure.shapes, goal.kind))
         if shapes is None:
             allocation.require_feasible(structure, goal.kind, limit, recipe.widths)
@@ -491,8 +499,14 @@ def _based(bench: _Bench, dense: nn.Module, structure: ModelStructure, scores: l
             structure.embed_dim,
             4 * structure.embed_dim,
         )
-    work, projection = copy.deepcopy(dense), bench.recipe.admm.projection
-    with bench.timed("moments"), bench.autocast():
+    with bench.timed("moments"):
+        return _basis_of(bench, dense, structure, scores)
+
+
+def _basis_of(bench: _Bench, model: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> _Basis:
+    """A rotated copy of ``model`` with token weights and second moments."""
+    work, projection = copy.deepcopy(model), bench.recipe.admm.projection
+    with bench.autocast():
         weights = fisher.token_weights(
             work,
             structure,
@@ -515,31 +529,71 @@ def _allocated(
     if record := bench.folder.done("allocation"):
         return shapes_from_json(record["shapes"]), record["predicted"]
     with bench.timed("allocate"):
-        curves = _curves(bench, basis, dense) if recipe.allocation == "measured" else None
-
-        def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
-            if curves is None:
-                return allocation.uniform(structure, cost, limit, recipe.widths)
-            return allocation.allocate(structure, curves, cost, limit, recipe.widths)
-
         if goal.kind == "latency":
+            curves = _curves(bench, basis, dense, dense) if recipe.allocation == "measured" else None
+
+            def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
+                if curves is None:
+                    return allocation.uniform(structure, cost, limit, recipe.widths)
+                return allocation.allocate(structure, curves, cost, limit, recipe.widths)
+
             shapes = _within_latency(bench, basis, goal, chosen)
+            predicted = None if curves is None else allocation.predicted_damage(curves, shapes)
         else:
-            shapes = chosen(goal.kind, goal.limit(model_cost(structure, structure.shapes, goal.kind)))
-        predicted = None if curves is None else allocation.predicted_damage(curves, shapes)
+            cost = model_cost(structure, structure.shapes, goal.kind)
+            if recipe.allocation == "uniform":
+                shapes, predicted = allocation.uniform(structure, goal.kind, goal.limit(cost), recipe.widths), None
+            else:
+                shapes, predicted = _in_stages(bench, basis, dense, goal.kind, cost, goal.limit(cost))
     bench.folder.record("allocation", {"shapes": shapes_to_json(shapes), "predicted": predicted})
     return shapes, predicted
 
 
-def _curves(bench: _Bench, basis: _Basis, dense: nn.Module) -> allocation.Curves:
-    """Damage curves, measured or from the cache."""
+def _in_stages(
+    bench: _Bench, basis: _Basis, dense: nn.Module, kind: Literal["params", "macs"], cost: float, limit: float
+) -> tuple[tuple[BlockShape, ...], float]:
+    """Widths within ``limit`` of what now costs ``cost``, curves measured anew on the way; and their damage."""
+    stages, widths = bench.recipe.allocation_stages, bench.recipe.widths
+    shapes, predicted, at, model = basis.structure.shapes, 0.0, basis, dense
+    for stage in range(1, stages + 1):
+        if stage > 1:
+            model, at = _cut_so_far(bench, basis, dense, shapes)
+            images = bench.images(bench.recipe.data.allocation_images)
+            predicted = sensitivity.divergence(*(_predictions(bench, m, images) for m in (dense, model)))
+        curves = _curves(bench, at, model, dense)
+        bound = limit if stage == stages else cost * (limit / cost) ** (stage / stages)
+        shapes = allocation.allocate(at.structure, curves, kind, bound, widths)
+        predicted += allocation.predicted_damage(curves, shapes)
+        logger.info("allocation, stage %d of %d: divergence %.4f foreseen", stage, stages, predicted)
+    return shapes, predicted
+
+
+def _cut_so_far(
+    bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape]
+) -> tuple[nn.Module, _Basis]:
+    """The network cut to ``shapes`` and repaired, as it is and as a basis for further cuts."""
+    trial = dataclasses.replace(basis, model=copy.deepcopy(basis.model))
+    plan = _reconstructed(bench, trial, dense, shapes, None)
+    small = models.compact(trial.model, plan, bench.images(PROBE_IMAGES)[0]).model
+    floors = [math.ceil(bench.recipe.widths.min_ffn * block.shape.ffn) for block in basis.structure.blocks]
+    structure = models.describe(small)
+    blocks = [dataclasses.replace(b, ffn_floor=floor) for b, floor in zip(structure.blocks, floors, strict=True)]
+    scores = [[of[h] for h in kept.heads] for of, kept in zip(basis.scores, plan.blocks, strict=True)]
+    return small, _basis_of(bench, small, dataclasses.replace(structure, blocks=tuple(blocks)), scores)
+
+
+def _curves(bench: _Bench, basis: _Basis, model: nn.Module, dense: nn.Module) -> allocation.Curves:
+    """Damage curves of ``model``, which ``basis`` was made of, against ``dense``; measured or from the cache."""
     recipe, structure, stages = bench.recipe, basis.structure, models.stages(basis.model)
-    embedded = list(bench.embedded(stages, bench.images(recipe.data.allocation_images)))
+    images = bench.images(recipe.data.allocation_images)
+    embedded = list(bench.embedded(stages, images))
+    networks = [dense] if model is dense else [dense, model]
+    reference = None if model is dense else _predictions(bench, dense, images)
     # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
     settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
     counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
     key = cache.key_of(
-        itertools.chain(dense.state_dict().values(), bench.calibration),
+        itertools.chain(*(network.state_dict().values() for network in networks), bench.calibration),
         [*settings, *counts, str(bench.precision), sensitivity.GRID, importlib.metadata.version("gohsp")],
     )
     if found := cache.load("curves", key):
@@ -556,6 +610,7 @@ def _curves(bench: _Bench, basis: _Basis, dense: nn.Module) -> allocation.Curves
             basis.scores,
             recipe.widths,
             recipe.admm.projection,
+            reference=reference,
             precision=bench.precision,
             advance=lambda: bar.advance(task),
         )
@@ -743,11 +798,7 @@ def _polished(bench: _Bench, dense: nn.Module, small: nn.Module, source: data.Da
 
 def _compared(bench: _Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """How close the cut model is to the dense one on images that nothing was measured on."""
-    sides = []
-    for model in (dense, small):
-        stages = models.stages(model)
-        embedded = list(bench.embedded(stages, bench.holdout))
-        sides.append(sensitivity.predictions(stages, embedded, bench.precision))
+    sides = [_predictions(bench, model, bench.holdout) for model in (dense, small)]
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
     images = sum(len(batch) for batch in sides[0])
     return {
@@ -755,6 +806,12 @@ def _compared(bench: _Bench, dense: nn.Module, small: nn.Module) -> dict[str, An
         "kl": max(sensitivity.divergence(*sides), 0.0),
         "agreement": 100 * same / images,
     }
+
+
+def _predictions(bench: _Bench, model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
+    """Log-probabilities ``[B, classes]`` of batches."""
+    stages = models.stages(model)
+    return sensitivity.predictions(stages, list(bench.embedded(stages, images)), bench.precision)
 
 
 def _refreshed(bench: _Bench, basis: _Basis, state: admm.AdmmState) -> admm.AdmmState:

@@ -97,6 +97,7 @@ class BlockStructure:
         attention_readout: The output projection.
         ffn_in: Rows that make hidden units; weight and bias, for both halves of a gated FFN.
         ffn_readout: The FFN's second linear map.
+        ffn_floor: Fewest hidden units that an allocation may leave, whatever share its settings allow.
     """
 
     name: str
@@ -113,6 +114,7 @@ class BlockStructure:
     attention_readout: Readout
     ffn_in: tuple[UnitSlice, ...]
     ffn_readout: Readout
+    ffn_floor: int = 0
 
     def slices(self, kind: Kind) -> tuple[UnitSlice, ...]:
         """Every parameter slice that a unit of ``kind`` couples (design, section 2); a head couples qk and vo."""

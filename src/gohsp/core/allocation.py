@@ -110,7 +110,7 @@ def allowed_widths(block: BlockStructure, kind: Kind, settings: WidthSettings) -
     if kind == "head":
         return tuple(range(min(settings.min_heads, have), have + 1))
     step = settings.multiple
-    floor = settings.min_width if kind in ("qk", "vo") else settings.min_ffn * have
+    floor = settings.min_width if kind in ("qk", "vo") else max(settings.min_ffn * have, block.ffn_floor)
     first = max(step, math.ceil(floor / step) * step)
     return (*range(first, have, step), have)
 
