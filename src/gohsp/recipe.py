@@ -112,8 +112,8 @@ class Recipe:
             )
         if self.allocation_stages < 1 or (self.allocation_stages > 1 and self.allocation == "uniform"):
             raise RecipeError(
-                f"allocation_stages is {self.allocation_stages} with allocation '{self.allocation}'; stages are 1 or more, "
-                'and more than 1 only with allocation = "measured"'
+                f"allocation_stages is {self.allocation_stages} with allocation '{self.allocation}'; stages are 1 or "
+                'more, and more than 1 only with allocation = "measured"'
             )
         if self.data.resident and self.training.augment == "strong":
             raise RecipeError(
