@@ -15,8 +15,8 @@ A finished arm is not run again; an interrupted one goes on after its last epoch
 worth to the training route at two budgets, from the dense model of a run before (one line):
 
     python benchmarks/imagewoof.py --weights ... --data ... --recipe recipes/imagewoof_short.toml
-        --dense runs/imagewoof/seed0/gohsp/dense --arms gohsp uniform plain --budget params=-60% --skip-retraining
-        --out runs/imagewoof_60 --results benchmarks/results/imagewoof_short.json
+        --dense runs/imagewoof/params=-40%/seed0/gohsp/dense --arms gohsp uniform plain --budget params=-60%
+        --skip-retraining --out runs/imagewoof_short --results benchmarks/results/imagewoof_short.json
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def record_of(report: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command line without the folders of one machine."""
+    words = ["python", "benchmarks/imagewoof.py", "--weights", options.weights.name]
+    words += ["--data", f"hfds/{Path(options.data).name}", "--recipe", str(options.recipe), "--budget", options.budget]
+    words += ["--arms", *options.arms]
+    words += ["--dense", str(options.dense)] if options.dense else []
+    return shlex.join(words + ["--skip-retraining"] * options.skip_retraining)
+
+
 def main() -> None:
     """Run all arms and seeds, writing the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,13 +119,11 @@ def main() -> None:
     for seed in options.seeds:
         for arm in options.arms:
             seeded = dataclasses.replace(recipe, seed=seed)
-            report = run_arm(options, seeded, arm, options.out / f"seed{seed}")
+            report = run_arm(options, seeded, arm, options.out / options.budget / f"seed{seed}")
             results = json.loads(options.results.read_text()) if options.results.exists() else {}
-            command = (
-                f"python benchmarks/imagewoof.py --weights {options.weights.name} "
-                f"--data hfds/{Path(options.data).name} --recipe {options.recipe}"
-            )
-            results.setdefault("command", command)
+            results.setdefault("commands", [])
+            if command_of(options) not in results["commands"]:
+                results["commands"].append(command_of(options))
             results.setdefault("recipe", recipes.to_mapping(recipe))
             results.setdefault("runs", {}).setdefault(f"{options.budget} seed={seed}", {})[arm] = record_of(report)
             options.results.write_text(json.dumps(results, indent=1) + "\n")

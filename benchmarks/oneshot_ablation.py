@@ -186,10 +186,10 @@ def lines(
     yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), epochs, recipe.seed)
 
 
-def measured_widths(results: Path, budget: str) -> tuple[BlockShape, ...]:
+def measured_widths(results: Path, budget: str, seed: int) -> tuple[BlockShape, ...]:
     """The widths that ``oneshot.py`` found by measured damage curves."""
     runs = json.loads(results.read_text())["runs"]
-    return tuple(BlockShape(**block) for block in runs[f"{budget} seed=0 images=1000"]["plan"])
+    return tuple(BlockShape(**block) for block in runs[f"{budget} seed={seed} images=1000"]["plan"])
 
 
 def main() -> None:
@@ -224,15 +224,17 @@ def main() -> None:
     scored = data.open_split(source, "validation")
     batches = data.loader(scored, transform=transform, batch_size=50, shuffle=False, num_classes=1000)
     results = json.loads(options.results.read_text()) if options.results.exists() else {"lines": {}}
+    about = {"budget": options.budget, "images": options.images, "seed": options.seed}
+    if results["lines"] and {key: results[key] for key in about} != about:
+        sys.exit(f"{options.results} is of another budget, seed or number of images; give another file with --results")
     results |= {
         "command": f"python benchmarks/oneshot_ablation.py --weights {options.weights.name} "
         f"--data hfds/{Path(options.data).name}",
-        "budget": options.budget,
-        "images": options.images,
-        "seed": options.seed,
+        **about,
         "torch": torch.__version__,
     }
-    for name, make in lines(setting, recipe, options.budget, measured_widths(options.widths, options.budget)):
+    widths = measured_widths(options.widths, options.budget, options.seed)
+    for name, make in lines(setting, recipe, options.budget, widths):
         if name in results["lines"]:
             continue
         began = time.perf_counter()

@@ -57,11 +57,12 @@ def batch_of(model: nn.Module, size: int, dtype: torch.dtype, device: torch.devi
 @torch.no_grad()
 def peak_memory(options: argparse.Namespace, which: int, case: tuple[str, int, bool]) -> float:
     """MiB that one batch takes beyond the model; on a CPU in a process of its own."""
-    dtype, size, _ = case
+    dtype, size, compiled = case
     device = torch.device(options.device)
-    model = contestants(options)[which].to(device, getattr(torch, dtype))
-    images = batch_of(model, size, getattr(torch, dtype), device)
-    model(images[:1])
+    plain = contestants(options)[which].to(device, getattr(torch, dtype))
+    images = batch_of(plain, size, getattr(torch, dtype), device)
+    model: Any = torch.compile(plain, dynamic=False) if compiled else plain
+    model(images if compiled else images[:1])  # compiling takes memory of its own
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -88,7 +89,8 @@ def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[s
     pair = [model.to(device, getattr(torch, dtype)) for model in contestants(options)]
     costs = [gohsp.model_cost(s, s.shapes, "macs") for s in map(models.describe, pair)]
     images = batch_of(pair[0], size, getattr(torch, dtype), device)
-    calls: list[Any] = [torch.compile(model) if compiled else model for model in pair]
+    torch._dynamo.reset()  # a batch size met before would make the graph a dynamic one
+    calls: list[Any] = [torch.compile(model, dynamic=False) if compiled else model for model in pair]
     times = latency.interleaved([lambda c=c: c(images) for c in calls], device, options.rounds)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = [pool.apply(peak_memory, (options, which, case)) for which in (0, 1)]

@@ -594,7 +594,7 @@ def test_a_drawn_split_holds_the_same_images(folder: Path, monkeypatch: pytest.M
     assert not rest
     assert labels.tolist() == [0] * 7
     assert split.mirrored_alike == data.open_split(source, "train").mirrored_alike
-    with pytest.raises(DataError, match=r"0 images of .* holds no images"):
+    with pytest.raises(DataError, match="count=0"):
         data.drawn(source, "train", 0)
 
 

@@ -340,16 +340,23 @@ def test_resident_images_train_and_score_alike(tmp_path: Path, monkeypatch: pyte
 
 
 def test_compiled_training_runs_through_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    compiled: list[nn.Module] = []
+    calls: dict[int, int] = {}
 
-    def compile_(model: nn.Module) -> nn.Module:
-        compiled.append(model)
-        return model
+    def compile_(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        number = len(calls)
+        calls[number] = 0
+
+        def compiled(images: torch.Tensor) -> torch.Tensor:
+            calls[number] += 1
+            return model(images)
+
+        return compiled
 
     monkeypatch.setattr("torch.compile", compile_)
     recipe = recipe_with(**NO_TRAINING | {"finetune": ONE_EPOCH}, training={"precision": "no", "compile": True})
     prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES)
-    assert len(compiled) == 2  # student and teacher of the one stage
+    assert len(calls) == 2  # student and teacher of the one stage
+    assert all(count == 1258 // 64 for count in calls.values())
 
 
 # The one-shot route
@@ -508,6 +515,52 @@ def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest
     assert worse.report["polish"]["kept"] == 0
     assert worse.report["fidelity"]["kl"] == pytest.approx(polish["curve"][0]["kl"], rel=1e-4)
     assert "No epoch of the polish helped" in (tmp_path / "wild" / "report.html").read_text()
+
+
+def test_a_module_in_training_mode_half_precision_or_frozen_is_pruned_alike(tmp_path: Path):
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, polish={"epochs": 1})
+    model = tiny(drop_rate=0.3, drop_path_rate=0.5).bfloat16()
+    plain = prune(tmp_path / "plain", model=copy.deepcopy(model).float().eval(), recipe=recipe, shapes=SHAPES)
+    model.train().requires_grad_(False)
+    odd = prune(tmp_path / "odd", model=model, recipe=recipe, shapes=SHAPES)
+    assert odd.report["fidelity"] == plain.report["fidelity"]
+    assert odd.report["polish"] == plain.report["polish"]
+    assert model.training
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_curves_of_another_architecture_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    keys: list[str] = []
+    monkeypatch.setattr("gohsp.cache.load", lambda _kind, key: keys.append(key))
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0})
+    for name, heads in (("four", 4), ("eight", 8)):
+        model = tiny(num_heads=heads, embed_dim=32)
+        prune(tmp_path / name, model=model, recipe=recipe, budget="params=-20%")
+    assert len(set(keys)) == 2
+
+
+def test_held_out_images_are_none_that_were_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_images(tmp_path / "images" / "train", 20)
+    for name in ("c.png", "d.png"):
+        (tmp_path / "images" / "train" / "bee" / name).write_bytes(b"no image")
+    benches: list[Any] = []
+    compared = pipeline._compared
+
+    def spy(bench: Any, *networks: nn.Module) -> Any:
+        benches.append(bench)
+        return compared(bench, *networks)
+
+    monkeypatch.setattr(pipeline, "_compared", spy)
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, data={"calibration_images": 1024})
+    source = DataSource(source=str(tmp_path / "images"))
+    prune(tmp_path / "run", model=tiny(num_classes=2), source=source, recipe=recipe, shapes=SHAPES)
+    calibration, holdout = (torch.cat(list(side)).flatten(1) for side in (benches[0].calibration, benches[0].holdout))
+    assert len(holdout) == 3  # a twentieth of 42
+    assert len(calibration) == 37
+    assert (calibration[:, None] - holdout[None]).abs().amax(-1).min() > 0
+    strict = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, strict=True))
+    with pytest.raises(DataError, match=r"[cd]\.png"):
+        prune(tmp_path / "strict", model=tiny(num_classes=2), source=source, recipe=strict, shapes=SHAPES)
 
 
 def test_a_polish_on_the_training_route_is_refused():

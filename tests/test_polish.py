@@ -101,6 +101,30 @@ def test_a_loss_that_blows_up_leaves_the_model_as_it_was(caplog: pytest.LogCaptu
     assert "NaN or infinite" in caplog.text
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("batch", [8, 12, 24])
+def test_any_number_of_steps_has_a_schedule(epochs: int, batch: int) -> None:
+    """1 to 21 steps."""
+    teacher, student = pair()
+    rows = torch.cat(images(1))
+    curve = polish(
+        student,
+        models.stages(student),
+        models.stages(teacher),
+        DataLoader(TensorDataset(rows, torch.zeros(len(rows))), batch_size=batch),
+        replace(SETTINGS, epochs=epochs),
+        divergence=lambda: 0.0,
+    )
+    assert len(curve) == epochs + 1
+
+
+def test_a_divergence_that_is_no_number_ends_it() -> None:
+    student, curve = polished(SETTINGS, [1.0, math.nan])
+    assert [epoch.kl for epoch in curve] == [1.0]
+    same = zip(student.state_dict().values(), pair()[1].state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
 def test_seeds_decide_and_global_generators_stay() -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()

@@ -845,6 +845,7 @@ def calibration_images(
     seed: int = 0,
     batch_size: int = 64,
     skip: int = 0,
+    strict: bool = False,
     store: Callable[[], MutableSequence[Tensor]] = list,
 ) -> MutableSequence[Tensor]:
     """Draw a fixed random subset of a split's images; no label is read, so the source needs none.
@@ -858,6 +859,7 @@ def calibration_images(
         seed: A non-negative integer; the same seed draws the same images.
         batch_size: Images a batch.
         skip: How many images of the draw to pass over first: another subset than that of the first ``skip``.
+        strict: Whether an unreadable image raises.
         store: Makes an empty place for the batches: ``list`` for memory, :class:`Spool` for disk.
 
     Returns:
@@ -865,7 +867,7 @@ def calibration_images(
 
     Raises:
         DataError: ``count`` or ``batch_size`` is not positive; the source cannot be opened; no image can be
-            read.
+            read, or one cannot and ``strict`` is set.
     """
     if count < 1 or batch_size < 1:
         raise DataError(f"count={count}, batch_size={batch_size}: both must be at least 1")
@@ -878,6 +880,8 @@ def calibration_images(
             try:
                 pending.append(transform(images.image(index)))
             except UnreadableImageError:
+                if strict:
+                    raise
                 continue  # logged by the split
             found += 1
             if len(pending) == batch_size:
@@ -904,6 +908,8 @@ def drawn(source: DataSource, split: str, count: int, *, seed: int = 0) -> Split
     Raises:
         DataError: ``count`` is not positive; the source cannot be opened.
     """
+    if count < 1:
+        raise DataError(f"count={count}: it must be at least 1")
     return _Drawn(open_split(source, split), count, seed)
 
 
@@ -911,8 +917,8 @@ class _Drawn(Split):
     """Some images of another split, without its labels."""
 
     def __init__(self, images: Split, count: int, seed: int) -> None:
-        self._images, self._indices = images, _draw(images, seed)[: max(count, 0)]
-        super().__init__(f"{count} images of {images.name}", len(self._indices))
+        self._images, self._indices = images, _draw(images, seed)[:count]
+        super().__init__(f"{len(self._indices)} images of {images.name}", len(self._indices))
         self.mirrored_alike = images.mirrored_alike
 
     def open(self, index: int) -> Image.Image:

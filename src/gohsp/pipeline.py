@@ -49,6 +49,9 @@ from gohsp.structure import (
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 8
+CALIBRATION_BATCH = 64
+"""Calibration images a batch. Folds of cross-validation are drawn within one, so it does not follow the user's."""
+
 LOSS_IMAGES = 1024
 """Training images on which the loss before and after the cut is compared."""
 
@@ -184,7 +187,8 @@ def prune(
     """Prune a Vision Transformer and write a run folder.
 
     Args:
-        model: A timm model, a timm name, or a folder that gohsp wrote. A given module is left as it is.
+        model: A timm model, a timm name, or a folder that gohsp wrote. A given module is left as it is; what is made of
+            it is float32 and has no frozen weights.
         source: Where the images are.
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on this device.
@@ -264,7 +268,7 @@ def _open(
     split: data.Split,
 ) -> nn.Module:
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model).float().requires_grad_().eval()
     arguments = dict(recipe.model_arguments)
     if checkpoint.is_model_folder(model):
         return checkpoint.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
@@ -299,26 +303,43 @@ def _bench(
     size, settings = len(splits[0]), recipe.data
     holdout = min(settings.holdout_images, -(-size // 20))  # a small set gives a twentieth of its images
     calibration = max(1, min(settings.calibration_images, size - holdout))
-    drawn: dict[str, Any] = {
-        "transform": data.eval_transform(data.Preprocessing.from_model(model)),
-        "seed": recipe.seed,
-        "batch_size": recipe.training.batch_size,
-        "store": data.Spool,
-    }
+    images = data.calibration_images(
+        source,
+        settings.train_split,
+        min(calibration + holdout, size),
+        transform=data.eval_transform(data.Preprocessing.from_model(model)),
+        seed=recipe.seed,
+        batch_size=CALIBRATION_BATCH,
+        strict=settings.strict,
+        store=data.Spool,
+    )
+    calibrating, held_out = _divided(images, holdout)
     accelerator = training.make_accelerator(recipe.training.precision, "cpu" if recipe.device == "cpu" else None)
     return _Bench(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
-        calibration=data.calibration_images(source, settings.train_split, calibration, **drawn),
-        holdout=data.calibration_images(
-            source, settings.train_split, holdout, skip=min(calibration, size - holdout), **drawn
-        ),
+        calibration=calibrating,
+        holdout=held_out,
         mirror=settings.mirror and splits[0].mirrored_alike,
         num_classes=_num_classes(model),
         loaders=_loaders(model, recipe, splits[0], splits[1], accelerator) if recipe.route == "train" else None,
         quiet=quiet,
     )
+
+
+def _divided(images: Sequence[Tensor], holdout: int) -> tuple[data.Spool, data.Spool]:
+    """All batches but the last ``holdout`` images, and those; a lone image is both."""
+    count = sum(len(batch) for batch in images)
+    first, last, left = data.Spool(), data.Spool(), max(1, count - holdout)
+    for batch in images:
+        for part, store in ((batch[:left], first), (batch[left:], last)):
+            if len(part):
+                store.append(part)
+        left = max(0, left - len(batch))
+    if not last:
+        last.append(first[-1][-1:])
+    return first, last
 
 
 def _loaders(
@@ -592,9 +613,10 @@ def _curves(bench: _Bench, basis: _Basis, model: nn.Module, dense: nn.Module) ->
     # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
     settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
     counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
+    provenance = [models.specification(dense), str(bench.precision), importlib.metadata.version("gohsp")]
     key = cache.key_of(
         itertools.chain(*(network.state_dict().values() for network in networks), bench.calibration),
-        [*settings, *counts, str(bench.precision), sensitivity.GRID, importlib.metadata.version("gohsp")],
+        [*provenance, *settings, *counts, sensitivity.GRID],
     )
     if found := cache.load("curves", key):
         return allocation.curves_from_json(found)
@@ -632,6 +654,7 @@ def _within_latency(
             basis.model, basis.structure, images, bench.recipe.widths, settings, lambda: bar.advance(task)
         )
     bound = goal.limit(model_cost(basis.structure, basis.structure.shapes, table))
+    smallest = model_cost(basis.structure, allocation.smallest(basis.structure, bench.recipe.widths), table)
     met: list[tuple[float, tuple[BlockShape, ...]]] = []
     for _ in range(LATENCY_TRIALS):
         shapes = chosen(table, bound)
@@ -648,6 +671,8 @@ def _within_latency(
         if LATENCY_ROOM <= spent <= 1:
             break
         bound *= (1 + LATENCY_ROOM) / 2 / spent
+        if met and bound < smallest:
+            break  # one slow measurement asks for less than there is; what was met before stands
     if not met:
         raise BudgetError(
             f"no plan was measured to meet {goal.requested} in {LATENCY_TRIALS} trials; measure on a quieter machine, "

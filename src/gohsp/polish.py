@@ -105,8 +105,9 @@ def polish(
     device = next(model.parameters()).device
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    steps = max(settings.epochs * len(views), 2)  # of one step there is no schedule
-    schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=WARM_UP)
+    steps = max(settings.epochs * len(views), 3)  # of fewer there is no schedule
+    # It cycles beta1 as well, from 0.95 to 0.85 and back. Its warm-up divides by its length less one.
+    schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=max(WARM_UP, 2 / steps))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     curve = [PolishEpoch(0, None, divergence())]
     best = copy.deepcopy(model.state_dict())
@@ -128,10 +129,11 @@ def polish(
                 optimizer.zero_grad()
                 schedule.step()
                 total, seen = total + float(loss.detach()) * len(images), seen + len(images)
-            if not math.isfinite(total):
-                logger.warning("polish: the loss became NaN or infinite in epoch %d; a lower rate may help", epoch)
+            kl = divergence()
+            if not math.isfinite(total + kl):
+                logger.warning("polish: epoch %d ended in NaN or infinite values; a lower rate may help", epoch)
                 break
-            now = PolishEpoch(epoch, total / seen, divergence())
+            now = PolishEpoch(epoch, total / seen, kl)
             logger.info("polish: %s", now)
             if now.kl < min(past.kl for past in curve):
                 best = copy.deepcopy(model.state_dict())

@@ -65,8 +65,8 @@ class Recipe:
 
     Attributes:
         route: ``train``: ADMM and fine-tuning; ``oneshot``: closed-form repair alone, which reads no label and
-            takes minutes. It uses none of the settings of training, ``dense`` to ``retrain_dense``, except ADMM's
-            projection.
+            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection, the
+            precision and, to polish, the number of workers.
         seed: Of everything that is drawn.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.
@@ -107,7 +107,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.route == "oneshot" and self.dense.epochs > 0:
             raise RecipeError(
-                'route = "oneshot" trains nothing, but dense.epochs is '
+                'route = "oneshot" trains no dense model, but dense.epochs is '
                 f'{self.dense.epochs}; give a trained model and epochs = 0, or take route = "train"'
             )
         if self.allocation_stages < 1 or (self.allocation_stages > 1 and self.allocation == "uniform"):

@@ -181,10 +181,14 @@ def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, s
     Raises:
         BudgetError: They do not; the message says what the smallest possible model costs.
     """
-    floors = [
+    _require_within(limit, model_cost(structure, smallest(structure, settings), cost), cost)
+
+
+def smallest(structure: ModelStructure, settings: WidthSettings) -> tuple[BlockShape, ...]:
+    """The smallest allowed widths of every block."""
+    return tuple(
         BlockShape(**{FIELDS[k]: allowed_widths(block, k, settings)[0] for k in KINDS}) for block in structure.blocks
-    ]
-    _require_within(limit, model_cost(structure, floors, cost), cost)
+    )
 
 
 def _require_within(limit: float, smallest: float, cost: CostModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from gohsp.core.activations import Stages, evaluating, readout_gain
 from gohsp.core.allocation import FIELDS, Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.compensation import BlockMoments
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
+from gohsp.errors import NonFiniteError
 from gohsp.structure import KINDS, BlockStructure, Kind, ModelStructure
 
 GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
@@ -55,6 +57,9 @@ def measure_curves(
 
     Returns:
         Curves by block and kind, for the kinds that may be cut.
+
+    Raises:
+        NonFiniteError: A cut makes the predictions NaN or infinite.
     """
     with evaluating(model):
         own = predictions(stages, embedded, precision)
@@ -72,6 +77,11 @@ def measure_curves(
                 for width in grid[:-1]:
                     with cut.to(kind, width):
                         after = divergence(reference, predictions(stages, stream, precision, first=i))
+                    if not math.isfinite(after):
+                        raise NonFiniteError(
+                            f"the predictions become NaN or infinite with {kind} of block {i} cut to {width}; take a "
+                            'wider data type (training.precision = "no")'
+                        )
                     damage.append(max(after - present, 0.0))
                     advance()
                 if damage:

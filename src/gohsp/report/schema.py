@@ -1,4 +1,4 @@
-"""The schema of ``report.json``, version 1: what a run writes, and what is accepted when read back.
+"""The schema of ``report.json``, version 2: what a run writes, and what is accepted when read back.
 
 The same schema in prose, key by key with units, is ``docs/report.md``.
 """
