@@ -2,8 +2,8 @@
 
     python benchmarks/latency_prediction.py deit_tiny_patch16_224
 
-Weights do not matter to the clock. Predicted and measured time are each taken over the dense model's of the same kind, so
-that what drifts between the table and the comparison cancels.
+Weights do not matter to the clock. Predicted and measured time are each taken over the dense model's of the same kind,
+so that what drifts between the table and the comparison cancels.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def main() -> None:
     table = latency.measure_table(model, structure, images, WidthSettings(), settings)
     dense = gohsp.model_cost(structure, structure.shapes, table)
     runs = json.loads(options.plans.read_text())["runs"]
+    name = Path(options.model).name
     results = {
-        "command": f"python benchmarks/latency_prediction.py {Path(options.model).name} --batch-size {options.batch_size}",
+        "command": f"python benchmarks/latency_prediction.py {name} --batch-size {options.batch_size}",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -49,9 +50,9 @@ def main() -> None:
         shapes = [BlockShape(**block) for block in run["plan"]]
         predicted = gohsp.model_cost(structure, shapes, table) / dense
         before, after = latency.compare([model, models.resized(model, shapes)], images, settings)
-        name = key.split(" ")[0]
-        results["plans"][name] = {"predicted": round(predicted, 3), "measured": round(after / before, 3)}
-        sys.stdout.write(f"{name}: {predicted:.3f} predicted, {after / before:.3f} measured\n")
+        case = key.split(" ")[0]
+        results["plans"][case] = {"predicted": round(predicted, 3), "measured": round(after / before, 3)}
+        sys.stdout.write(f"{case}: {predicted:.3f} predicted, {after / before:.3f} measured\n")
         options.results.write_text(json.dumps(results, indent=1) + "\n")
 
 

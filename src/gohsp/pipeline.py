@@ -58,6 +58,9 @@ LOSS_IMAGES = 1024
 LATENCY_TRIALS = 6
 """Plans that are timed before a latency budget is given up."""
 
+LATENCY_REPEATS = 3
+"""Comparisons of such a plan, of which the worst counts: it has to hold once more at the end of the run."""
+
 LATENCY_ROOM = 0.97
 """Share of a latency budget that a plan has to use; time cannot be measured more finely on a busy machine."""
 
@@ -658,7 +661,9 @@ def _within_latency(
     met: list[tuple[float, tuple[BlockShape, ...]]] = []
     for _ in range(LATENCY_TRIALS):
         shapes = chosen(table, bound)
-        dense, small = latency.compare([basis.model, models.resized(basis.model, shapes)], images, settings)
+        pair = [basis.model, models.resized(basis.model, shapes)]
+        times = [latency.compare(pair, images, settings) for _ in range(LATENCY_REPEATS)]
+        dense, small = max(times, key=lambda time: time[1] / goal.bound(time[0]))
         spent = small / goal.bound(dense)
         logger.info(
             "latency: %.3f ms predicted, %.3f ms measured, %.1f %% of the budget",
