@@ -285,6 +285,29 @@ def test_attention_maps_of_few_images_live_at_a_time(
     assert 0 < most <= attention_stats._MAPS * HEADS * DEPTH
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_few_queries_tell_what_all_of_them_tell(
+    model: nn.Module, images: Tensor, scope: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def watched(maps: Tensor, edge: Edge) -> Tensor:
+        rows.append(maps.shape[2])
+        return attention_divergence(maps, edge)
+
+    monkeypatch.setattr(attention_stats, "attention_divergence", watched)
+    everything = collect(model, [images], scope=scope, edge="jsd").edges
+    tokens = rows[0]
+    assert tokens < attention_stats._QUERIES
+    monkeypatch.setattr(attention_stats, "_QUERIES", tokens // 2)
+    rows.clear()
+    drawn = collect(model, [images], scope=scope, edge="jsd").edges
+    assert set(rows) == {tokens // 2}
+    for few, whole in zip(drawn, everything, strict=True):
+        torch.testing.assert_close(few, whole, rtol=0.25, atol=1e-4)
+        assert not torch.equal(few, whole)
+
+
 def test_without_gradients_one_forward_pass_and_no_more(model: nn.Module, images: Tensor) -> None:
     graphs = []
     model.register_forward_hook(lambda _module, _args, out: graphs.append(out.requires_grad))

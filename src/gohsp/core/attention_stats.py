@@ -35,6 +35,9 @@ _RIDGE = 1e-6
 _CHUNK = 1 << 14
 # Images whose attention maps live at a time: with all heads of a ViT-B in one graph, 23 MB an image.
 _MAPS = 8
+# Queries of an image whose rows are compared. All pairs of heads are, so that all queries of a ViT-L would cost more
+# than a hundred forward passes; a mean over images needs few of each.
+_QUERIES = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +117,9 @@ class HeadStatisticsFitter:
         self._graphs = [list(blocks)] if scope == "global" else [[i] for i in blocks]
         heads = [b.shape.heads for b in structure.blocks]
         widths = [b.shape.heads * b.shape.vo for b in structure.blocks]
-        self._images = self._rows = 0
+        self._images = 0
+        self._compared = [0] * len(self._graphs)
+        self._generator = torch.Generator().manual_seed(0)
         self._moments = [_Moments(width) for width in widths]
         if edge not in _OUTPUT_EDGES:
             self._divergence = [_zeros(*2 * [sum(heads[i] for i in graph)]) for graph in self._graphs]
@@ -138,13 +143,14 @@ class HeadStatisticsFitter:
             for moments, z in zip(self._moments, flat, strict=True):
                 moments.update(z)
             if self._edge not in _OUTPUT_EDGES:
-                for total, graph in zip(self._divergence, self._graphs, strict=True):
+                for i, graph in enumerate(self._graphs):
                     for few in zip(*(x.split(_MAPS) for x in inputs), strict=True):
-                        total += attention_divergence(self._attention(graph, few), self._edge)
+                        maps = self._attention(graph, few)
+                        self._divergence[i] += attention_divergence(maps, self._edge)
+                        self._compared[i] += len(maps) * maps.shape[2]
             elif self._joint_moments is not self._moments:
                 self._joint_moments[0].update(torch.cat(flat, dim=1))
         self._images += len(images)
-        self._rows += len(flat[0])
 
     def _forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs ``[images, tokens, dim]`` and head outputs ``[images, tokens, units]`` of every attention."""
@@ -186,7 +192,7 @@ class HeadStatisticsFitter:
         self._square += change.square().sum(dim=0).cpu()
 
     def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
-        """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32."""
+        """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32, at a draw of queries."""
         tokens = {inputs[i].shape[1] for i in graph}
         if len(tokens) > 1:
             raise UnsupportedModelError(
@@ -196,7 +202,8 @@ class HeadStatisticsFitter:
         maps = [attention_rows(self._model, self._blocks[i], inputs[i]).float() for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
-        return torch.cat(maps, dim=1)
+        queries = torch.randperm(maps[0].shape[2], generator=self._generator)[:_QUERIES].to(maps[0].device)
+        return torch.cat([rows[:, :, queries] for rows in maps], dim=1)
 
     @property
     def statistics(self) -> HeadStatistics:
@@ -225,7 +232,7 @@ class HeadStatisticsFitter:
 
     def _edges(self, weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         if self._edge not in _OUTPUT_EDGES:
-            return [total / self._rows for total in self._divergence]
+            return [total / rows for total, rows in zip(self._divergence, self._compared, strict=True)]
         return [
             output_distance(moments.covariance, [w for i in graph for w in weights[i]], self._edge)
             for moments, graph in zip(self._joint_moments, self._graphs, strict=True)

@@ -1,0 +1,289 @@
+"""Methods side by side after the same epochs: what ``cifar10.py`` and ``own_data.py`` have in common.
+
+Every method starts from one dense model and gets as many epochs as gohsp's ADMM and fine-tuning together, with the
+dense model as teacher:
+
+- ``gohsp``: the recipe as it stands; ``random``: its heads ranked at random; ``oneshot``: no ADMM, cut and repaired;
+- ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``. What may be
+  cut besides hidden units is chosen by the accuracy on held-out images right after the cut;
+- ``scratch``: the shape that ``gohsp`` found, trained from new weights, with the dense model's epochs on top;
+- ``dense``: the dense model itself.
+
+All choices are made on images held out from the training split (the recipe's validation split). The test split is read
+once a method, when it is finished. Finished methods are not run again, interrupted ones go on where gohsp can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import gohsp
+from gohsp import checkpoint, data, models, training
+from gohsp import recipe as recipes
+from gohsp.measure import Metrics, evaluate
+from gohsp.resident import ResidentImages, ResidentLoader, resident_images
+from peers import attentions, gradients, macs, parameters, prune_to  # pyrefly: ignore[missing-import] (it lies beside this file)
+
+GOHSP = ("gohsp", "random", "oneshot")
+PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
+METHODS = ("dense", *GOHSP, *PEERS, "scratch")
+WIDTHS = ("all", "deit", "blocks", "heads", "ffn")
+GRADIENT_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every method shares."""
+
+    recipe: gohsp.Recipe
+    source: str
+    device: torch.device
+    train: ResidentImages
+    held_out: ResidentImages
+    test: ResidentImages
+    folder: Path
+    seed: int
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """A new one for every use: gohsp's own runs reset the state that all accelerators of a process share."""
+        return training.make_accelerator(self.recipe.training.precision, self.device.type)
+
+    @property
+    def extra(self) -> training.StageSettings:
+        """The epochs that every method gets behind the dense model."""
+        epochs = self.recipe.admm_stage.epochs + self.recipe.finetune.epochs
+        return dataclasses.replace(self.recipe.finetune, epochs=epochs)
+
+    def score(self, model: nn.Module, images: ResidentImages) -> Metrics:
+        """Metrics on resident images."""
+        cpu = self.device.type == "cpu"
+        precision = training.PRECISIONS[training.resolve_precision(self.recipe.training.precision, cpu=cpu)]
+        loader = ResidentLoader(images, batch_size=500, shuffle=False)
+        return evaluate(model, loader, device=self.device, precision=precision)
+
+    def fit(self, name: str, model: nn.Module, stage: training.StageSettings, teacher: nn.Module | None) -> nn.Module:
+        """Train in place, going on after the last finished epoch."""
+        settings = self.recipe.training
+        loader = ResidentLoader(
+            self.train,
+            batch_size=settings.batch_size,
+            shuffle=True,
+            augment=settings.augment == "light",
+            seed=self.seed,
+            drop_last=True,
+        )
+        training.train(
+            model.to(self.device).requires_grad_(),
+            loader,
+            stage,
+            settings,
+            name=name,
+            accelerator=self.accelerator,
+            seed=self.seed,
+            num_classes=int(model.num_classes),  # type: ignore[arg-type]
+            evaluate=partial(self.score, images=self.held_out),
+            teacher=teacher,
+            checkpoint=self.folder / f"{name.replace('/', '_')}.epochs.pt",
+        )
+        return model
+
+
+def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
+    """The dense model: ``model`` trained, or what an earlier call left."""
+    folder = bench.folder / "dense"
+    if checkpoint.is_model_folder(folder):
+        return checkpoint.open_model(folder)
+    bench.fit("dense_training", model, bench.recipe.dense, None)
+    checkpoint.save(model, folder)
+    return model
+
+
+def variant(recipe: gohsp.Recipe, method: str) -> gohsp.Recipe:
+    """The recipe of one of gohsp's methods."""
+    if method == "random":
+        return dataclasses.replace(recipe, ranking=dataclasses.replace(recipe.ranking, method="random"))
+    if method == "oneshot":
+        epochs = recipe.admm_stage.epochs + recipe.finetune.epochs
+        return dataclasses.replace(
+            recipe,
+            admm_stage=dataclasses.replace(recipe.admm_stage, epochs=0),
+            finetune=dataclasses.replace(recipe.finetune, epochs=epochs),
+        )
+    return recipe
+
+
+def gohsp_model(bench: Bench, name: str, recipe: gohsp.Recipe, budget: str) -> nn.Module:
+    """The dense model pruned and fine-tuned by gohsp with ``recipe``, under ``name``."""
+    recipe = dataclasses.replace(
+        recipe,
+        seed=bench.seed,
+        model_arguments={},
+        retrain_dense=False,
+        dense=dataclasses.replace(recipe.dense, epochs=0),
+    )
+    out = bench.folder / f"{budget} seed={bench.seed}" / name
+    if (out / "report.json").exists():
+        return gohsp.load(out)
+    dense = bench.folder / "dense"
+    return gohsp.prune(dense, bench.source, budget, out, recipe=recipe, resume=out.exists()).model
+
+
+def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Pruned by Torch-Pruning, not yet fine-tuned; what may be cut is what keeps most accuracy on held-out images."""
+    cpu = copy.deepcopy(dense).cpu().eval()
+    for attention in attentions(cpu):
+        attention.fused_attn = False
+    batches = [(x.cpu(), y.cpu()) for x, y in ResidentLoader(first_images(bench.train), batch_size=64, shuffle=False)]
+    importance, scope = method.split("/")
+    found = gradients(cpu, batches, importance)
+    limit = int(gohsp.parse_budget(budget).limit(parameters(cpu)))
+    best: tuple[float, nn.Module, dict[str, Any]] | None = None
+    for width in WIDTHS:
+        try:
+            model, ratio = prune_to(cpu, found[0], f"{importance}/{scope}/{width}", limit, batches[0][0][:1])
+        except ValueError:
+            continue  # this choice cannot reach the budget
+        for attention in attentions(model):
+            attention.scale = attention.head_dim**-0.5
+        top1 = bench.score(model.to(bench.device), bench.held_out).top1
+        if best is None or top1 > best[0]:
+            best = top1, model, {"width": width, "ratio": round(ratio, 5), "held_out_top1_after_cut": top1}
+    if best is None:
+        raise ValueError(f"{method} cannot reach {budget}")
+    return best[1], best[2]
+
+
+def first_images(images: ResidentImages) -> ResidentImages:
+    """The images that gradients are taken on."""
+    return dataclasses.replace(images, pixels=images.pixels[:GRADIENT_IMAGES], labels=images.labels[:GRADIENT_IMAGES])
+
+
+def key_of(method: str, budget: str, seed: int) -> str:
+    """A method's name in the results; the dense model has no budget."""
+    return " ".join(part for part in (method, budget, f"seed={seed}") if part)
+
+
+def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A method's model with all its epochs, and what there is to tell."""
+    name = key_of(method, budget, bench.seed)
+    if method == "dense":
+        return bench.fit(name, copy.deepcopy(dense), bench.extra, dense), {}
+    if method in GOHSP:
+        return gohsp_model(bench, method, variant(bench.recipe, method), budget), {}
+    if method == "scratch":
+        shaped = models.resized(dense, models.describe(gohsp_model(bench, "gohsp", bench.recipe, budget)).shapes)
+        torch.manual_seed(bench.seed)
+        shaped.init_weights()  # type: ignore[operator]
+        longer = dataclasses.replace(bench.recipe.dense, epochs=bench.recipe.dense.epochs + bench.extra.epochs)
+        return bench.fit(name, shaped, longer, None), {}
+    model, told = peer_model(bench, dense, method, budget)
+    return bench.fit(name, model, bench.extra, dense), told
+
+
+def record_of(bench: Bench, model: nn.Module, seconds: float) -> dict[str, Any]:
+    """A method's row, for which the test split is read."""
+    with torch.no_grad():
+        example = torch.zeros(1, 3, *bench.test.pixels.shape[-2:], device=bench.device)
+        cost = multiplications(model.to(example.device).eval(), example)
+    metrics = bench.score(model, bench.test)
+    return {
+        "top1": metrics.top1,
+        "held_out_top1": bench.score(model, bench.held_out).top1,
+        "params": parameters(model),
+        "macs": cost,
+        "n": metrics.n,
+        "seconds": round(seconds),
+    }
+
+
+def multiplications(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one image, attention by plain products so that they are counted."""
+    plain = copy.deepcopy(model)
+    models.set_fused_attention(plain, False)
+    return macs(plain, example)
+
+
+def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments that comparisons share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--weights", type=Path, help="safetensors file to start the dense model from")
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--test-split")
+    parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--seed", type=int, default=0, help="of everything behind the dense model")
+    parser.add_argument("--dense", type=Path, help="folder of a trained dense model, instead of training one")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
+    """Everything decoded and on the device, and the dense model, trained if need be."""
+    recipe = recipes.read(options.recipe)
+    source = data.DataSource(source=options.data, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
+    device = training.make_accelerator("no", "cpu" if recipe.device == "cpu" else None).device
+    splits = [
+        data.open_split(source, split)
+        for split in (recipe.data.train_split, recipe.data.validation_split, options.test_split)
+    ]
+    torch.manual_seed(options.seed)
+    arguments = {"num_classes": splits[0].num_classes, **recipe.model_arguments}
+    start = (
+        checkpoint.open_model(options.dense)
+        if options.dense
+        else checkpoint.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
+    )
+    preprocessing = data.Preprocessing.from_model(start)
+    images = [resident_images(split, preprocessing, device) for split in splits]
+    folder = options.out or Path("runs") / options.recipe.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(recipe, options.data, device, *images, folder, options.seed)
+    if options.dense and not checkpoint.is_model_folder(folder / "dense"):
+        checkpoint.save(start, folder / "dense")
+    return bench, dense_model(bench, start).to(device)
+
+
+def run(options: argparse.Namespace, script: str) -> None:
+    """Run what is not in the results yet, writing them after each method."""
+    bench, dense = opened(options)
+    file = options.results or Path("benchmarks/results") / f"{options.recipe.stem}.json"
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    weights = f" --weights {options.weights.name}" if options.weights else ""
+    results |= {
+        "command": f"python benchmarks/{script}.py --data hfds/{Path(options.data).name} --recipe {options.recipe}"
+        + weights,
+        "recipe": recipes.to_mapping(bench.recipe),
+        "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    for budget in options.budgets:
+        for method in options.methods:
+            budget_of = "" if method == "dense" else budget
+            key = key_of(method, budget_of, options.seed)
+            if key in results["runs"]:
+                continue
+            began = time.perf_counter()
+            model, told = finished_model(bench, dense, method, budget_of)
+            record = record_of(bench, model, time.perf_counter() - began) | told
+            results["runs"][key] = record
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            sys.stdout.write(f"{key}: {record['params']:,} parameters, top-1 {record['top1']:.2f} %\n")
+            sys.stdout.flush()

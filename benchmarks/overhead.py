@@ -1,0 +1,262 @@
+"""What each part of gohsp costs by model size, and what ADMM adds to a training step.
+
+    python benchmarks/overhead.py                                  # DeiT tiny to base, ViT-Large; 224 px, two CPU cores
+    python benchmarks/overhead.py --device cuda --batch 256 --models deit_tiny_patch16_224 deit_small_patch16_224
+
+Random images; the weights do not matter to the clock. Ranking, moments, damage curves and reconstruction are given in
+seconds and in forward passes of the model over the same images, one of which is timed before each of them, so that a
+drifting machine hits both alike. Plain training steps (AdamW, mixed precision as in training), the pull after each, the
+Z-steps and the Z-steps that select anew take turns; medians give ADMM's share at the default interval. It does
+not depend on the batch, so it is also given as the number of images that a plain step trains on in that time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gohsp
+from gohsp import models, training
+from gohsp.core import admm, compensation, ranking, reconstruction, rotation, sensitivity
+from gohsp.core.admm import AdmmSettings, AdmmState
+from gohsp.core.allocation import WidthSettings
+from gohsp.core.compensation import BlockMoments
+from gohsp.core.projection import ProjectionSettings
+from gohsp.structure import ModelStructure
+
+SIZES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the images that it is measured with."""
+
+    model: nn.Module
+    structure: ModelStructure
+    images: Sequence[Tensor]
+    precision: torch.dtype
+    device: torch.device
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Wall time."""
+        self.wait()
+        began = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as in training."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """One pass over the images."""
+        for batch in self.images:
+            with self.autocast():
+                self.model(batch)
+
+
+def opened(options: argparse.Namespace, name: str) -> Subject:
+    """The model with weights as they are drawn."""
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    model = timm.create_model(name).to(device).eval()
+    images = torch.randn(options.images, *model.pretrained_cfg["input_size"], device=device)
+    name_of_precision = training.resolve_precision("auto", cpu=device.type == "cpu")
+    return Subject(model, models.describe(model), images.split(64), training.PRECISIONS[name_of_precision], device)
+
+
+def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
+    """Every width but the number of heads at a half."""
+    return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
+
+
+def parts(subject: Subject) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
+    """What the parts before ADMM cost, and the moments that they leave behind."""
+    model, structure, images = subject.model, subject.structure, subject.images
+    stages, projection = models.stages(model), ProjectionSettings()
+    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        subject.forward()
+        forward = min(subject.seconds(subject.forward) for _ in range(2))
+        seconds = subject.seconds(lambda: found.update({name: work()}))
+        record[name] = {"seconds": round(seconds, 3), "forward_passes": round(seconds / forward, 2)}
+
+    def moments() -> tuple[BlockMoments, ...]:
+        with subject.autocast():
+            return rotation.rotate(model, structure, compensation.collect_moments(model, structure, images))
+
+    def curves() -> object:
+        embedded = [stages.embed(batch).detach().float() for batch in images]
+        return sensitivity.measure_curves(
+            model,
+            stages,
+            structure,
+            found["moments"],
+            embedded,
+            None,
+            WidthSettings(),
+            projection,
+            precision=subject.precision,
+        )
+
+    def reconstruct() -> object:
+        embedded = [stages.embed(batch).detach().float() for batch in images]
+        copy = models.resized(model, structure.shapes).to(subject.device)
+        copy.load_state_dict(model.state_dict())
+        return reconstruction.reconstruct(
+            model,
+            copy,
+            structure,
+            halved(structure),
+            found["moments"],
+            embedded,
+            None,
+            projection,
+            precision=subject.precision,
+        )
+
+    timed("ranking", lambda: ranking.rank_heads(model, structure, images, ranking.RankingSettings()))
+    timed("moments", moments)
+    timed("curves", curves)
+    timed("reconstruction", reconstruct)
+    return record, found["moments"]
+
+
+def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argparse.Namespace) -> dict[str, Any]:
+    """What ADMM adds to a step, and what memory it takes."""
+    model, settings = subject.model.train().requires_grad_(), AdmmSettings()
+    models.set_fused_attention(model, subject.device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.05, fused=True)
+    size = subject.images[0].shape[1:]
+    images = torch.randn(options.batch, *size, device=subject.device)
+    labels = torch.randint(0, 1000, (options.batch,), device=subject.device)
+    state = admm.start(model, subject.structure, halved(subject.structure), moments, None, settings)
+
+    def plain() -> None:
+        with subject.autocast():
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # one step before, resp. at the end of, an interval; the state itself does not move on
+    works = {
+        "plain_step": plain,
+        "pull": lambda: admm.after_step(replace(state, step=0), 0.0),
+        "z_step": lambda: admm.dual_update(replace(state, dual_updates=0), 0.0),
+        "selecting_z_step": lambda: admm.dual_update(replace(state, dual_updates=settings.reselect - 1), 0.0),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(options.rounds + 1):
+        for name, work in works.items():
+            seconds = subject.seconds(work)
+            if turn:
+                times[name].append(seconds)
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    rare = middle["selecting_z_step"] - middle["z_step"]
+    added = middle["pull"] + (middle["z_step"] + settings.freeze * rare / settings.reselect) / settings.interval
+    return {
+        "batch": options.batch,
+        "seconds": {name: round(value, 5) for name, value in middle.items()},
+        "ratio": round(1 + added / middle["plain_step"], 4),
+        "in_images": round(added / middle["plain_step"] * options.batch, 2),
+        "weights_mib": round(sum(map(size_of, model.parameters())) / 2**20, 1),
+        "state_mib": round(state_size(state) / 2**20, 1),
+    }
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def state_size(state: AdmmState) -> int:
+    """Bytes that ADMM holds: anchors, duals, moments and their copy in float32."""
+    values = [t for side in (state.anchors, state.duals) for block in side for t in block.values()]
+    moments = [t for side in (state.moments, state.norms) for m in side for t in compensation.tensors_of(m)]
+    return sum(map(size_of, values + moments))
+
+
+def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """All costs of one model; to be run in a process of its own."""
+    subject = opened(options, name)
+    record: dict[str, Any] = {"params": sum(p.numel() for p in subject.model.parameters()), "images": options.images}
+    costs, moments = parts(subject)
+    return record | costs | {"admm": admm_cost(subject, moments, options)}
+
+
+def growth(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By what power of the number of parameters costs grow, from the smallest model to the largest."""
+    if len(records) < 2:
+        return {}
+    first, last = records[0], records[-1]
+    size = math.log(last["params"] / first["params"])
+    power = {
+        part: math.log(last[part]["seconds"] / first[part]["seconds"]) / size
+        for part in ("ranking", "moments", "curves", "reconstruction")
+    }
+    added = [r["admm"]["in_images"] * r["admm"]["seconds"]["plain_step"] / r["admm"]["batch"] for r in records]
+    power["admm"] = math.log(added[-1] / added[0]) / size
+    power["plain_step"] = (
+        math.log(last["admm"]["seconds"]["plain_step"] / first["admm"]["seconds"]["plain_step"]) / size
+    )
+    return {part: round(value, 2) for part, value in power.items()}
+
+
+def main() -> None:
+    """Measure every model, writing the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=SIZES)
+    parser.add_argument("--images", type=int, default=8, help="that parts are measured on")
+    parser.add_argument("--batch", type=int, default=8, help="of the training step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overhead.json"))
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/overhead.py --device {options.device} --images {options.images} "
+        f"--batch {options.batch} --models {' '.join(options.models)}",
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "models": {},
+    }
+    results[options.device] = record
+    for name in options.models:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            record["models"][name] = pool.apply(measured, (options, name))
+        record["growth"] = growth(list(record["models"].values()))
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        sys.stdout.write(f"{name}: {json.dumps(record['models'][name])}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
