@@ -261,19 +261,29 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
     return bench, dense_model(bench, start).to(device)
 
 
-def run(options: argparse.Namespace, script: str) -> None:
-    """Run what is not in the results yet, writing them after each method."""
-    bench, dense = opened(options)
-    file = options.results or Path("benchmarks/results") / f"{options.recipe.stem}.json"
-    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+def results_file(options: argparse.Namespace, prefix: str = "") -> Path:
+    """Where results are written, named after the recipe."""
+    return options.results or Path("benchmarks/results") / f"{prefix}{options.recipe.stem}.json"
+
+
+def header(options: argparse.Namespace, bench: Bench, script: str) -> dict[str, Any]:
+    """What all records of a results file have in common."""
     weights = f" --weights {options.weights.name}" if options.weights else ""
-    results |= {
-        "command": f"python benchmarks/{script}.py --data hfds/{Path(options.data).name} --recipe {options.recipe}"
-        + weights,
+    data_name = f"hfds/{Path(options.data).name}"
+    return {
+        "command": f"python benchmarks/{script}.py --data {data_name} --recipe {options.recipe}{weights}",
         "recipe": recipes.to_mapping(bench.recipe),
         "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
+
+
+def run(options: argparse.Namespace, script: str) -> None:
+    """Run what is not in the results yet, writing them after each method."""
+    bench, dense = opened(options)
+    file = results_file(options)
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    results |= header(options, bench, script)
     for budget in options.budgets:
         for method in options.methods:
             budget_of = "" if method == "dense" else budget

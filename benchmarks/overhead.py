@@ -1,22 +1,22 @@
 """What each part of gohsp costs by model size, and what ADMM adds to a training step.
 
-    python benchmarks/overhead.py                                  # DeiT tiny to base, ViT-Large; 224 px, two CPU cores
-    python benchmarks/overhead.py --device cuda --batch 256 --models deit_tiny_patch16_224 deit_small_patch16_224
+    python benchmarks/overhead.py                                    # four sizes at 224 px, two CPU cores
+    python benchmarks/overhead.py --device cuda --images 256 --batch 64                    # one GPU
+    python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
 Random images; the weights do not matter to the clock. Ranking, moments, damage curves and reconstruction are given in
 seconds and in forward passes of the model over the same images, one of which is timed before each of them, so that a
 drifting machine hits both alike. Plain training steps (AdamW, mixed precision as in training), the pull after each, the
 Z-steps and the Z-steps that select anew take turns; medians give ADMM's share at the default interval. It does
-not depend on the batch, so it is also given as the number of images that a plain step trains on in that time.
+not depend on the batch, so it is also given as the number of images that a plain step trains on in that time. What an
+earlier call measured on the same device stays in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -40,6 +40,7 @@ from gohsp.core.compensation import BlockMoments
 from gohsp.core.projection import ProjectionSettings
 from gohsp.structure import ModelStructure
 
+PARTS = ("ranking", "moments", "curves", "reconstruction", "admm")
 SIZES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
 
 
@@ -93,18 +94,19 @@ def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
     return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
 
 
-def parts(subject: Subject) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
-    """What the parts before ADMM cost, and the moments that they leave behind."""
+def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
+    """Seconds of ``work``, and as forward passes over the same images."""
+    subject.forward()
+    forward = min(subject.seconds(subject.forward) for _ in range(2))
+    seconds = subject.seconds(work)
+    return {"seconds": round(seconds, 3), "forward_passes": round(seconds / forward, 2)}
+
+
+def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
+    """What the parts before ADMM cost, and the moments that all but the ranking need."""
     model, structure, images = subject.model, subject.structure, subject.images
     stages, projection = models.stages(model), ProjectionSettings()
     found: dict[str, Any] = {}
-    record: dict[str, Any] = {}
-
-    def timed(name: str, work: Callable[[], object]) -> None:
-        subject.forward()
-        forward = min(subject.seconds(subject.forward) for _ in range(2))
-        seconds = subject.seconds(lambda: found.update({name: work()}))
-        record[name] = {"seconds": round(seconds, 3), "forward_passes": round(seconds / forward, 2)}
 
     def moments() -> tuple[BlockMoments, ...]:
         with subject.autocast():
@@ -140,10 +142,13 @@ def parts(subject: Subject) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
             precision=subject.precision,
         )
 
-    timed("ranking", lambda: ranking.rank_heads(model, structure, images, ranking.RankingSettings()))
-    timed("moments", moments)
-    timed("curves", curves)
-    timed("reconstruction", reconstruct)
+    works: dict[str, Callable[[], object]] = {
+        "ranking": lambda: ranking.rank_heads(model, structure, images, ranking.RankingSettings()),
+        "moments": lambda: found.update(moments=moments()),
+        "curves": curves,
+        "reconstruction": reconstruct,
+    }
+    record = {name: cost(subject, work) for name, work in works.items() if name in wanted or name == "moments"}
     return record, found["moments"]
 
 
@@ -203,36 +208,22 @@ def state_size(state: AdmmState) -> int:
 
 
 def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """All costs of one model; to be run in a process of its own."""
+    """The wanted costs of one model; to be run in a process of its own."""
     subject = opened(options, name)
-    record: dict[str, Any] = {"params": sum(p.numel() for p in subject.model.parameters()), "images": options.images}
-    costs, moments = parts(subject)
-    return record | costs | {"admm": admm_cost(subject, moments, options)}
-
-
-def growth(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By what power of the number of parameters costs grow, from the smallest model to the largest."""
-    if len(records) < 2:
-        return {}
-    first, last = records[0], records[-1]
-    size = math.log(last["params"] / first["params"])
-    power = {
-        part: math.log(last[part]["seconds"] / first[part]["seconds"]) / size
-        for part in ("ranking", "moments", "curves", "reconstruction")
-    }
-    added = [r["admm"]["in_images"] * r["admm"]["seconds"]["plain_step"] / r["admm"]["batch"] for r in records]
-    power["admm"] = math.log(added[-1] / added[0]) / size
-    power["plain_step"] = (
-        math.log(last["admm"]["seconds"]["plain_step"] / first["admm"]["seconds"]["plain_step"]) / size
-    )
-    return {part: round(value, 2) for part, value in power.items()}
+    record, moments = parts(subject, options.parts)
+    for part in record.values():
+        part["images"] = options.images
+    if "admm" in options.parts:
+        record["admm"] = admm_cost(subject, moments, options)
+    return {"params": sum(p.numel() for p in subject.model.parameters())} | record
 
 
 def main() -> None:
     """Measure every model, writing the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=SIZES)
-    parser.add_argument("--images", type=int, default=8, help="that parts are measured on")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--images", type=int, default=16, help="that parts are measured on")
     parser.add_argument("--batch", type=int, default=8, help="of the training step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -240,21 +231,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overhead.json"))
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/overhead.py --device {options.device} --images {options.images} "
-        f"--batch {options.batch} --models {' '.join(options.models)}",
+    record = results.setdefault(options.device, {"models": {}})
+    record |= {
+        "command": f"python benchmarks/overhead.py --device {options.device}",
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "models": {},
     }
-    results[options.device] = record
     for name in options.models:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            record["models"][name] = pool.apply(measured, (options, name))
-        record["growth"] = growth(list(record["models"].values()))
+            found = pool.apply(measured, (options, name))
+        record["models"].setdefault(name, {}).update(found)
         options.results.write_text(json.dumps(results, indent=1) + "\n")
-        sys.stdout.write(f"{name}: {json.dumps(record['models'][name])}\n")
+        sys.stdout.write(f"{name}: {json.dumps(found)}\n")
         sys.stdout.flush()
 
 

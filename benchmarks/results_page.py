@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -215,21 +216,74 @@ def imagewoof() -> str | None:
     return "\n\n".join(text)
 
 
-def cifar10() -> str | None:
-    """All methods on CIFAR-10, at either size."""
-    text = []
-    for name, title in (("cifar10_vit_small", "ViT-Small, GPU"), ("cifar10_cpu", "a small ViT, CPU")):
-        if (found := read(name)) is None:
-            continue
-        rows = [
-            [key, f"{run['params']:,}", f"{run['macs'] / 1e6:.1f} M", f"{run['top1']:.2f} %"]
-            for key, run in found["runs"].items()
-        ]
-        text += [
-            f"## CIFAR-10, {title}",
-            f"    {found['command']}",
-            table(["method, budget, seed", "parameters", "MACs", "test top-1"], rows),
-        ]
+def by_method(runs: Json) -> dict[str, dict[str, list[Json]]]:
+    """A comparison's records by method and budget, one a seed; what has no budget is under an empty one."""
+    found: dict[str, dict[str, list[Json]]] = {}
+    for key, run in runs.items():
+        method, *budget = key.split(" ")[:-1]
+        found.setdefault(method, {}).setdefault("".join(budget), []).append(run)
+    return found
+
+
+def mean_top1(runs: Sequence[Json]) -> float:
+    """Over seeds."""
+    return sum(run["top1"] for run in runs) / len(runs)
+
+
+def comparison(name: str, title: str) -> list[str]:
+    """All methods with the same epochs on one data set."""
+    if (found := read(name)) is None:
+        return []
+    methods, recipe = by_method(found["runs"]), found["recipe"]
+    budgets = sorted({b for of in methods.values() for b in of if b}, key=lambda b: -float(b[len("params=") : -1]))
+    dense = methods["dense"][""]
+    rows = [["dense, trained as long", f"{dense[0]['params']:,}", *[f"{mean_top1(dense):.2f} %"] * len(budgets)]]
+    for method, of in methods.items():
+        if method != "dense":
+            cells = [f"{mean_top1(of[b]):.2f} %" + (f" ({len(of[b])} seeds)" if len(of[b]) > 1 else "") for b in of]
+            mark = "**" if method == "gohsp" else ""
+            line = dict(zip(of, cells, strict=True))
+            rows.append(
+                [
+                    f"{mark}{METHODS[method]}{mark}",
+                    "",
+                    *(f"{mark}{line[b]}{mark}" if b in line else "" for b in budgets),
+                ]
+            )
+    epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+    n = dense[0]["n"]
+    top1 = mean_top1(dense) / 100
+    return [
+        f"## {title}",
+        f"    {found['command']}",
+        f"Epochs behind the dense model: {epochs}, or as many of fine-tuning alone; top-1 on {n:,} images that nothing "
+        f"was chosen by (standard error {100 * (top1 * (1 - top1) / n) ** 0.5:.1f}); {found['machine']}.",
+        table(["", "parameters", *budgets], rows),
+        f"![Top-1 against parameters and MACs]({name}.svg)",
+    ]
+
+
+COMPARISONS = {
+    "cifar10_vit_small": "CIFAR-10, ViT-Small",
+    "cifar10_cpu": "CIFAR-10, a ViT of 0.7 million parameters and 8,000 training images",
+    "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
+}
+METHODS = {
+    "gohsp": "gohsp",
+    "oneshot": "gohsp without ADMM",
+    "random": "gohsp, heads ranked at random",
+    "scratch": "gohsp's shape trained from scratch",
+    **{
+        f"{importance}/{scope}": f"Torch-Pruning, {importance}, {scope}"
+        for importance in ("l2", "taylor", "hessian")
+        for scope in ("uniform", "isomorphic")
+    },
+}
+
+
+def comparisons() -> str | None:
+    """Every method side by side, by data set."""
+    text = [part for name, title in COMPARISONS.items() for part in comparison(name, title)]
     return "\n\n".join(text) or None
 
 
@@ -255,22 +309,70 @@ def throughput() -> str | None:
 
 
 def overhead() -> str | None:
-    """What ADMM adds to a training step."""
-    if (found := read("admm_overhead")) is None:
+    """What gohsp's parts cost by model size."""
+    if (found := read("overhead")) is None:
         return None
-    kinds = ("ratio_of_medians", "ratio_of_sums")
-    rows = [[penalty, *(f"{found[penalty][kind]:.3f}" for kind in kinds)] for penalty in ("decoupled", "coupled")]
-    return "\n\n".join(
-        [
-            "## Cost of an ADMM step",
-            f"    {found['command']}",
-            "Step time with ADMM over the plain step, DeiT-Tiny, two CPU cores, in turns:",
-            table(["penalty", "ratio of medians", "ratio of sums"], rows),
+    text = ["## What the parts cost"]
+    for record in found.values():
+        sizes = record["models"]
+        rows, steps = [], []
+        for model, of in sizes.items():
+            cells = [
+                f"{of[part]['seconds']:.1f} s ({of[part]['forward_passes']:.0f})" if part in of else ""
+                for part in PARTS
+            ]
+            images = ", ".join(str(n) for n in sorted({of[part]["images"] for part in PARTS if part in of}))
+            rows.append([model, f"{of['params'] / 1e6:.1f} M", images, *cells])
+            if admm := of.get("admm"):
+                steps.append(
+                    [
+                        model,
+                        str(admm["batch"]),
+                        f"{1e3 * admm['seconds']['plain_step']:,.0f} ms",
+                        f"{admm['in_images']:.2f}",
+                        f"{100 * (admm['ratio'] - 1):.1f} %",
+                        f"{100 * admm['in_images'] / 64:.1f} %",
+                        f"{admm['state_mib']:,.0f} MiB ({admm['state_mib'] / admm['weights_mib']:.1f})",
+                    ]
+                )
+        text += [
+            f"    {record['command']}",
+            f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
+            "the same images in the same precision; with few images the solves, which do not depend on their number, "
+            "weigh most.",
+            table(["model", "parameters", "images", *PARTS], rows),
+            "An ADMM step over a plain one, at the default interval; *in images*: how many images a plain step trains "
+            "on in the time that ADMM adds, whatever the batch. State: anchors, duals and moments (over the weights).",
+            table(["model", "batch", "plain step", "in images", "slower", "at batch 64", "state"], steps),
         ]
-    )
+        if growth := grown(sizes):
+            text.append(growth)
+    return "\n\n".join(text)
 
 
-SECTIONS: tuple[Callable[[], str | None], ...] = (oneshot, peers, imagewoof, cifar10, throughput, overhead)
+PARTS = ("ranking", "moments", "curves", "reconstruction")
+
+
+def grown(sizes: Json) -> str | None:
+    """By what power of the number of parameters costs grow from the first model to the last."""
+    records = list(sizes.values())
+    powers = []
+    for part in PARTS:
+        has = [r for r in records if part in r and r[part]["images"] == records[0][part]["images"]]
+        if len(has) > 1:
+            power = math.log(has[-1][part]["seconds"] / has[0][part]["seconds"])
+            powers.append(f"{part} {power / math.log(has[-1]['params'] / has[0]['params']):.2f}")
+    has = [r for r in records if "admm" in r]
+    if len(has) > 1:
+        added = [r["admm"]["in_images"] * r["admm"]["seconds"]["plain_step"] / r["admm"]["batch"] for r in has]
+        power = math.log(added[-1] / added[0]) / math.log(has[-1]["params"] / has[0]["params"])
+        powers.append(f"ADMM's share of a step {power:.2f}")
+    if not powers:
+        return None
+    return f"Powers of the number of parameters by which seconds grow, first model to last: {', '.join(powers)}."
+
+
+SECTIONS: tuple[Callable[[], str | None], ...] = (oneshot, peers, comparisons, imagewoof, throughput, overhead)
 
 
 def page() -> str:
@@ -346,9 +448,41 @@ def draw_images(axes: Axes) -> None:
     axes.set(xlabel="calibration images", ylabel="top-1, % (standard error 1.5)", ylim=(64, 72))
 
 
+def draw_comparison(name: str) -> None:
+    """Top-1 of all methods against parameters and against MACs."""
+    if (found := read(name)) is None:
+        return
+    methods = by_method(found["runs"])
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, cost, label in zip(panels, ("params", "macs"), ("parameters", "MACs"), strict=True):
+        for method, of in methods.items():
+            points = sorted((runs[0][cost] / 1e6, mean_top1(runs)) for runs in of.values())
+            if method == "dense":
+                axes.plot(*points[0], "k*", ms=10, label="dense, trained as long")
+            elif method in ("gohsp", "oneshot"):
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-" if method == "gohsp" else "s--",
+                    color=OURS,
+                    lw=2,
+                    ms=5,
+                    label=METHODS[method],
+                )
+            else:
+                axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, alpha=0.75, label=METHODS[method])
+        axes.set(xlabel=f"{label}, millions")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="top-1, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+
+
 def draw() -> None:
     """Draw all plots."""
     with rc_context(STYLE):
+        for name in COMPARISONS:
+            draw_comparison(name)
         for name, plot in (("oneshot_accuracy", draw_accuracy), ("oneshot_images", draw_images)):
             figure = Figure(figsize=(6.4, 3.8), layout="constrained")
             axes = figure.add_subplot()

@@ -403,11 +403,11 @@ def test_curves_are_measured_once_for_all_budgets(tmp_path: Path, monkeypatch: p
 
 
 def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[tuple[int, bool]] = []
+    seen: list[int] = []
     measure = sensitivity.measure_curves
 
     def spy(model: nn.Module, stages: Any, structure: Any, *arguments: Any, **named: Any) -> Any:
-        seen.append((model_cost(structure, structure.shapes, "params"), named["reference"] is None))
+        seen.append(model_cost(structure, structure.shapes, "params"))
         floors = {block.ffn_floor for block in structure.blocks}
         assert floors == ({0} if len(seen) == 1 else {32})  # a quarter of the dense model's units
         return measure(model, stages, structure, *arguments, **named)
@@ -416,14 +416,12 @@ def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: 
     widths = {"multiple": 2, "min_width": 2, "min_ffn": 0.25}
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation_stages=2, widths=widths)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="params=-50%")
-    (dense, first), (half, second) = seen
-    assert (first, second) == (True, False)
+    dense, half = seen
     assert half <= dense * 0.5**0.5 < half * 1.02
     budget = result.report["budget"]
     assert 0.99 * budget["limit"] <= budget["achieved"] <= budget["limit"]
     assert all(block["ffn"] >= 32 for block in result.report["plan"]["pruned"])
     assert result.report["fidelity"]["predicted_kl"] > 0
-    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("changes", [{"allocation_stages": 0}, {"allocation_stages": 2, "allocation": "uniform"}])

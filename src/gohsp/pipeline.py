@@ -554,7 +554,7 @@ def _allocated(
         return shapes_from_json(record["shapes"]), record["predicted"]
     with bench.timed("allocate"):
         if goal.kind == "latency":
-            curves = _curves(bench, basis, dense, dense) if recipe.allocation == "measured" else None
+            curves = _curves(bench, basis, dense) if recipe.allocation == "measured" else None
 
             def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
                 if curves is None:
@@ -584,7 +584,7 @@ def _in_stages(
             model, at = _cut_so_far(bench, basis, dense, shapes)
             images = bench.images(bench.recipe.data.allocation_images)
             predicted = sensitivity.divergence(*(_predictions(bench, m, images) for m in (dense, model)))
-        curves = _curves(bench, at, model, dense)
+        curves = _curves(bench, at, model)
         bound = limit if stage == stages else cost * (limit / cost) ** (stage / stages)
         shapes = allocation.allocate(at.structure, curves, kind, bound, widths)
         predicted += allocation.predicted_damage(curves, shapes)
@@ -606,19 +606,17 @@ def _cut_so_far(
     return small, _basis_of(bench, small, dataclasses.replace(structure, blocks=tuple(blocks)), scores)
 
 
-def _curves(bench: _Bench, basis: _Basis, model: nn.Module, dense: nn.Module) -> allocation.Curves:
-    """Damage curves of ``model``, which ``basis`` was made of, against ``dense``; measured or from the cache."""
+def _curves(bench: _Bench, basis: _Basis, model: nn.Module) -> allocation.Curves:
+    """Damage curves of ``model``, which ``basis`` was made of; measured or from the cache."""
     recipe, structure, stages = bench.recipe, basis.structure, models.stages(basis.model)
     images = bench.images(recipe.data.allocation_images)
     embedded = list(bench.embedded(stages, images))
-    networks = [dense] if model is dense else [dense, model]
-    reference = None if model is dense else _predictions(bench, dense, images)
     # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
     settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
     counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
-    provenance = [models.specification(dense), str(bench.precision), importlib.metadata.version("gohsp")]
+    provenance = [models.specification(model), str(bench.precision), importlib.metadata.version("gohsp")]
     key = cache.key_of(
-        itertools.chain(*(network.state_dict().values() for network in networks), bench.calibration),
+        itertools.chain(model.state_dict().values(), bench.calibration),
         [*provenance, *settings, *counts, sensitivity.GRID],
     )
     if found := cache.load("curves", key):
@@ -635,7 +633,6 @@ def _curves(bench: _Bench, basis: _Basis, model: nn.Module, dense: nn.Module) ->
             basis.scores,
             recipe.widths,
             recipe.admm.projection,
-            reference=reference,
             precision=bench.precision,
             advance=lambda: bar.advance(task),
         )

@@ -33,11 +33,10 @@ def measure_curves(
     widths: WidthSettings,
     settings: ProjectionSettings,
     *,
-    reference: Sequence[Tensor] | None = None,
     precision: torch.dtype = torch.float32,
     advance: Callable[[], None] = lambda: None,
 ) -> Curves:
-    """What the KL divergence from the dense predictions gains when one piece alone is projected to a few widths.
+    """KL divergence from the model's own predictions when one piece alone is projected to a few widths.
 
     No labels are read. A point costs one pass through the blocks from the piece's own to the last, since what
     enters the block does not change. The model is changed in place for one pass at a time and always restored.
@@ -51,7 +50,6 @@ def measure_curves(
         scores: Graph scores by block and head, which decide the order in which heads go; None for none.
         widths: Allowed widths.
         settings: Metric and strength of the projection.
-        reference: Dense log-probabilities of the same images (:func:`predictions`); None takes the model's own.
         precision: Data type of the forward passes; below float32 by autocast.
         advance: Called once per measured point (:func:`count_points` of them), for progress.
 
@@ -62,13 +60,11 @@ def measure_curves(
         NonFiniteError: A cut makes the predictions NaN or infinite.
     """
     with evaluating(model):
-        own = predictions(stages, embedded, precision)
-        reference = own if reference is None else reference
-        present = divergence(reference, own)
+        reference = predictions(stages, embedded, precision)
         stream, curves = list(embedded), []
         for i, block in enumerate(structure.blocks):
             cut = _Cut(
-                model, block, moments[i], None if scores is None else torch.tensor(scores[i]).to(own[0]), settings
+                model, block, moments[i], None if scores is None else torch.tensor(scores[i]).to(reference[0]), settings
             )
             of_block: dict[Kind, DamageCurve] = {}
             for kind in KINDS:
@@ -82,7 +78,7 @@ def measure_curves(
                             f"the predictions become NaN or infinite with {kind} of block {i} cut to {width}; take a "
                             'wider data type (training.precision = "no")'
                         )
-                    damage.append(max(after - present, 0.0))
+                    damage.append(max(after, 0.0))
                     advance()
                 if damage:
                     of_block[kind] = DamageCurve(grid, (*damage, 0.0))

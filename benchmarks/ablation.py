@@ -1,0 +1,100 @@
+"""What each choice of the training route is worth: one thing changed at a time, the same dense model and epochs.
+
+    pip install 'gohsp[hf,bench]'
+    python benchmarks/ablation.py --data hfds/cifar10                                       # after cifar10.py, one GPU
+    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml     # after it at CPU size
+
+``default`` is the recipe as it stands. ``no ADMM`` gives its epochs to fine-tuning; every other arm changes the
+settings that it is named after. Scores on held-out training images are what a default may be chosen by; the test
+split is read for the record only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gohsp
+from comparison import (  # pyrefly: ignore[missing-import] (it lies beside this file)
+    gohsp_model,
+    header,
+    key_of,
+    opened,
+    parser_of,
+    record_of,
+    results_file,
+    variant,
+)
+
+EUCLIDEAN = {"admm.projection.metric": "euclidean"}
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no ADMM": {},
+    "one stage of allocation": {"allocation_stages": 1},
+    "edges: KL": {"ranking.edge": "kl"},
+    "edges: similarity": {"ranking.edge": "similarity"},
+    "edges: cosine": {"ranking.edge": "cosine"},
+    "edges: CKA": {"ranking.edge": "cka"},
+    "a graph a layer": {"ranking.scope": "layer"},
+    "no guidance": {"admm.projection.guidance": 0.0},
+    "ranking alone": {"admm.projection.guidance": 1.0},
+    "coupled penalty": {"admm.penalty": "coupled"},
+    "rho to 0.03": {"admm.rho_end": 0.03},
+    "rho to 0.3": {"admm.rho_end": 0.3},
+    "interval 2": {"admm.interval": 2},
+    "interval 32": {"admm.interval": 32},
+    "no compensation, strength: norm times activation": EUCLIDEAN,
+    "no compensation, strength: norm": EUCLIDEAN | {"admm.projection.strength": "norm"},
+    "no distillation": {"training.distillation": 0.0},
+}
+
+
+def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """A frozen dataclass with fields replaced, nested ones by dotted names."""
+    for name, value in changes.items():
+        field, _, rest = name.partition(".")
+        inner = changed(getattr(settings, field), {rest: value}) if rest else value
+        settings = dataclasses.replace(settings, **{field: inner})
+    return settings
+
+
+def arm_recipe(recipe: gohsp.Recipe, arm: str) -> gohsp.Recipe:
+    """The recipe of an arm."""
+    return variant(recipe, "oneshot") if arm == "no ADMM" else changed(recipe, ARMS[arm])
+
+
+def main() -> None:
+    """Run what is not in the results yet, writing them after each arm."""
+    parser = parser_of(
+        __doc__,
+        model="vit_small_patch16_224",
+        recipe=Path("recipes/cifar10_vit_small.toml"),
+        test_split="test",
+        budgets=["params=-60%"],
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    options = parser.parse_args()
+    bench, _ = opened(options)
+    file = results_file(options, "ablation_")
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    results |= header(options, bench, "ablation")
+    for budget in options.budgets:
+        for arm in options.arms:
+            key = key_of(arm, budget, options.seed)
+            if key in results["runs"]:
+                continue
+            began = time.perf_counter()
+            model = gohsp_model(bench, f"ablation/{arm}", arm_recipe(bench.recipe, arm), budget)
+            results["runs"][key] = record_of(bench, model, time.perf_counter() - began) | {"arm": arm, "budget": budget}
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            sys.stdout.write(f"{key}: held-out top-1 {results['runs'][key]['held_out_top1']:.2f} %\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
