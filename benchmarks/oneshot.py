@@ -108,7 +108,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
-    parser.add_argument("--flags", nargs="*", default=[], help="further flags of gohsp prune, written as one word each")
+    parser.add_argument(
+        "--flags", action="append", default=[], help="one more flag of gohsp prune, as --flags=--NAME=VALUE"
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/oneshot_deit_tiny.json"))
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}

@@ -267,7 +267,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["*"], help="names or patterns of importance/scope/width")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flags", nargs="*", default=[], help="further flags of gohsp prune, written as one word each")
+    parser.add_argument(
+        "--flags", action="append", default=[], help="one more flag of gohsp prune, as --flags=--NAME=VALUE"
+    )
     parser.add_argument("--skip-gohsp", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/peers_deit_tiny.json"))
     options = parser.parse_args()

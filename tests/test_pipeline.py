@@ -402,7 +402,8 @@ def test_curves_are_measured_once_for_all_budgets(tmp_path: Path, monkeypatch: p
         prune(tmp_path / "changed", model=tiny(), recipe=dataclasses.replace(recipe, seed=1), budget="params=-20%")
 
 
-def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("stages", [2, None])
+def test_allocation_in_stages_looks_again_half_way(stages: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
     measure = sensitivity.measure_curves
 
@@ -413,8 +414,9 @@ def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: 
         return measure(model, stages, structure, *arguments, **named)
 
     monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", spy)
+    monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / "cache"))
     widths = {"multiple": 2, "min_width": 2, "min_ffn": 0.25}
-    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation_stages=2, widths=widths)
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation_stages=stages, widths=widths)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="params=-50%")
     dense, half = seen
     assert half <= dense * 0.5**0.5 < half * 1.02
@@ -422,6 +424,25 @@ def test_allocation_in_stages_looks_again_half_way(tmp_path: Path, monkeypatch: 
     assert 0.99 * budget["limit"] <= budget["achieved"] <= budget["limit"]
     assert all(block["ffn"] >= 32 for block in result.report["plan"]["pruned"])
     assert result.report["fidelity"]["predicted_kl"] > 0
+
+
+@pytest.mark.parametrize(("budget", "stages"), [("params=-20%", 1), ("params=-50%", 2), ("macs=-60%", 3)])
+def test_deeper_cuts_are_allocated_in_more_stages(
+    budget: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = 0
+    measure = sensitivity.measure_curves
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        return measure(*arguments, **named)
+
+    monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", spy)
+    monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / "cache"))
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, widths={"multiple": 2, "min_width": 2})
+    prune(tmp_path / "run", model=tiny(), recipe=recipe, budget=budget)
+    assert seen == stages
 
 
 @pytest.mark.parametrize("changes", [{"allocation_stages": 0}, {"allocation_stages": 2, "allocation": "uniform"}])

@@ -55,6 +55,9 @@ CALIBRATION_BATCH = 64
 LOSS_IMAGES = 1024
 """Training images on which the loss before and after the cut is compared."""
 
+STAGE = 0.73
+"""Share of its cost that one stage of allocation leaves a network, where the recipe leaves their number open."""
+
 LATENCY_TRIALS = 6
 """Plans that are timed before a latency budget is given up."""
 
@@ -232,7 +235,7 @@ def prune(
     if shapes is not None:
         check_shapes(structure, shapes)
     if goal.kind == "latency":
-        if recipe.allocation_stages > 1:
+        if (recipe.allocation_stages or 1) > 1:
             raise BudgetError(
                 f"budget '{budget}' with allocation_stages = {recipe.allocation_stages}: times are measured on the "
                 "dense model's blocks, so a latency budget is allocated in one stage; set allocation_stages to 1, or "
@@ -577,7 +580,8 @@ def _in_stages(
     bench: _Bench, basis: _Basis, dense: nn.Module, kind: Literal["params", "macs"], cost: float, limit: float
 ) -> tuple[tuple[BlockShape, ...], float]:
     """Widths within ``limit`` of what now costs ``cost``, curves measured anew on the way; and their damage."""
-    stages, widths = bench.recipe.allocation_stages, bench.recipe.widths
+    widths = bench.recipe.widths
+    stages = bench.recipe.allocation_stages or max(1, round(math.log(limit / cost) / math.log(STAGE)))
     shapes, predicted, at, model = basis.structure.shapes, 0.0, basis, dense
     for stage in range(1, stages + 1):
         if stage > 1:
