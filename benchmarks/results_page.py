@@ -304,7 +304,11 @@ def throughput() -> str | None:
             for case in record["cases"]
         ]
         header = ["", "images/s dense", "pruned", "peak MiB dense", "pruned", "speed-up", "of the MAC ratio"]
-        text += [f"    {record['command']}", f"{record['machine']}:", table(header, rows)]
+        text += [
+            f"    {record['command']}",
+            f"{record['machine']}, {record['threads']} threads; pruned blocks: {', '.join(record['shapes'])}.",
+            table(header, rows),
+        ]
     return "\n\n".join(text)
 
 

@@ -1,6 +1,7 @@
 """Images per second and peak memory of a dense and a pruned model, the two taking turns.
 
     python benchmarks/throughput.py deit_small_patch16_224 --budget macs=-50%    # widths cut alike, weights drawn
+    python benchmarks/throughput.py deit_small_patch16_224 --heads 3 --min-width 64       # whole heads, not dimensions
     python benchmarks/throughput.py runs/mine/dense --pruned runs/mine           # what gohsp wrote
     python benchmarks/throughput.py deit_small_patch16_224 --budget macs=-50% --device cuda
 
@@ -12,6 +13,7 @@ counted: on a GPU what torch allocated, on a CPU what a process of its own took 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -43,7 +45,11 @@ def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     if goal.kind == "latency":
         sys.exit("give a budget in params or macs: its promise is what is measured here")
     limit = goal.limit(gohsp.model_cost(structure, structure.shapes, goal.kind))
-    shapes = allocation.uniform(structure, goal.kind, limit, allocation.WidthSettings())
+    if options.heads:
+        fewer = [dataclasses.replace(s, heads=options.heads) for s in structure.shapes]
+        structure = models.describe(models.resized(dense, fewer))
+    widths = allocation.WidthSettings(multiple=options.multiple, min_width=options.min_width)
+    shapes = allocation.uniform(structure, goal.kind, limit, widths)
     return dense, models.resized(dense, shapes).eval()
 
 
@@ -112,6 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--budget", default="macs=-50%")
+    parser.add_argument("--multiple", type=int, default=8, help="of all widths (widths.multiple of a recipe)")
+    parser.add_argument("--min-width", type=int, default=8, help="of queries, keys and values (widths.min_width)")
+    parser.add_argument("--heads", type=int, help="heads that every block keeps; all, unless given")
     parser.add_argument("--pruned", type=Path, help="folder of a pruned model, instead of a budget")
     parser.add_argument("--device", choices=CASES, default="cpu")
     parser.add_argument("--rounds", type=int, default=11)
@@ -119,12 +128,16 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     name = Path(options.model).name
-    what = f"--pruned {options.pruned.name}" if options.pruned else f"--budget {options.budget}"
+    what = f"--budget {options.budget} --multiple {options.multiple}"
+    what += f" --heads {options.heads} --min-width {options.min_width}" if options.heads else ""
+    if options.pruned:
+        what = f"--pruned {options.pruned.name}"
     record: dict[str, Any] = {
         "command": f"python benchmarks/throughput.py {name} {what} --device {options.device}",
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "shapes": sorted({str(shape) for shape in models.describe(contestants(options)[1]).shapes}),
         "cases": [],
     }
     results[f"{name} {what} {options.device}"] = record
