@@ -306,7 +306,7 @@ def throughput() -> str | None:
         header = ["", "images/s dense", "pruned", "peak MiB dense", "pruned", "speed-up", "of the MAC ratio"]
         text += [
             f"    {record['command']}",
-            f"{record['machine']}, {record['threads']} threads; pruned blocks: {', '.join(record['shapes'])}.",
+            f"{record['machine']}, {record['threads']} threads; pruned blocks: {'; '.join(record['shapes'])}.",
             table(header, rows),
         ]
     return "\n\n".join(text)

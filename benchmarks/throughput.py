@@ -53,6 +53,11 @@ def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     return dense, models.resized(dense, shapes).eval()
 
 
+def written(shape: gohsp.BlockShape) -> str:
+    """A block's widths in words."""
+    return f"{shape.heads} heads of q/k {shape.qk} and v/o {shape.vo}, FFN {shape.ffn}"
+
+
 def batch_of(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Random images that the model takes."""
     config: Any = model.pretrained_cfg
@@ -137,7 +142,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shapes": sorted({str(shape) for shape in models.describe(contestants(options)[1]).shapes}),
+        "shapes": sorted({written(shape) for shape in models.describe(contestants(options)[1]).shapes}),
         "cases": [],
     }
     results[f"{name} {what} {options.device}"] = record
