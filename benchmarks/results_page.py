@@ -287,6 +287,28 @@ def comparisons() -> str | None:
     return "\n\n".join(text) or None
 
 
+def ablations() -> str | None:
+    """One choice of the training route changed at a time."""
+    text = []
+    for name, title in COMPARISONS.items():
+        if (found := read(f"ablation_{name}")) is None:
+            continue
+        arms: dict[str, dict[str, list[Json]]] = {}
+        for run in found["runs"].values():
+            arms.setdefault(run["arm"], {}).setdefault(run["budget"], []).append(run)
+        budgets = sorted({budget for of in arms.values() for budget in of})
+        rows = []
+        for arm, of in arms.items():
+            held_out = [
+                f"{sum(r['held_out_top1'] for r in of[b]) / len(of[b]):.2f} %" if b in of else "" for b in budgets
+            ]
+            test = [f"{mean_top1(of[b]):.2f} %" if b in of else "" for b in budgets]
+            rows.append([arm, *(cell for pair in zip(held_out, test, strict=True) for cell in pair)])
+        header = ["", *(cell for b in budgets for cell in (f"{b}, held-out", "test"))]
+        text += [f"## What each choice is worth: {title}", f"    {found['command']}", table(header, rows)]
+    return "\n\n".join(text) or None
+
+
 def throughput() -> str | None:
     """Measured speed over what the ratio of MACs promises."""
     if (found := read("throughput")) is None:
@@ -376,7 +398,15 @@ def grown(sizes: Json) -> str | None:
     return f"Powers of the number of parameters by which seconds grow, first model to last: {', '.join(powers)}."
 
 
-SECTIONS: tuple[Callable[[], str | None], ...] = (oneshot, peers, comparisons, imagewoof, throughput, overhead)
+SECTIONS: tuple[Callable[[], str | None], ...] = (
+    oneshot,
+    peers,
+    comparisons,
+    ablations,
+    imagewoof,
+    throughput,
+    overhead,
+)
 
 
 def page() -> str:
