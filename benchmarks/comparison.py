@@ -7,7 +7,7 @@ dense model as teacher:
 - ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``. What may be
   cut besides hidden units is chosen by the accuracy on held-out images right after the cut;
 - ``scratch``: the shape that ``gohsp`` found, trained from new weights, with the dense model's epochs on top;
-- ``dense``: the dense model itself.
+- ``dense``: the dense model itself; ``start``: without those epochs.
 
 All choices are made on images held out from the training split (the recipe's validation split). The test split is read
 once a method, when it is finished. Finished methods are not run again, interrupted ones go on where gohsp can.
@@ -39,7 +39,7 @@ from peers import attentions, gradients, macs, parameters, prune_to  # pyrefly: 
 
 GOHSP = ("gohsp", "random", "oneshot")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
-METHODS = ("dense", *GOHSP, *PEERS, "scratch")
+METHODS = ("start", "dense", *GOHSP, *PEERS, "scratch")
 WIDTHS = ("all", "deit", "blocks", "heads", "ffn")
 GRADIENT_IMAGES = 1024
 
@@ -180,6 +180,8 @@ def key_of(method: str, budget: str, seed: int) -> str:
 def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
     """A method's model with all its epochs, and what there is to tell."""
     name = key_of(method, budget, bench.seed)
+    if method == "start":
+        return copy.deepcopy(dense), {}
     if method == "dense":
         return bench.fit(name, copy.deepcopy(dense), bench.extra, dense), {}
     if method in GOHSP:
@@ -286,7 +288,7 @@ def run(options: argparse.Namespace, script: str) -> None:
     results |= header(options, bench, script)
     for budget in options.budgets:
         for method in options.methods:
-            budget_of = "" if method == "dense" else budget
+            budget_of = "" if method in ("start", "dense") else budget
             key = key_of(method, budget_of, options.seed)
             if key in results["runs"]:
                 continue

@@ -20,6 +20,6 @@ if __name__ == "__main__":
         recipe=Path("recipes/own_data.toml"),
         test_split="validation",
         budgets=["params=-40%", "params=-60%"],
-        methods=("dense", *GOHSP, *PEERS),
+        methods=("start", "dense", *GOHSP, *PEERS),
     )
     run(parser.parse_args(), "own_data")

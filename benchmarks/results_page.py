@@ -239,7 +239,7 @@ def comparison(name: str, title: str) -> list[str]:
     dense = methods["dense"][""]
     rows = [["dense, trained as long", f"{dense[0]['params']:,}", *[f"{mean_top1(dense):.2f} %"] * len(budgets)]]
     for method, of in methods.items():
-        if method != "dense":
+        if method not in ("start", "dense"):
             cells = [f"{mean_top1(of[b]):.2f} %" + (f" ({len(of[b])} seeds)" if len(of[b]) > 1 else "") for b in of]
             mark = "**" if method == "gohsp" else ""
             line = dict(zip(of, cells, strict=True))
@@ -252,12 +252,13 @@ def comparison(name: str, title: str) -> list[str]:
             )
     epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     n = dense[0]["n"]
+    start = f"; dense, before them: {mean_top1(methods['start']['']):.2f} %" if "start" in methods else ""
     top1 = mean_top1(dense) / 100
     return [
         f"## {title}",
         f"    {found['command']}",
-        f"Epochs behind the dense model: {epochs}, or as many of fine-tuning alone; top-1 on {n:,} images that nothing "
-        f"was chosen by (standard error {100 * (top1 * (1 - top1) / n) ** 0.5:.1f}); {found['machine']}.",
+        f"Epochs behind the dense model: {epochs}, or as many of fine-tuning alone{start}; top-1 on {n:,} images that "
+        f"nothing was chosen by (standard error {100 * (top1 * (1 - top1) / n) ** 0.5:.1f}); {found['machine']}.",
         table(["", "parameters", *budgets], rows),
         f"![Top-1 against parameters and MACs]({name}.svg)",
     ]
@@ -492,6 +493,8 @@ def draw_comparison(name: str) -> None:
     for axes, cost, label in zip(panels, ("params", "macs"), ("parameters", "MACs"), strict=True):
         for method, of in methods.items():
             points = sorted((runs[0][cost] / 1e6, mean_top1(runs)) for runs in of.values())
+            if method == "start":
+                continue
             if method == "dense":
                 axes.plot(*points[0], "k*", ms=10, label="dense, trained as long")
             elif method in ("gohsp", "oneshot"):
