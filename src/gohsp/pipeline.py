@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from gohsp.structure import (
     BlockShape,
     Budget,
     CostModel,
+    LatencyTable,
     ModelStructure,
     Plan,
     amount,
@@ -234,14 +235,7 @@ def prune(
     goal = parse_budget(budget)
     if shapes is not None:
         check_shapes(structure, shapes)
-    if goal.kind == "latency":
-        if (recipe.allocation_stages or 1) > 1:
-            raise BudgetError(
-                f"budget '{budget}' with allocation_stages = {recipe.allocation_stages}: times are measured on the "
-                "dense model's blocks, so a latency budget is allocated in one stage; set allocation_stages to 1, or "
-                "give a budget in params or macs"
-            )
-    else:
+    if goal.kind != "latency":
         limit = goal.limit(model_cost(structure, structure.shapes, goal.kind))
         if shapes is None:
             allocation.require_feasible(structure, goal.kind, limit, recipe.widths)
@@ -548,52 +542,77 @@ def _basis_of(bench: _Bench, model: nn.Module, structure: ModelStructure, scores
     return _Basis(work, structure, scores, weights, moments)
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """How widths follow from a bound on their cost.
+
+    Attributes:
+        least: Cost of the smallest allowed widths.
+        shapes: Widths within a bound.
+        predicted: The divergence foreseen for widths; None where no curves were measured.
+    """
+
+    least: float
+    shapes: Callable[[float], tuple[BlockShape, ...]]
+    predicted: Callable[[Sequence[BlockShape]], float | None]
+
+
 def _allocated(
     bench: _Bench, basis: _Basis, dense: nn.Module, goal: Budget
 ) -> tuple[tuple[BlockShape, ...], float | None]:
     """Widths, and the damage that the curves predict for them (None where none were measured)."""
-    recipe, structure = bench.recipe, basis.structure
     if record := bench.folder.done("allocation"):
         return shapes_from_json(record["shapes"]), record["predicted"]
     with bench.timed("allocate"):
-        if goal.kind == "latency":
-            curves = _curves(bench, basis, dense) if recipe.allocation == "measured" else None
-
-            def chosen(cost: CostModel, limit: float) -> tuple[BlockShape, ...]:
-                if curves is None:
-                    return allocation.uniform(structure, cost, limit, recipe.widths)
-                return allocation.allocate(structure, curves, cost, limit, recipe.widths)
-
-            shapes = _within_latency(bench, basis, goal, chosen)
-            predicted = None if curves is None else allocation.predicted_damage(curves, shapes)
-        else:
-            cost = model_cost(structure, structure.shapes, goal.kind)
-            if recipe.allocation == "uniform":
-                shapes, predicted = allocation.uniform(structure, goal.kind, goal.limit(cost), recipe.widths), None
-            else:
-                shapes, predicted = _in_stages(bench, basis, dense, goal.kind, cost, goal.limit(cost))
+        cost: CostModel = _latency_table(bench, basis) if goal.kind == "latency" else goal.kind
+        limit = goal.limit(model_cost(basis.structure, basis.structure.shapes, cost))
+        choice = _choice(bench, basis, dense, cost, limit)
+        shapes = _within_latency(bench, basis, goal, choice, limit) if goal.kind == "latency" else choice.shapes(limit)
+    predicted = choice.predicted(shapes)
     bench.folder.record("allocation", {"shapes": shapes_to_json(shapes), "predicted": predicted})
     return shapes, predicted
 
 
-def _in_stages(
-    bench: _Bench, basis: _Basis, dense: nn.Module, kind: Literal["params", "macs"], cost: float, limit: float
-) -> tuple[tuple[BlockShape, ...], float]:
-    """Widths within ``limit`` of what now costs ``cost``, curves measured anew on the way; and their damage."""
-    widths = bench.recipe.widths
-    stages = bench.recipe.allocation_stages or max(1, round(math.log(limit / cost) / math.log(STAGE)))
-    shapes, predicted, at, model = basis.structure.shapes, 0.0, basis, dense
-    for stage in range(1, stages + 1):
-        if stage > 1:
-            model, at = _cut_so_far(bench, basis, dense, shapes)
-            images = bench.images(bench.recipe.data.allocation_images)
-            predicted = sensitivity.divergence(*(_predictions(bench, m, images) for m in (dense, model)))
-        curves = _curves(bench, at, model)
-        bound = limit if stage == stages else cost * (limit / cost) ** (stage / stages)
-        shapes = allocation.allocate(at.structure, curves, kind, bound, widths)
-        predicted += allocation.predicted_damage(curves, shapes)
-        logger.info("allocation, stage %d of %d: divergence %.4f foreseen", stage, stages, predicted)
-    return shapes, predicted
+def _choice(bench: _Bench, basis: _Basis, dense: nn.Module, cost: CostModel, limit: float) -> _Choice:
+    """Uniform widths, or those by damage curves, which are measured anew on the way to a deep cut."""
+    recipe, widths, structure = bench.recipe, bench.recipe.widths, basis.structure
+    if recipe.allocation == "uniform":
+        least = model_cost(structure, allocation.smallest(structure, widths), cost)
+        return _Choice(least, lambda bound: allocation.uniform(structure, cost, bound, widths), lambda _: None)
+    choice = _by_curves(cost, structure, _curves(bench, basis, dense), widths, 0.0)
+    whole = model_cost(structure, structure.shapes, cost)
+    params = [model_cost(structure, shapes, "params") for shapes in (choice.shapes(limit), structure.shapes)]
+    stages = recipe.allocation_stages or max(1, round(math.log(params[0] / params[1]) / math.log(STAGE)))
+    for stage in range(1, stages):
+        shapes = choice.shapes(whole * (limit / whole) ** (stage / stages))
+        model, at = _cut_so_far(bench, basis, dense, shapes)
+        images = bench.images(recipe.data.allocation_images)
+        so_far = sensitivity.divergence(*(_predictions(bench, m, images) for m in (dense, model)))
+        logger.info("allocation, stage %d of %d: divergence %.4f so far", stage, stages, so_far)
+        choice = _by_curves(_cost_of_cut(cost, structure, at), at.structure, _curves(bench, at, model), widths, so_far)
+    return choice
+
+
+def _by_curves(
+    cost: CostModel,
+    structure: ModelStructure,
+    curves: allocation.Curves,
+    widths: allocation.WidthSettings,
+    so_far: float,
+) -> _Choice:
+    return _Choice(
+        model_cost(structure, allocation.smallest(structure, widths), cost),
+        lambda bound: allocation.allocate(structure, curves, cost, bound, widths),
+        lambda shapes: so_far + allocation.predicted_damage(curves, shapes),
+    )
+
+
+def _cost_of_cut(cost: CostModel, structure: ModelStructure, cut: _Basis) -> CostModel:
+    """The cost of what is left of a network: a block's times stay those of the block that it was cut from."""
+    if not isinstance(cost, LatencyTable):
+        return cost
+    pairs = zip(structure.shapes, cut.structure.shapes, strict=True)
+    return dataclasses.replace(cost, blocks={now: cost.blocks[before] for before, now in pairs})
 
 
 def _cut_so_far(
@@ -644,40 +663,35 @@ def _curves(bench: _Bench, basis: _Basis, model: nn.Module) -> allocation.Curves
     return curves
 
 
+def _latency_table(bench: _Bench, basis: _Basis) -> LatencyTable:
+    """Times of the network's blocks by width, measured on its device."""
+    recipe, structure = bench.recipe, basis.structure
+    with training.progress_bar(disable=bench.quiet) as bar:
+        task = bar.add_task("block times", total=1 + latency.distinct_blocks(structure), rate="")
+        return latency.measure_table(
+            basis.model, structure, bench.images(1)[0], recipe.widths, recipe.latency, lambda: bar.advance(task)
+        )
+
+
 def _within_latency(
-    bench: _Bench,
-    basis: _Basis,
-    goal: Budget,
-    chosen: Callable[[CostModel, float], tuple[BlockShape, ...]],
+    bench: _Bench, basis: _Basis, goal: Budget, choice: _Choice, bound: float
 ) -> tuple[BlockShape, ...]:
     """Widths whose measured time meets the budget: a table proposes, a measurement decides, the bound is corrected."""
     settings, images = bench.recipe.latency, bench.images(1)[0]
-    with training.progress_bar(disable=bench.quiet) as bar:
-        task = bar.add_task("block times", total=1 + latency.distinct_blocks(basis.structure), rate="")
-        table = latency.measure_table(
-            basis.model, basis.structure, images, bench.recipe.widths, settings, lambda: bar.advance(task)
-        )
-    bound = goal.limit(model_cost(basis.structure, basis.structure.shapes, table))
-    smallest = model_cost(basis.structure, allocation.smallest(basis.structure, bench.recipe.widths), table)
     met: list[tuple[float, tuple[BlockShape, ...]]] = []
     for _ in range(LATENCY_TRIALS):
-        shapes = chosen(table, bound)
+        shapes = choice.shapes(bound)
         pair = [basis.model, models.resized(basis.model, shapes)]
         times = [latency.compare(pair, images, settings) for _ in range(LATENCY_REPEATS)]
         dense, small = max(times, key=lambda time: time[1] / goal.bound(time[0]))
         spent = small / goal.bound(dense)
-        logger.info(
-            "latency: %.3f ms predicted, %.3f ms measured, %.1f %% of the budget",
-            model_cost(basis.structure, shapes, table),
-            small,
-            100 * spent,
-        )
+        logger.info("latency: %.3f ms by the table, %.3f ms measured, %.1f %% of the budget", bound, small, 100 * spent)
         if spent <= 1:
             met.append((spent, shapes))
         if LATENCY_ROOM <= spent <= 1:
             break
         bound *= (1 + LATENCY_ROOM) / 2 / spent
-        if met and bound < smallest:
+        if met and bound < choice.least:
             break  # one slow measurement asks for less than there is; what was met before stands
     if not met:
         raise BudgetError(

@@ -73,7 +73,7 @@ class Recipe:
         allocation: ``measured``: damage curves and a knapsack; ``uniform``: the same share everywhere.
         allocation_stages: How often damage curves are measured on the way to the budget, each time on the network as
             cut and repaired so far; each costs about as much as the first and a cut. None takes one for every 27 %
-            that go: 1 for a cut by a third, 2 by a half, 3 by 60 %.
+            of the parameters that go: 1 for a cut by a third, 2 by a half, 3 by 60 %.
         data: Images.
         ranking: Heads' graph, chain and baselines.
         widths: Allowed widths.
