@@ -254,10 +254,10 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
         else checkpoint.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
     )
     preprocessing = data.Preprocessing.from_model(start)
-    images = [resident_images(split, preprocessing, device) for split in splits]
+    train, held_out, test = (resident_images(split, preprocessing, device) for split in splits)
     folder = options.out or Path("runs") / options.recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(recipe, options.data, device, *images, folder, options.seed)
+    bench = Bench(recipe, options.data, device, train, held_out, test, folder, options.seed)
     if options.dense and not checkpoint.is_model_folder(folder / "dense"):
         checkpoint.save(start, folder / "dense")
     return bench, dense_model(bench, start).to(device)

@@ -84,7 +84,8 @@ def opened(options: argparse.Namespace, name: str) -> Subject:
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     model = timm.create_model(name).to(device).eval()
-    images = torch.randn(options.images, *model.pretrained_cfg["input_size"], device=device)
+    config: Any = model.pretrained_cfg
+    images = torch.randn(options.images, *config["input_size"], device=device)
     name_of_precision = training.resolve_precision("auto", cpu=device.type == "cpu")
     return Subject(model, models.describe(model), images.split(64), training.PRECISIONS[name_of_precision], device)
 
