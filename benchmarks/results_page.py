@@ -257,8 +257,9 @@ def comparison(name: str, title: str) -> list[str]:
     return [
         f"## {title}",
         f"    {found['command']}",
-        f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or "
-        f"as many of fine-tuning alone{start}; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); {found['machine']}.",
+        f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or as many of fine-tuning "
+        f"alone{start}; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); "
+        f"{found['machine']}.",
         table(["", *budgets], rows),
         f"![Top-1 against parameters and MACs]({name}.svg)",
     ]
@@ -446,7 +447,8 @@ def readme_table() -> str:
         for budget, runs in methods["gohsp"].items():
             rows.append(
                 [
-                    "DeiT-Tiny, nine tenths of imagewoof-160, three epochs for all: [`benchmarks/own_data.py`](benchmarks/own_data.py), seed 0; "
+                    "DeiT-Tiny, nine tenths of imagewoof-160, three epochs for all: "
+                    "[`benchmarks/own_data.py`](benchmarks/own_data.py), seed 0; "
                     f"the best of Torch-Pruning's: {peers[budget]:.2f} %",
                     f"{methods['start'][''][0]['top1']:.2f} %",
                     f"{dense['top1']:.2f} %",
