@@ -234,7 +234,8 @@ def main() -> None:
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     record = results.setdefault(options.device, {"models": {}})
     record |= {
-        "command": f"python benchmarks/overhead.py --device {options.device}",
+        "command": f"python benchmarks/overhead.py --models {' '.join(options.models)} --images {options.images} "
+        f"--batch {options.batch} --device {options.device}",
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

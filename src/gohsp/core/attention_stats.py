@@ -35,8 +35,8 @@ _RIDGE = 1e-6
 _CHUNK = 1 << 14
 # Images whose attention maps live at a time: with all heads of a ViT-B in one graph, 23 MB an image.
 _MAPS = 8
-# Queries of an image whose rows are compared. All pairs of heads are, so that all queries of a ViT-L would cost more
-# than a hundred forward passes; a mean over images needs few of each.
+# Queries of an image whose rows are compared. All pairs of heads are, which is what costs most in a large model, and a
+# mean over images needs few rows of each.
 _QUERIES = 32
 
 
