@@ -5,11 +5,11 @@
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
 Random images; the weights do not matter to the clock. Ranking, moments, damage curves and reconstruction are given in
-seconds and in forward passes of the model over the same images, one of which is timed before each of them, so that a
-drifting machine hits both alike. Plain training steps (AdamW, mixed precision as in training), the pull after each, the
-Z-steps and the Z-steps that select anew take turns; medians give ADMM's share at the default interval. It does
-not depend on the batch, so it is also given as the number of images that a plain step trains on in that time. What an
-earlier call measured on the same device stays in the results.
+seconds and in forward passes of the model over the same images in the same precision (float32 in the ranking), one of
+which is timed before each of them, so that a drifting machine hits both alike. Plain training steps (AdamW, mixed
+precision as in training), the pull after each, the Z-steps and the Z-steps that select anew take turns; medians give
+ADMM's share at the default interval. It does not depend on the batch, so it is also given as the number of images that
+a plain step trains on in that time. What an earlier call measured on the same device stays in the results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,15 @@ class Subject:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def autocast(self) -> torch.autocast:
-        """Mixed precision as in training."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+    def autocast(self, *, mixed: bool = True) -> torch.autocast:
+        """Mixed precision as in training, or float32."""
+        return torch.autocast(self.device.type, self.precision, enabled=mixed and self.precision != torch.float32)
 
     @torch.no_grad()
-    def forward(self) -> None:
+    def forward(self, *, mixed: bool) -> None:
         """One pass over the images."""
         for batch in self.images:
-            with self.autocast():
+            with self.autocast(mixed=mixed):
                 self.model(batch)
 
 
@@ -95,12 +96,13 @@ def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
     return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
 
 
-def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
+def cost(subject: Subject, work: Callable[[], object], *, mixed: bool) -> dict[str, float]:
     """Seconds of ``work``, and as forward passes over the same images."""
-    subject.forward()
-    forward = min(subject.seconds(subject.forward) for _ in range(2))
+    forward = partial(subject.forward, mixed=mixed)
+    forward()
+    pass_seconds = min(subject.seconds(forward) for _ in range(2))
     seconds = subject.seconds(work)
-    return {"seconds": round(seconds, 3), "forward_passes": round(seconds / forward, 2)}
+    return {"seconds": round(seconds, 3), "forward_passes": round(seconds / pass_seconds, 2)}
 
 
 def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
@@ -149,7 +151,11 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
         "curves": curves,
         "reconstruction": reconstruct,
     }
-    record = {name: cost(subject, work) for name, work in works.items() if name in wanted or name == "moments"}
+    record = {
+        name: cost(subject, work, mixed=name != "ranking")
+        for name, work in works.items()
+        if name in wanted or name == "moments"
+    }
     return record, found["moments"]
 
 

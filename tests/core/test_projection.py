@@ -435,3 +435,15 @@ def test_keeping_everything_changes_nothing(how: ProjectionSettings) -> None:
     kept = select(block, values, moments, FULL, how)
     for k, value in project(on_support(block, values, moments, kept, how), values).items():
         assert torch.equal(value, values[k])
+
+
+def test_probes_estimate_the_size_of_wide_maps() -> None:
+    dim = 96
+    _, block = tiny(dim)  # heads of 32 dimensions, 6 / 6 * 96 hidden units
+    values = random_values(block, DATA, 5, dim=dim)
+    moments = moments_of(*(random_inputs(seed, dim) for seed in range(3)))
+    exact = squared_size(block, values, moments, "data")
+    estimate = squared_size(block, values, moments, "data", probes=24)
+    assert estimate == pytest.approx(exact, rel=0.15)
+    assert estimate != exact
+    assert squared_size(block, values, moments, "data", probes=dim) == exact

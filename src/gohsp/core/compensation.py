@@ -290,8 +290,8 @@ def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def inverse(gram: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix; where the ridge had to be raised to get one, that is logged.
+def cholesky(gram: Tensor) -> Tensor:
+    """Lower factor of a symmetric positive definite matrix; where the ridge had to be raised for it, that is logged.
 
     Raises:
         NonFiniteError: No ridge helps.
@@ -305,7 +305,17 @@ def inverse(gram: Tensor) -> Tensor:
         logger.warning("a Gram matrix is singular in spite of its ridge; raised by %.0e of its mean diagonal", extra)
     if failed:
         raise NonFiniteError("a Gram matrix of activations cannot be inverted; check the weights for huge values")
-    return torch.cholesky_inverse(factor)
+    return factor
+
+
+def inverse(gram: Tensor) -> Tensor:
+    """Inverse of a symmetric positive definite matrix; errors as :func:`cholesky`."""
+    return torch.cholesky_inverse(cholesky(gram))
+
+
+def divided(rows: Tensor, gram: Tensor) -> Tensor:
+    """``rows @ gram^-1``, without the inverse: for a map's few outputs that takes less than half the time."""
+    return torch.cholesky_solve(rows.T, cholesky(gram)).T
 
 
 def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -334,12 +344,17 @@ def residual_refit(fit: Regression, weight: Tensor, ridge: float = RIDGE) -> Ten
         ridge: Relative to the mean diagonal entry of the Gram matrix.
     """
     level = ridge * fit.gram.diagonal().mean()
-    return (fit.cross + level * weight.double()) @ inverse(ridged(fit.gram, ridge))
+    return divided(fit.cross + level * weight.double(), ridged(fit.gram, ridge))
 
 
 def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
     """``weight`` ``[outputs, n]`` with removed columns zero, kept ones at the ridge solution of :func:`refit_map`."""
-    return apply_refit(weight, keep, refit_map(gram, keep, ridge))
+    result = torch.zeros_like(weight)
+    result[:, keep] = weight[:, keep]
+    if not keep.all():
+        lost = weight[:, ~keep].double() @ gram.double()[~keep][:, keep]
+        result[:, keep] += divided(lost, ridged(gram, ridge)[keep][:, keep]).to(weight.dtype)
+    return result
 
 
 def apply_refit(weight: Tensor, keep: Tensor, takeover: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ A projection has two parts: *select* a support, and *project* on it, which is a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -84,10 +85,16 @@ def constrained(model: nn.Module, block: BlockStructure, metric: Metric) -> Valu
 
 def full_map(values: Values, readout: Readout, moment: Tensor) -> tuple[Tensor, Tensor]:
     """A readout's ``[weight | bias]`` and the matching second moment (constant dropped where there is no bias)."""
-    weight, entry = values[readout.columns], bias_slice(readout)
-    if entry is None:
+    entry = bias_slice(readout)
+    return _full_map(values, (readout.columns, entry) if entry else (readout.columns,), moment)
+
+
+def _full_map(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for ``slices``: a weight, then its bias if it has one."""
+    weight = values[slices[0]]
+    if len(slices) == 1:
         return weight, moment[:-1, :-1]
-    return torch.cat([weight, values[entry][:, None]], dim=1), moment
+    return torch.cat([weight, values[slices[1]][:, None]], dim=1), moment
 
 
 def select(
@@ -189,14 +196,15 @@ def _bonus(block: BlockStructure, present: BlockPlan | None, hysteresis: float, 
     return _Bonus(heads, qk, vo, ffn)
 
 
-def _energy(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> Tensor:
-    """Mean squared activation of the units that ``slices`` (weight, then bias if any) make."""
-    weight = values[slices[0]].to(moment.dtype)
-    if len(slices) > 1:
-        weight = torch.cat([weight, values[slices[1]].to(moment.dtype)[:, None]], dim=1)
-    else:
-        moment = moment[:-1, :-1]
+def _row_energy(weight: Tensor, moment: Tensor) -> Tensor:
+    """``w G w^T`` for each row ``w``."""
     return (weight @ moment).mul(weight).sum(1)
+
+
+def _energy(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> Tensor:
+    """Mean squared activation of the units that ``slices`` make."""
+    weight, moment = _full_map(values, slices, moment)
+    return _row_energy(weight.to(moment.dtype), moment)
 
 
 def _squared_norm(values: Values, slices: tuple[UnitSlice, ...]) -> Tensor:
@@ -332,20 +340,41 @@ def project(projection: BlockProjection, values: Values) -> Values:
     return result
 
 
-def squared_size(block: BlockStructure, values: Values, moments: BlockMoments, metric: Metric) -> float:
+def squared_size(
+    block: BlockStructure, values: Values, moments: BlockMoments, metric: Metric, *, probes: int | None = None
+) -> float:
     """Squared norm of a block's constrained tensors (or of a difference of such) in the metric.
 
     In the data's metric, computed in the moments' precision.
+
+    Args:
+        block: The block.
+        values: The tensors.
+        moments: Its second moments.
+        metric: The metric.
+        probes: In the data's metric, estimate each trace ``tr(W G W^T)`` from this many random signed sums of the rows
+            of ``W`` (Hutchinson 1990): unbiased, at a cost that no longer grows with their number. None for the exact
+            norm.
     """
     if metric == "euclidean":
         return float(sum(v.double().square().sum() for v in values.values()))
-    total = _energy(values, block.query, moments.attention_input).sum()
-    total = total + _energy(values, block.key, moments.key_input).sum()
-    for readout, moment in (
-        (block.attention_readout, moments.head_outputs),
-        (block.ffn_readout, moments.hidden),
-    ):
-        weight, gram = full_map(values, readout, moment)
-        weight = weight.to(gram.dtype)
-        total = total + (weight @ gram).mul(weight).sum()
+    parts = [
+        _full_map(values, block.query, moments.attention_input),
+        _full_map(values, block.key, moments.key_input),
+        full_map(values, block.attention_readout, moments.head_outputs),
+        full_map(values, block.ffn_readout, moments.hidden),
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, gram in parts:
+        rows = weight.to(gram.dtype)
+        if probes is not None and probes < len(rows):
+            rows = _signs(probes, len(rows)).to(rows) @ rows / probes**0.5
+        total += _row_energy(rows, gram).sum().cpu()
     return float(total)
+
+
+@cache
+def _signs(count: int, size: int) -> Tensor:
+    """``count`` vectors of random signs ``[count, size]``, always the same."""
+    draws = torch.randint(2, (count, size), generator=torch.Generator().manual_seed(0))
+    return 2.0 * draws - 1.0
