@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from typing import Any
 import gohsp
 from comparison import (  # pyrefly: ignore[missing-import] (it lies beside this file)
     gohsp_model,
-    header,
     key_of,
     opened,
+    opened_results,
     parser_of,
     record_of,
     results_file,
@@ -65,7 +64,7 @@ def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 def arm_recipe(recipe: gohsp.Recipe, arm: str) -> gohsp.Recipe:
     """The recipe of an arm."""
-    return variant(recipe, "oneshot") if arm == "no ADMM" else changed(recipe, ARMS[arm])
+    return variant(recipe, "no-ADMM") if arm == "no ADMM" else changed(recipe, ARMS[arm])
 
 
 def main() -> None:
@@ -81,16 +80,14 @@ def main() -> None:
     options = parser.parse_args()
     bench, _ = opened(options)
     file = results_file(options, "ablation_")
-    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
-    results |= header(options, bench, "ablation")
+    results = opened_results(file, options, bench, "ablation")
     for budget in options.budgets:
         for arm in options.arms:
             key = key_of(arm, budget, options.seed)
             if key in results["runs"]:
                 continue
-            began = time.perf_counter()
             model = gohsp_model(bench, f"ablation/{arm}", arm_recipe(bench.recipe, arm), budget)
-            results["runs"][key] = record_of(bench, model, time.perf_counter() - began) | {"arm": arm, "budget": budget}
+            results["runs"][key] = record_of(bench, model) | {"arm": arm, "budget": budget}
             file.write_text(json.dumps(results, indent=1) + "\n")
             sys.stdout.write(f"{key}: held-out top-1 {results['runs'][key]['held_out_top1']:.2f} %\n")
             sys.stdout.flush()

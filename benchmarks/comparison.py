@@ -3,14 +3,18 @@
 Every method starts from one dense model and gets as many epochs as gohsp's ADMM and fine-tuning together, with the
 dense model as teacher:
 
-- ``gohsp``: the recipe as it stands; ``random``: its heads ranked at random; ``oneshot``: no ADMM, cut and repaired;
-- ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``. What may be
-  cut besides hidden units is chosen by the accuracy on held-out images right after the cut;
+- ``gohsp``: the recipe as it stands; ``random``: its heads ranked at random; ``no-ADMM``: ADMM's epochs given to
+  fine-tuning;
+- ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``, with the
+  attention's scale that of the pruned dimension. What may be cut besides hidden units is chosen by the accuracy on
+  held-out images right after the cut. Deep cuts leave little accuracy to choose by; a third part that ``peers.py``
+  knows, as in ``taylor/uniform/blocks``, sets it, and allows ``isomorphic-raw``;
 - ``scratch``: the shape that ``gohsp`` found, trained from new weights, with the dense model's epochs on top;
 - ``dense``: the dense model itself; ``start``: without those epochs.
 
 All choices are made on images held out from the training split (the recipe's validation split). The test split is read
-once a method, when it is finished. Finished methods are not run again, interrupted ones go on where gohsp can.
+once a method, when it is finished. Finished methods are not run again, interrupted ones go on where gohsp can; a folder
+and a results file belong to one setting, and others are refused.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.metadata
 import json
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,16 +35,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import gohsp
+import peers  # pyrefly: ignore[missing-import] (it lies beside this file)
 from gohsp import checkpoint, data, models, training
 from gohsp import recipe as recipes
 from gohsp.measure import Metrics, evaluate
 from gohsp.resident import ResidentImages, ResidentLoader, resident_images
-from peers import attentions, gradients, macs, parameters, prune_to  # pyrefly: ignore[missing-import] (it lies beside this file)
 
-GOHSP = ("gohsp", "random", "oneshot")
+GOHSP = ("gohsp", "random", "no-ADMM")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
 METHODS = ("start", "dense", *GOHSP, *PEERS, "scratch")
-WIDTHS = ("all", "deit", "blocks", "heads", "ffn")
 GRADIENT_IMAGES = 1024
 
 
@@ -54,6 +57,7 @@ class Bench:
     train: ResidentImages
     held_out: ResidentImages
     test: ResidentImages
+    mirror: bool
     folder: Path
     seed: int
 
@@ -75,15 +79,24 @@ class Bench:
         loader = ResidentLoader(images, batch_size=500, shuffle=False)
         return evaluate(model, loader, device=self.device, precision=precision)
 
-    def fit(self, name: str, model: nn.Module, stage: training.StageSettings, teacher: nn.Module | None) -> nn.Module:
+    def fit(
+        self,
+        name: str,
+        model: nn.Module,
+        stage: training.StageSettings,
+        teacher: nn.Module | None,
+        seed: int | None = None,
+    ) -> nn.Module:
         """Train in place, going on after the last finished epoch."""
+        seed = self.seed if seed is None else seed
         settings = self.recipe.training
         loader = ResidentLoader(
             self.train,
             batch_size=settings.batch_size,
             shuffle=True,
             augment=settings.augment == "light",
-            seed=self.seed,
+            mirror=self.mirror,
+            seed=seed,
             drop_last=True,
         )
         training.train(
@@ -93,7 +106,7 @@ class Bench:
             settings,
             name=name,
             accelerator=self.accelerator,
-            seed=self.seed,
+            seed=seed,
             num_classes=int(model.num_classes),  # type: ignore[arg-type]
             evaluate=partial(self.score, images=self.held_out),
             teacher=teacher,
@@ -107,7 +120,7 @@ def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
     folder = bench.folder / "dense"
     if checkpoint.is_model_folder(folder):
         return checkpoint.open_model(folder)
-    bench.fit("dense_training", model, bench.recipe.dense, None)
+    bench.fit("dense_training", model, bench.recipe.dense, None, bench.recipe.seed)
     checkpoint.save(model, folder)
     return model
 
@@ -116,7 +129,7 @@ def variant(recipe: gohsp.Recipe, method: str) -> gohsp.Recipe:
     """The recipe of one of gohsp's methods."""
     if method == "random":
         return dataclasses.replace(recipe, ranking=dataclasses.replace(recipe.ranking, method="random"))
-    if method == "oneshot":
+    if method == "no-ADMM":
         epochs = recipe.admm_stage.epochs + recipe.finetune.epochs
         return dataclasses.replace(
             recipe,
@@ -143,21 +156,21 @@ def gohsp_model(bench: Bench, name: str, recipe: gohsp.Recipe, budget: str) -> n
 
 
 def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Pruned by Torch-Pruning, not yet fine-tuned; what may be cut is what keeps most accuracy on held-out images."""
+    """Pruned by Torch-Pruning, not yet fine-tuned; of several widths the one that keeps most held-out accuracy."""
     cpu = copy.deepcopy(dense).cpu().eval()
-    for attention in attentions(cpu):
+    for attention in peers.attentions(cpu):
         attention.fused_attn = False
     batches = [(x.cpu(), y.cpu()) for x, y in ResidentLoader(first_images(bench.train), batch_size=64, shuffle=False)]
-    importance, scope = method.split("/")
-    found = gradients(cpu, batches, importance)
-    limit = int(gohsp.parse_budget(budget).limit(parameters(cpu)))
+    importance, scope, *given = method.split("/")
+    found = peers.gradients(cpu, batches, importance)
+    limit = int(gohsp.parse_budget(budget).limit(peers.parameters(cpu)))
     best: tuple[float, nn.Module, dict[str, Any]] | None = None
-    for width in WIDTHS:
+    for width in given or peers.WIDTHS:
         try:
-            model, ratio = prune_to(cpu, found[0], f"{importance}/{scope}/{width}", limit, batches[0][0][:1])
+            model, ratio = peers.prune_to(cpu, found[0], f"{importance}/{scope}/{width}", limit, batches[0][0][:1])
         except ValueError:
             continue  # this choice cannot reach the budget
-        for attention in attentions(model):
+        for attention in peers.attentions(model):
             attention.scale = attention.head_dim**-0.5
         top1 = bench.score(model.to(bench.device), bench.held_out).top1
         if best is None or top1 > best[0]:
@@ -191,12 +204,12 @@ def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> 
         torch.manual_seed(bench.seed)
         shaped.init_weights()  # type: ignore[operator]
         longer = dataclasses.replace(bench.recipe.dense, epochs=bench.recipe.dense.epochs + bench.extra.epochs)
-        return bench.fit(name, shaped, longer, None), {}
+        return bench.fit(name, shaped, longer, dense), {}
     model, told = peer_model(bench, dense, method, budget)
     return bench.fit(name, model, bench.extra, dense), told
 
 
-def record_of(bench: Bench, model: nn.Module, seconds: float) -> dict[str, Any]:
+def record_of(bench: Bench, model: nn.Module) -> dict[str, Any]:
     """A method's row, for which the test split is read."""
     with torch.no_grad():
         example = torch.zeros(1, 3, *bench.test.pixels.shape[-2:], device=bench.device)
@@ -205,10 +218,9 @@ def record_of(bench: Bench, model: nn.Module, seconds: float) -> dict[str, Any]:
     return {
         "top1": metrics.top1,
         "held_out_top1": bench.score(model, bench.held_out).top1,
-        "params": parameters(model),
+        "params": peers.parameters(model),
         "macs": cost,
         "n": metrics.n,
-        "seconds": round(seconds),
     }
 
 
@@ -216,7 +228,7 @@ def multiplications(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of one image, attention by plain products so that they are counted."""
     plain = copy.deepcopy(model)
     models.set_fused_attention(plain, False)
-    return macs(plain, example)
+    return peers.macs(plain, example)
 
 
 def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -228,8 +240,11 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--test-split")
     parser.add_argument("--budgets", nargs="+")
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--seed", type=int, default=0, help="of everything behind the dense model")
+    if "methods" in defaults:
+        parser.add_argument("--methods", nargs="+", choices=(*METHODS, *peers.METHODS))
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of everything behind the dense model, which has the recipe's"
+    )
     parser.add_argument("--dense", type=Path, help="folder of a trained dense model, instead of training one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path)
@@ -246,7 +261,7 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
         data.open_split(source, split)
         for split in (recipe.data.train_split, recipe.data.validation_split, options.test_split)
     ]
-    torch.manual_seed(options.seed)
+    torch.manual_seed(recipe.seed)
     arguments = {"num_classes": splits[0].num_classes, **recipe.model_arguments}
     start = (
         checkpoint.open_model(options.dense)
@@ -257,7 +272,8 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
     train, held_out, test = (resident_images(split, preprocessing, device) for split in splits)
     folder = options.out or Path("runs") / options.recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(recipe, options.data, device, train, held_out, test, folder, options.seed)
+    claim(folder / "settings.json", settings_of(options, recipe))
+    bench = Bench(recipe, options.data, device, train, held_out, test, splits[0].mirrored_alike, folder, options.seed)
     if options.dense and not checkpoint.is_model_folder(folder / "dense"):
         checkpoint.save(start, folder / "dense")
     return bench, dense_model(bench, start).to(device)
@@ -268,33 +284,61 @@ def results_file(options: argparse.Namespace, prefix: str = "") -> Path:
     return options.results or Path("benchmarks/results") / f"{prefix}{options.recipe.stem}.json"
 
 
-def header(options: argparse.Namespace, bench: Bench, script: str) -> dict[str, Any]:
-    """What all records of a results file have in common."""
-    weights = f" --weights {options.weights.name}" if options.weights else ""
-    data_name = f"hfds/{Path(options.data).name}"
+def settings_of(options: argparse.Namespace, recipe: gohsp.Recipe) -> dict[str, Any]:
+    """What all methods of a folder and of a results file share."""
     return {
-        "command": f"python benchmarks/{script}.py --data {data_name} --recipe {options.recipe}{weights}",
-        "recipe": recipes.to_mapping(bench.recipe),
-        "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "model": options.model,
+        "weights": options.weights.name if options.weights else None,
+        "dense": options.dense.name if options.dense else None,
+        "data": Path(options.data).name,
+        "test_split": options.test_split,
+        "recipe": recipes.to_mapping(recipe),
     }
+
+
+def claim(file: Path, settings: dict[str, Any]) -> None:
+    """Write a folder's settings, or check that they are these."""
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=1) + "\n")
+    elif json.loads(file.read_text()) != json.loads(json.dumps(settings)):
+        sys.exit(f"{file.parent} holds runs with other settings, see {file.name}; give another --out")
+
+
+def opened_results(file: Path, options: argparse.Namespace, bench: Bench, script: str) -> dict[str, Any]:
+    """Results so far, with what all their records have in common; other settings are refused."""
+    shared = settings_of(options, bench.recipe)
+    data_name = f"hfds/{shared['data']}"
+    weights = f" --weights {shared['weights']}" if shared["weights"] else ""
+    packages = ("gohsp", "torch", "timm", "torch-pruning")
+    header = {
+        "command": f"python benchmarks/{script}.py --data {data_name} --recipe {options.recipe}{weights}",
+        **shared,
+        "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    results = json.loads(file.read_text()) if file.exists() else {**header, "runs": {}}
+    for name, value in json.loads(json.dumps(header)).items():
+        if results[name] != value:
+            sys.exit(f"{file} holds runs with another '{name}': {results[name]}, now {value}; give another --results")
+    return results
 
 
 def run(options: argparse.Namespace, script: str) -> None:
     """Run what is not in the results yet, writing them after each method."""
+    for budget in options.budgets:
+        if gohsp.parse_budget(budget).kind != "params":
+            sys.exit(f"Torch-Pruning is cut to a number of parameters; give budgets such as params=-40%, not {budget}")
     bench, dense = opened(options)
     file = results_file(options)
-    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
-    results |= header(options, bench, script)
+    results = opened_results(file, options, bench, script)
     for budget in options.budgets:
         for method in options.methods:
             budget_of = "" if method in ("start", "dense") else budget
             key = key_of(method, budget_of, options.seed)
             if key in results["runs"]:
                 continue
-            began = time.perf_counter()
             model, told = finished_model(bench, dense, method, budget_of)
-            record = record_of(bench, model, time.perf_counter() - began) | told
+            record = record_of(bench, model) | told
             results["runs"][key] = record
             file.write_text(json.dumps(results, indent=1) + "\n")
             sys.stdout.write(f"{key}: {record['params']:,} parameters, top-1 {record['top1']:.2f} %\n")

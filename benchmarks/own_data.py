@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import GOHSP, PEERS, parser_of, run  # pyrefly: ignore[missing-import] (it lies beside this file)
+from comparison import PEERS, parser_of, run  # pyrefly: ignore[missing-import] (it lies beside this file)
 
 if __name__ == "__main__":
     parser = parser_of(
@@ -20,6 +20,6 @@ if __name__ == "__main__":
         recipe=Path("recipes/own_data.toml"),
         test_split="validation",
         budgets=["params=-40%", "params=-60%"],
-        methods=("start", "dense", *GOHSP, *PEERS),
+        methods=("start", "dense", "gohsp", "no-ADMM", *PEERS),
     )
     run(parser.parse_args(), "own_data")

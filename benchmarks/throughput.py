@@ -13,6 +13,7 @@ counted: on a GPU what torch allocated, on a CPU what a process of its own took 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -80,6 +81,7 @@ def peak_memory(options: argparse.Namespace, which: int, case: tuple[str, int, b
         before = torch.cuda.memory_allocated()
         model(images)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what the allocator keeps from before would not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
     before = peak_resident()
     model(images)
@@ -133,8 +135,8 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     name = Path(options.model).name
-    what = f"--budget {options.budget} --multiple {options.multiple}"
-    what += f" --heads {options.heads} --min-width {options.min_width}" if options.heads else ""
+    what = f"--budget {options.budget} --multiple {options.multiple} --min-width {options.min_width}"
+    what += f" --heads {options.heads}" if options.heads else ""
     if options.pruned:
         what = f"--pruned {options.pruned.name}"
     record: dict[str, Any] = {

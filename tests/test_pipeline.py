@@ -426,23 +426,39 @@ def test_allocation_in_stages_looks_again_half_way(stages: int | None, tmp_path:
     assert result.report["fidelity"]["predicted_kl"] > 0
 
 
+def count_curves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[None]:
+    """A list that grows by one entry each time damage curves are measured; none are cached."""
+    seen: list[None] = []
+    measure = sensitivity.measure_curves
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        seen.append(None)
+        return measure(*arguments, **named)
+
+    monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", spy)
+    monkeypatch.setenv("GOHSP_CACHE", str(folder / "cache"))
+    return seen
+
+
 @pytest.mark.parametrize(("budget", "stages"), [("params=-20%", 1), ("params=-50%", 2), ("macs=-60%", 3)])
 def test_deeper_cuts_are_allocated_in_more_stages(
     budget: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seen = 0
-    measure = sensitivity.measure_curves
-
-    def spy(*arguments: Any, **named: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        return measure(*arguments, **named)
-
-    monkeypatch.setattr("gohsp.core.sensitivity.measure_curves", spy)
-    monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / "cache"))
+    measured = count_curves(monkeypatch, tmp_path)
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, widths={"multiple": 2, "min_width": 2})
-    prune(tmp_path / "run", model=tiny(), recipe=recipe, budget=budget)
-    assert seen == stages
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget=budget)
+    assert len(measured) == stages
+    assert result.report["plan"]["allocation_stages"] == stages
+
+
+def test_where_nothing_is_repaired_stages_mask_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = count_curves(monkeypatch, tmp_path)
+    monkeypatch.setattr("gohsp.core.reconstruction.reconstruct", None)
+    recipe = recipe_with(
+        route="oneshot", dense={"epochs": 0}, allocation_stages=2, admm={"projection": {"metric": "euclidean"}}
+    )
+    prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="params=-50%")
+    assert len(measured) == 2
 
 
 @pytest.mark.parametrize("changes", [{"allocation_stages": 0}, {"allocation_stages": 2, "allocation": "uniform"}])
@@ -461,11 +477,12 @@ def count_multiplications(contestants: list[Callable[[], object]], _device: torc
     return times
 
 
-@pytest.mark.parametrize(("kind", "stages"), [("measured", 1), ("measured", 2), ("uniform", None)])
+@pytest.mark.parametrize(("kind", "stages"), [("measured", 1), ("measured", 2), ("measured", None), ("uniform", None)])
 def test_a_latency_budget_is_met_and_nearly_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stages: int | None
 ):
     monkeypatch.setattr("gohsp.latency.interleaved", count_multiplications)
+    measured = count_curves(monkeypatch, tmp_path)
     widths = {"multiple": 1, "min_width": 1}
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, allocation=kind, allocation_stages=stages, widths=widths)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=-25%")
@@ -474,6 +491,9 @@ def test_a_latency_budget_is_met_and_nearly_used(
     assert budget["limit"] == pytest.approx(0.75 * speed["dense_ms"])
     assert budget["achieved"] == speed["pruned_ms"]
     assert 0.95 * budget["limit"] <= budget["achieved"] <= budget["limit"]
+    taken = result.report["plan"]["allocation_stages"]
+    assert len(measured) == (taken or 0)
+    assert taken == (None if kind == "uniform" else stages or 1)
     assert "times as fast" in (tmp_path / "run" / "report.html").read_text()
 
 

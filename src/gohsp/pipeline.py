@@ -57,7 +57,7 @@ LOSS_IMAGES = 1024
 """Training images on which the loss before and after the cut is compared."""
 
 STAGE = 0.73
-"""Share of its cost that one stage of allocation leaves a network, where the recipe leaves their number open."""
+"""Share of its parameters that one stage of allocation leaves a network, where the recipe leaves their number open."""
 
 LATENCY_TRIALS = 6
 """Plans that are timed before a latency budget is given up."""
@@ -393,7 +393,8 @@ def _prune(
     dense_metrics = _scored(bench, "dense_score", dense) if trains else {}
     heads = _ranked(bench, dense, structure)
     basis = _based(bench, dense, structure, heads["scores"])
-    shapes, predicted = (tuple(given), None) if given else _allocated(bench, basis, dense, goal)
+    allocated = _allocated(bench, basis, dense, goal, given)
+    shapes = shapes_from_json(allocated["shapes"])
     checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
     soft = _soft_pruned(bench, basis, dense, shapes)
     if soft["curve"]:
@@ -403,7 +404,7 @@ def _prune(
         compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.images(PROBE_IMAGES)[0])
     small = compaction.model
     polished = _polished(bench, dense, small, source)
-    fidelity = _compared(bench, dense, small) | {"predicted_kl": predicted}
+    fidelity = _compared(bench, dense, small) | {"predicted_kl": allocated["predicted"]}
     if trains and recipe.finetune.epochs > 0:
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
     pruned_metrics = _scored(bench, "pruned_score", small) if trains else {}
@@ -425,7 +426,7 @@ def _prune(
         "ranking": heads,
         "speed": speed,
         "budget": {"kind": goal.kind, "requested": goal.requested, "limit": limit, "achieved": achieved},
-        **_cut_record(structure, small_structure, cut["plan"], compaction),
+        **_cut_record(structure, small_structure, cut["plan"], compaction, allocated["stages"]),
     }
     if polished is not None:
         content["polish"] = polished
@@ -550,27 +551,31 @@ class _Choice:
         least: Cost of the smallest allowed widths.
         shapes: Widths within a bound.
         predicted: The divergence foreseen for widths; None where no curves were measured.
+        stages: How often damage curves were measured on the way; None where none were.
     """
 
     least: float
     shapes: Callable[[float], tuple[BlockShape, ...]]
     predicted: Callable[[Sequence[BlockShape]], float | None]
+    stages: int | None
 
 
 def _allocated(
-    bench: _Bench, basis: _Basis, dense: nn.Module, goal: Budget
-) -> tuple[tuple[BlockShape, ...], float | None]:
-    """Widths, and the damage that the curves predict for them (None where none were measured)."""
+    bench: _Bench, basis: _Basis, dense: nn.Module, goal: Budget, given: Sequence[BlockShape] | None
+) -> dict[str, Any]:
+    """Widths, the damage that the curves predict for them and the number of stages (None where none were measured)."""
+    if given is not None:
+        return {"shapes": shapes_to_json(given), "predicted": None, "stages": None}
     if record := bench.folder.done("allocation"):
-        return shapes_from_json(record["shapes"]), record["predicted"]
+        return record
     with bench.timed("allocate"):
         cost: CostModel = _latency_table(bench, basis) if goal.kind == "latency" else goal.kind
         limit = goal.limit(model_cost(basis.structure, basis.structure.shapes, cost))
         choice = _choice(bench, basis, dense, cost, limit)
         shapes = _within_latency(bench, basis, goal, choice, limit) if goal.kind == "latency" else choice.shapes(limit)
-    predicted = choice.predicted(shapes)
-    bench.folder.record("allocation", {"shapes": shapes_to_json(shapes), "predicted": predicted})
-    return shapes, predicted
+    record = {"shapes": shapes_to_json(shapes), "predicted": choice.predicted(shapes), "stages": choice.stages}
+    bench.folder.record("allocation", record)
+    return record
 
 
 def _choice(bench: _Bench, basis: _Basis, dense: nn.Module, cost: CostModel, limit: float) -> _Choice:
@@ -578,11 +583,10 @@ def _choice(bench: _Bench, basis: _Basis, dense: nn.Module, cost: CostModel, lim
     recipe, widths, structure = bench.recipe, bench.recipe.widths, basis.structure
     if recipe.allocation == "uniform":
         least = model_cost(structure, allocation.smallest(structure, widths), cost)
-        return _Choice(least, lambda bound: allocation.uniform(structure, cost, bound, widths), lambda _: None)
+        return _Choice(least, lambda bound: allocation.uniform(structure, cost, bound, widths), lambda _: None, None)
     choice = _by_curves(cost, structure, _curves(bench, basis, dense), widths, 0.0)
     whole = model_cost(structure, structure.shapes, cost)
-    params = [model_cost(structure, shapes, "params") for shapes in (choice.shapes(limit), structure.shapes)]
-    stages = recipe.allocation_stages or max(1, round(math.log(params[0] / params[1]) / math.log(STAGE)))
+    stages = recipe.allocation_stages or _stages_to(structure, choice.shapes(limit))
     for stage in range(1, stages):
         shapes = choice.shapes(whole * (limit / whole) ** (stage / stages))
         model, at = _cut_so_far(bench, basis, dense, shapes)
@@ -590,7 +594,13 @@ def _choice(bench: _Bench, basis: _Basis, dense: nn.Module, cost: CostModel, lim
         so_far = sensitivity.divergence(*(_predictions(bench, m, images) for m in (dense, model)))
         logger.info("allocation, stage %d of %d: divergence %.4f so far", stage, stages, so_far)
         choice = _by_curves(_cost_of_cut(cost, structure, at), at.structure, _curves(bench, at, model), widths, so_far)
-    return choice
+    return dataclasses.replace(choice, stages=stages)
+
+
+def _stages_to(structure: ModelStructure, shapes: Sequence[BlockShape]) -> int:
+    """Stages of allocation for a cut as deep as the one to ``shapes``."""
+    left, whole = (model_cost(structure, widths, "params") for widths in (shapes, structure.shapes))
+    return max(1, round(math.log(left / whole) / math.log(STAGE)))
 
 
 def _by_curves(
@@ -604,6 +614,7 @@ def _by_curves(
         model_cost(structure, allocation.smallest(structure, widths), cost),
         lambda bound: allocation.allocate(structure, curves, cost, bound, widths),
         lambda shapes: so_far + allocation.predicted_damage(curves, shapes),
+        1,
     )
 
 
@@ -620,7 +631,7 @@ def _cut_so_far(
 ) -> tuple[nn.Module, _Basis]:
     """The network cut to ``shapes`` and repaired, as it is and as a basis for further cuts."""
     trial = dataclasses.replace(basis, model=copy.deepcopy(basis.model))
-    plan = _reconstructed(bench, trial, dense, shapes, None)
+    plan = _on_set(bench, trial, dense, shapes, None)
     small = models.compact(trial.model, plan, bench.images(PROBE_IMAGES)[0]).model
     floors = [math.ceil(bench.recipe.widths.min_ffn * block.shape.ffn) for block in basis.structure.blocks]
     structure = models.describe(small)
@@ -640,7 +651,7 @@ def _curves(bench: _Bench, basis: _Basis, model: nn.Module) -> allocation.Curves
     provenance = [models.specification(model), str(bench.precision), importlib.metadata.version("gohsp")]
     key = cache.key_of(
         itertools.chain(model.state_dict().values(), bench.calibration),
-        [*provenance, *settings, *counts, sensitivity.GRID],
+        [*provenance, *settings, *counts, sensitivity.GRID, sensitivity.EDITION],
     )
     if found := cache.load("curves", key):
         return allocation.curves_from_json(found)
@@ -685,7 +696,7 @@ def _within_latency(
         times = [latency.compare(pair, images, settings) for _ in range(LATENCY_REPEATS)]
         dense, small = max(times, key=lambda time: time[1] / goal.bound(time[0]))
         spent = small / goal.bound(dense)
-        logger.info("latency: %.3f ms by the table, %.3f ms measured, %.1f %% of the budget", bound, small, 100 * spent)
+        logger.info("latency: bound %.3f ms, measured %.3f ms, %.1f %% of the budget", bound, small, 100 * spent)
         if spent <= 1:
             met.append((spent, shapes))
         if LATENCY_ROOM <= spent <= 1:
@@ -756,22 +767,28 @@ def _cut(
     support: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """Put the basis' model on the sparsity set of ``shapes``, repaired; returns the plan and the loss around it."""
-    recipe, work = bench.recipe, basis.model
+    work = basis.model
     if record := bench.folder.done("cut"):
         bench.folder.restore("cut", work)
         return record
     before = _training_loss(bench, work)
     plan = Plan.from_json(support) if support else None
     with bench.timed("reconstruct"):
-        if recipe.admm.projection.metric == "data":
-            plan = _reconstructed(bench, basis, dense, shapes, plan)
-        else:  # nothing is repaired in this metric: the projection is the mask
-            state = admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm)
-            plan = plan or state.plan
-            surgery.mask(work, basis.structure, plan)
+        plan = _on_set(bench, basis, dense, shapes, plan)
     record = {"plan": plan.to_json(), "loss_before": before, "loss_after": _training_loss(bench, work)}
     bench.folder.record("cut", record, work)
     return record
+
+
+def _on_set(bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape], support: Plan | None) -> Plan:
+    """Put the basis' model on the sparsity set, with repairs where the metric is the data's."""
+    if bench.recipe.admm.projection.metric == "data":
+        return _reconstructed(bench, basis, dense, shapes, support)
+    # In the Euclidean metric the projection is the mask, and nothing takes over.
+    state = admm.start(basis.model, basis.structure, shapes, basis.moments, basis.scores, bench.recipe.admm)
+    plan = support or state.plan
+    surgery.mask(basis.model, basis.structure, plan)
+    return plan
 
 
 def _reconstructed(
@@ -894,9 +911,15 @@ def _cut_record(
     after: ModelStructure,
     kept: list[dict[str, Any]],
     compaction: models.Compaction,
+    stages: int | None,
 ) -> dict[str, Any]:
     return {
-        "plan": {"dense": shapes_to_json(before.shapes), "pruned": shapes_to_json(after.shapes), "kept": kept},
+        "plan": {
+            "dense": shapes_to_json(before.shapes),
+            "pruned": shapes_to_json(after.shapes),
+            "kept": kept,
+            "allocation_stages": stages,
+        },
         "equality": {
             "max_relative_difference": compaction.max_relative_difference,
             "tolerance": models.EQUALITY_TOLERANCE,

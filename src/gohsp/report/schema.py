@@ -179,11 +179,15 @@ class Kept(_Level):
 
 
 class Plan(_Level):
-    """Dense and pruned widths and the kept indices, block by block."""
+    """Dense and pruned widths and the kept indices, block by block.
+
+    ``allocation_stages`` is how often damage curves were measured on the way; None where widths came otherwise.
+    """
 
     dense: Annotated[list[Widths], Field(min_length=1)]
     pruned: list[Widths]
     kept: list[Kept]
+    allocation_stages: Positive | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Plan:
