@@ -4,12 +4,13 @@
     python benchmarks/overhead.py --device cuda --images 256 --batch 64                    # one GPU
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
-Random images; the weights do not matter to the clock. Ranking, moments, damage curves and reconstruction are given in
-seconds and in forward passes of the model over the same images in the same precision (float32 in the ranking), one of
-which is timed before each of them, so that a drifting machine hits both alike. Plain training steps (AdamW, mixed
-precision as in training), the pull after each, the Z-steps and the Z-steps that select anew take turns; medians give
-ADMM's share at the default interval. It does not depend on the batch, so it is also given as the number of images that
-a plain step trains on in that time. What an earlier call measured on the same device stays in the results.
+Random images; the weights do not matter to the clock. Ranking, moments (with token weights), damage curves and
+reconstruction (without mirror images, which double its streams) are each timed once, after two forward passes of the
+model over the same images in the same precision (float32 in the ranking), and given in units of the faster of them.
+Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
+select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
+also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
+device stays in the results.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 import gohsp
 from gohsp import models, training
-from gohsp.core import admm, compensation, ranking, reconstruction, rotation, sensitivity
+from gohsp.core import admm, compensation, fisher, ranking, reconstruction, rotation, sensitivity
 from gohsp.core.admm import AdmmSettings, AdmmState
 from gohsp.core.allocation import WidthSettings
 from gohsp.core.compensation import BlockMoments
@@ -111,9 +112,13 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
     stages, projection = models.stages(model), ProjectionSettings()
     found: dict[str, Any] = {}
 
-    def moments() -> tuple[BlockMoments, ...]:
+    def moments() -> None:
         with subject.autocast():
-            return rotation.rotate(model, structure, compensation.collect_moments(model, structure, images))
+            weights = fisher.token_weights(
+                model, structure, images, attention=projection.attention_fisher, ffn=projection.ffn_fisher
+            )
+            collected = compensation.collect_moments(model, structure, images, weights)
+            found.update(weights=weights, moments=rotation.rotate(model, structure, collected))
 
     def curves() -> object:
         embedded = [stages.embed(batch).detach().float() for batch in images]
@@ -142,12 +147,13 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
             embedded,
             None,
             projection,
+            weights=found["weights"],
             precision=subject.precision,
         )
 
     works: dict[str, Callable[[], object]] = {
         "ranking": lambda: ranking.rank_heads(model, structure, images, ranking.RankingSettings()),
-        "moments": lambda: found.update(moments=moments()),
+        "moments": moments,
         "curves": curves,
         "reconstruction": reconstruct,
     }
