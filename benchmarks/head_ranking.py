@@ -219,7 +219,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     default = RankingSettings()
     _say("gathering statistics")
     began = time.perf_counter()
-    first = collect_head_statistics(model, structure, images, scope="global", edge=default.edge, fisher=True)
+    first = collect_head_statistics(model, structure, images, scope="global", edge=default.edge)
     seconds = time.perf_counter() - began
     for name, scores in baselines(model, structure, first, labelled).items():
         found = correlations(scores, truths)
@@ -229,7 +229,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             edges = first.edges
         else:
             _say(f"edges: {edge}")
-            edges = collect_head_statistics(model, structure, images, scope="global", edge=edge, fisher=False).edges
+            edges = collect_head_statistics(model, structure, images, scope="global", edge=edge, wanted=()).edges
         statistics = dataclasses.replace(first, edges=edges)
         for scope, teleport, damping in product(SCOPES, TELEPORTS, DAMPINGS):
             settings = RankingSettings(edge=edge, scope=scope, damping=damping, teleport=teleport)

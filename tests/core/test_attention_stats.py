@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from gohsp.core import attention_stats
 from gohsp.core.attention_stats import (
     EDGES,
+    STATISTICS,
     Edge,
     HeadStatistics,
     Scope,
+    Statistic,
     attention_divergence,
     collect_head_statistics,
     output_distance,
@@ -114,7 +116,7 @@ def test_contribution_is_the_centred_norm_of_what_a_head_adds(
     model = make_model(init_values=layer_scale)
     c = contributions(model, images)
     expected = (c - c.mean(dim=1, keepdim=True)).square().sum(dim=2).mean(dim=1).sqrt()
-    found = collect(model, [images], fisher=False).contribution
+    found = collect(model, [images], wanted=["contribution"]).contribution
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
@@ -129,9 +131,9 @@ def test_output_edges_compare_explicit_contributions(
     unit = features / features.norm(dim=1, keepdim=True)
     expected = (1 - (unit @ unit.T).abs()).fill_diagonal_(0)
     if scope == "global":
-        (found,) = collect(model, [images], scope=scope, edge=edge, fisher=False).edges
+        (found,) = collect(model, [images], scope=scope, edge=edge, wanted=()).edges
     else:
-        found = torch.block_diag(*collect(model, [images], scope=scope, edge=edge, fisher=False).edges)
+        found = torch.block_diag(*collect(model, [images], scope=scope, edge=edge, wanted=()).edges)
         expected = torch.block_diag(*(expected[i : i + HEADS, i : i + HEADS] for i in (0, HEADS)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -251,15 +253,15 @@ def test_streaming_equals_one_shot(model: nn.Module, images: Tensor, scope: Scop
 
 
 def test_edges_are_means_over_images_and_queries(model: nn.Module, images: Tensor) -> None:
-    (edges,) = collect(model, [images], scope="global", edge="jsd", fisher=False).edges
+    (edges,) = collect(model, [images], scope="global", edge="jsd", wanted=()).edges
     assert 0 < edges.max() <= math.log(2)
-    (twice,) = collect(model, [images, images], scope="global", edge="jsd", fisher=False).edges
+    (twice,) = collect(model, [images, images], scope="global", edge="jsd", wanted=()).edges
     torch.testing.assert_close(edges, twice)
 
 
 def test_layer_graphs_are_blocks_of_the_global_one(model: nn.Module, images: Tensor) -> None:
-    (whole,) = collect(model, [images], scope="global", fisher=False).edges
-    for i, part in enumerate(collect(model, [images], scope="layer", fisher=False).edges):
+    (whole,) = collect(model, [images], scope="global", wanted=()).edges
+    for i, part in enumerate(collect(model, [images], scope="layer", wanted=()).edges):
         nodes = slice(i * HEADS, (i + 1) * HEADS)
         torch.testing.assert_close(part, whole[nodes, nodes], rtol=1e-5, atol=1e-7)
 
@@ -271,9 +273,9 @@ def test_attention_maps_of_few_images_live_at_a_time(
     living: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def watched(model: nn.Module, block: Any, x: Tensor) -> Tensor:
+    def watched(model: nn.Module, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
         nonlocal most
-        maps = real(model, block, x)
+        maps = real(model, block, x, tokens)
         living.append(weakref.ref(maps))
         most = max(most, sum(held.shape[0] * held.shape[1] for ref in living if (held := ref()) is not None))
         return maps
@@ -311,17 +313,26 @@ def test_few_queries_tell_what_all_of_them_tell(
 def test_without_gradients_one_forward_pass_and_no_more(model: nn.Module, images: Tensor) -> None:
     graphs = []
     model.register_forward_hook(lambda _module, _args, out: graphs.append(out.requires_grad))
-    statistics = collect(model, images.split(16), fisher=False)
+    statistics = collect(model, images.split(16), wanted=())
     assert graphs == [False] * 2
-    assert (statistics.fisher, statistics.taylor, statistics.fisher_residual) == (None, None, None)
-    collect(model, images.split(16), fisher=True)
+    assert all(getattr(statistics, name) is None for name in STATISTICS)
+    collect(model, images.split(16))
     assert graphs[2:] == [True] * 2
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_statistic_does_not_depend_on_what_else_is_wanted(model: nn.Module, images: Tensor, name: Statistic) -> None:
+    everything, alone = collect(model, [images]), collect(model, [images], wanted=[name])
+    torch.testing.assert_close(getattr(alone, name), getattr(everything, name))
+    assert [other for other in STATISTICS if getattr(alone, other) is not None] == [name]
+    for a, b in zip(alone.edges, everything.edges, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradients_are_taken_under_no_grad_too(model: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
-        quiet = collect(model, [images], fisher=True)
-    assert torch.equal(quiet.taylor, collect(model, [images], fisher=True).taylor)
+        quiet = collect(model, [images])
+    assert torch.equal(quiet.taylor, collect(model, [images]).taylor)
 
 
 def test_the_model_is_left_as_it_was(model: nn.Module, images: Tensor) -> None:
@@ -360,5 +371,5 @@ def test_no_images_is_an_error(model: nn.Module) -> None:
 def test_gradients_need_a_classifier(make_model: MakeModel, images: Tensor) -> None:
     model = make_model(num_classes=0, global_pool="")
     with pytest.raises(UnsupportedModelError, match="'contribution'"):
-        collect(model, [images], fisher=True)
-    assert collect(model, [images], fisher=False).images == 32
+        collect(model, [images])
+    assert collect(model, [images], wanted=()).images == 32

@@ -86,7 +86,7 @@ def test_a_global_chain_is_that_of_its_edges_and_teleport(
     model: nn.Module, structure: ModelStructure, images: Tensor
 ) -> None:
     settings = RankingSettings(edge="kl", scope="global", damping=0.6, teleport="contribution")
-    statistics = collect_head_statistics(model, structure, [images], scope="global", edge="kl", fisher=False)
+    statistics = collect_head_statistics(model, structure, [images], scope="global", edge="kl", wanted=["contribution"])
     P = transition_matrix(statistics.edges[0])
     expected = stationary_distribution(P, damping=0.6, teleport=statistics.contribution)
     ranking = rank_heads(model, structure, [images], settings)

@@ -25,21 +25,30 @@ def rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> tuple[Ten
     return weight, units(model, slices[1], count) if len(slices) > 1 else None
 
 
-def queries_keys(model: nn.Module, block: BlockStructure, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[images, heads, tokens, qk]`` of an attention whose input is ``x``; norms applied."""
+def queries_keys(
+    model: nn.Module, block: BlockStructure, x: Tensor, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[images, heads, tokens, qk]`` of an attention whose input is ``x``; norms applied.
+
+    Queries are those of ``tokens`` (indices) where they are given.
+    """
     heads, width = block.shape.heads, block.shape.qk
 
-    def heads_of(slices: Sequence[UnitSlice], norm: str | None) -> Tensor:
+    def heads_of(x: Tensor, slices: Sequence[UnitSlice], norm: str | None) -> Tensor:
         flat = F.linear(x, *rows(model, slices, heads * width))
         split = flat.unflatten(-1, (heads, width))
         return (model.get_submodule(norm)(split) if norm else split).transpose(1, 2)
 
-    return heads_of(block.query, block.query_norm), heads_of(block.key, block.key_norm)
+    asking = x if tokens is None else x[:, tokens]
+    return heads_of(asking, block.query, block.query_norm), heads_of(x, block.key, block.key_norm)
 
 
-def attention_rows(model: nn.Module, block: BlockStructure, x: Tensor) -> Tensor:
-    """Attention probabilities ``[images, heads, queries, keys]`` of an attention whose input is ``x``."""
-    q, k = queries_keys(model, block, x)
+def attention_rows(model: nn.Module, block: BlockStructure, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Attention probabilities ``[images, heads, queries, keys]`` of an attention whose input is ``x``.
+
+    Rows are those of ``tokens`` (indices) where they are given.
+    """
+    q, k = queries_keys(model, block, x, tokens)
     return (q @ k.transpose(-2, -1) * block.scale).softmax(dim=-1)
 
 

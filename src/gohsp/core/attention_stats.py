@@ -9,7 +9,7 @@ block's value dimensions, heads times ``vo``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,6 +25,10 @@ Edge = Literal["jsd", "kl", "similarity", "cosine", "cka"]
 EDGES: tuple[Edge, ...] = ("jsd", "kl", "similarity", "cosine", "cka")
 Scope = Literal["layer", "global"]
 SCOPES: tuple[Scope, ...] = ("layer", "global")
+Statistic = Literal["contribution", "fisher", "taylor", "fisher_residual"]
+STATISTICS: tuple[Statistic, ...] = ("contribution", "fisher", "taylor", "fisher_residual")
+
+_GRADIENT_STATISTICS = ("fisher", "taylor", "fisher_residual")
 
 _OUTPUT_EDGES = ("cosine", "cka")  # read from the heads' outputs; the others from their attention rows
 
@@ -37,7 +41,7 @@ _CHUNK = 1 << 14
 _MAPS = 8
 # Queries of an image whose rows are compared. All pairs of heads are, which is what costs most in a large model, and a
 # mean over images needs few rows of each.
-_QUERIES = 32
+_QUERIES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +54,19 @@ class HeadStatistics:
         edges: Edge weights ``[nodes, nodes]`` of each graph, 0 on the diagonal: one graph over all heads
             (scope ``global``) or one a block (scope ``layer``).
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
-            over images and tokens.
+            over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
-            first-order change of the predicted class's log-probability. None where it was not asked for.
+            first-order change of the predicted class's log-probability.
         taylor: Both orders ``[nodes]``, in nats: ``E[a] + E[a^2] / 2``; negative where the model would grow surer
-            of its predictions. Or None.
+            of its predictions.
         fisher_residual: ``fisher`` ``[nodes]`` for that part of a head's output which no linear map of the block's
-            other heads can give, tokens taken as independent. Or None.
+            other heads can give, tokens taken as independent.
     """
 
     heads: tuple[int, ...]
     images: int
     edges: tuple[Tensor, ...]
-    contribution: Tensor
+    contribution: Tensor | None
     fisher: Tensor | None
     taylor: Tensor | None
     fisher_residual: Tensor | None
@@ -75,7 +79,7 @@ def collect_head_statistics(
     *,
     scope: Scope = "global",
     edge: Edge = "jsd",
-    fisher: bool = True,
+    wanted: Collection[Statistic] = STATISTICS,
 ) -> HeadStatistics:
     """Run every batch through the model once and gather the statistics of its heads.
 
@@ -85,15 +89,15 @@ def collect_head_statistics(
         batches: Images ``[images, channels, height, width]``, preprocessed.
         scope: Heads that share a graph: those of a block, or all.
         edge: Edge weight; see :func:`attention_divergence` and :func:`output_distance`.
-        fisher: Whether to run a backward pass, too, and fill in the three gradient statistics.
+        wanted: What to gather beside the edges. All but ``contribution`` need a backward pass.
 
     Raises:
         DataError: No images.
         NonFiniteError: NaN or infinity in what flows through a block; the message names the module.
-        UnsupportedModelError: ``fisher`` for a model without class logits, or scope ``global`` where
+        UnsupportedModelError: A gradient statistic for a model without class logits, or scope ``global`` where
             blocks differ in their number of tokens.
     """
-    fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, fisher=fisher)
+    fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, wanted=wanted)
     training = model.training
     model.eval()
     try:
@@ -107,12 +111,22 @@ def collect_head_statistics(
 class HeadStatisticsFitter:
     """Accumulates head statistics batch by batch: ``update`` takes images, ``statistics`` gives the result.
 
-    The model must be in evaluation mode. Memory beside one batch: with ``U`` units a block and ``H`` heads,
-    ``U^2`` numbers a block and ``H^2`` for the edges; output edges in scope ``global`` need ``(sum of U)^2``.
+    The model must be in evaluation mode. Memory beside one batch: with ``U`` units a block and ``H`` heads, ``H^2``
+    numbers for the edges, ``U^2`` a block where a statistic or an edge needs covariances; output edges in scope
+    ``global`` need ``(sum of U)^2``.
     """
 
-    def __init__(self, model: nn.Module, structure: ModelStructure, *, scope: Scope, edge: Edge, fisher: bool) -> None:
-        self._model, self._blocks, self._edge, self._fisher = model, structure.blocks, edge, fisher
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: ModelStructure,
+        *,
+        scope: Scope,
+        edge: Edge,
+        wanted: Collection[Statistic] = STATISTICS,
+    ) -> None:
+        self._model, self._blocks, self._edge, self._wanted = model, structure.blocks, edge, wanted
+        self._backward = any(name in _GRADIENT_STATISTICS for name in wanted)
         blocks = range(len(structure.blocks))
         self._graphs = [list(blocks)] if scope == "global" else [[i] for i in blocks]
         heads = [b.shape.heads for b in structure.blocks]
@@ -120,7 +134,9 @@ class HeadStatisticsFitter:
         self._images = 0
         self._compared = [0] * len(self._graphs)
         self._generator = torch.Generator().manual_seed(0)
-        self._moments = [_Moments(width) for width in widths]
+        within_blocks = edge in _OUTPUT_EDGES and scope == "layer"
+        covariances = within_blocks or "contribution" in wanted or "fisher_residual" in wanted
+        self._moments = [_Moments(width) for width in widths] if covariances else []
         if edge not in _OUTPUT_EDGES:
             self._divergence = [_zeros(*2 * [sum(heads[i] for i in graph)]) for graph in self._graphs]
         elif scope == "global":
@@ -128,7 +144,8 @@ class HeadStatisticsFitter:
         else:
             self._joint_moments = self._moments
         self._slope, self._square = _zeros(sum(heads)), _zeros(sum(heads))
-        self._gradients = [_zeros(b.shape.heads, b.shape.vo, b.shape.vo) for b in structure.blocks]
+        residual = structure.blocks if "fisher_residual" in wanted else ()
+        self._gradients = [_zeros(b.shape.heads, b.shape.vo, b.shape.vo) for b in residual]
 
     def update(self, images: Tensor) -> None:
         """Add a batch ``[images, channels, height, width]``.
@@ -140,8 +157,9 @@ class HeadStatisticsFitter:
         inputs, outputs = self._forward(images)
         with torch.no_grad():
             flat = [z.detach().flatten(0, 1) for z in outputs]
-            for moments, z in zip(self._moments, flat, strict=True):
-                moments.update(z)
+            if self._moments:
+                for moments, z in zip(self._moments, flat, strict=True):
+                    moments.update(z)
             if self._edge not in _OUTPUT_EDGES:
                 for i, graph in enumerate(self._graphs):
                     for few in zip(*(x.split(_MAPS) for x in inputs), strict=True):
@@ -158,16 +176,16 @@ class HeadStatisticsFitter:
         names = [(b.attention, b.attention_readout.module) for b in self._blocks]
         images = images.detach().to(next(self._model.parameters()).device)
         # Through the images, so that frozen weights do not cut the graph.
-        images.requires_grad_(self._fisher)
+        images.requires_grad_(self._backward)
         watch = {name: partial(seen.__setitem__, name) for pair in names for name in pair}
-        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._fisher):
+        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward):
             logits = self._model(images)
         for name, x in seen.items():
             _require_finite(f"the input of module '{name}'", x)
         if isinstance(logits, Tensor):
             _require_finite("the model's output", logits)
         outputs = [seen[readout] for _, readout in names]
-        if self._fisher:
+        if self._backward:
             self._add_gradients(logits, outputs)
         return [seen[attention].detach() for attention, _ in names], outputs
 
@@ -181,12 +199,15 @@ class HeadStatisticsFitter:
         with torch.enable_grad():
             confidence = logits.float().log_softmax(dim=-1).amax(dim=-1).sum()
         gradients = torch.autograd.grad(confidence, outputs)
-        changes = []
-        for block, z, g, total in zip(self._blocks, outputs, gradients, self._gradients, strict=True):
-            by_head = (-1, (block.shape.heads, block.shape.vo))
-            g = g.float().unflatten(*by_head)
-            changes.append((z.detach().float().unflatten(*by_head) * g).sum(dim=(1, 3)))
-            total += torch.einsum("bnhi,bnhj->hij", g, g).cpu()
+        by_head = [(-1, (block.shape.heads, block.shape.vo)) for block in self._blocks]
+        gradients = [g.float().unflatten(*split) for g, split in zip(gradients, by_head, strict=True)]
+        changes = [
+            (z.detach().float().unflatten(*split) * g).sum(dim=(1, 3))
+            for z, g, split in zip(outputs, gradients, by_head, strict=True)
+        ]
+        if self._gradients:
+            for g, total in zip(gradients, self._gradients, strict=True):
+                total += torch.einsum("bnhi,bnhj->hij", g, g).cpu()
         change = torch.cat(changes, dim=1).double()
         self._slope += change.sum(dim=0).cpu()
         self._square += change.square().sum(dim=0).cpu()
@@ -199,11 +220,12 @@ class HeadStatisticsFitter:
                 f"scope 'global' compares heads of all blocks, which here see {sorted(tokens)} tokens; "
                 "use scope 'layer'"
             )
-        maps = [attention_rows(self._model, self._blocks[i], inputs[i]).float() for i in graph]
+        first = inputs[graph[0]]
+        queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
+        maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries).float() for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
-        queries = torch.randperm(maps[0].shape[2], generator=self._generator)[:_QUERIES].to(maps[0].device)
-        return torch.cat([rows[:, :, queries] for rows in maps], dim=1)
+        return torch.cat(maps, dim=1)
 
     @property
     def statistics(self) -> HeadStatistics:
@@ -215,20 +237,23 @@ class HeadStatisticsFitter:
         if not self._images:
             raise DataError("no images to rank heads on; give at least one batch, better 500 images or more")
         weights = [_readout_weights(self._model, b) for b in self._blocks]
-        covariances = [m.covariance for m in self._moments]
-        contribution = torch.cat(
-            [torch.diagonal(_output_products(c, w, "cosine")) for c, w in zip(covariances, weights, strict=True)]
-        )
         fisher = self._square / (2 * self._images)
+        found = {
+            "contribution": lambda: self._contribution(weights),
+            "fisher": lambda: fisher,
+            "taylor": lambda: self._slope / self._images + fisher,
+            "fisher_residual": self._fisher_residual,
+        }
         return HeadStatistics(
             heads=tuple(b.shape.heads for b in self._blocks),
             images=self._images,
             edges=tuple(self._edges(weights)),
-            contribution=contribution.clamp_min(0).sqrt(),
-            fisher=fisher if self._fisher else None,
-            taylor=self._slope / self._images + fisher if self._fisher else None,
-            fisher_residual=self._fisher_residual(covariances) if self._fisher else None,
+            **{name: compute() if name in self._wanted else None for name, compute in found.items()},
         )
+
+    def _contribution(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+        pairs = zip(self._moments, weights, strict=True)
+        return torch.cat([_output_products(m.covariance, w, "cosine").diagonal() for m, w in pairs]).clamp_min(0).sqrt()
 
     def _edges(self, weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         if self._edge not in _OUTPUT_EDGES:
@@ -238,10 +263,10 @@ class HeadStatisticsFitter:
             for moments, graph in zip(self._joint_moments, self._graphs, strict=True)
         ]
 
-    def _fisher_residual(self, covariances: Sequence[Tensor]) -> Tensor:
+    def _fisher_residual(self) -> Tensor:
         scores = []
-        for gradients, covariance in zip(self._gradients, covariances, strict=True):
-            residuals = residual_covariances(covariance, len(gradients))
+        for gradients, moments in zip(self._gradients, self._moments, strict=True):
+            residuals = residual_covariances(moments.covariance, len(gradients))
             scores.append((gradients * residuals).sum(dim=(1, 2)) / (2 * self._images))
         return torch.cat(scores)
 
@@ -331,7 +356,7 @@ def residual_covariances(covariance: Tensor, heads: int) -> Tensor:
 
 
 def _require_finite(what: str, x: Tensor) -> None:
-    if not torch.isfinite(x).all():
+    if not torch.stack(x.aminmax()).isfinite().all():  # NaN goes through aminmax
         raise NonFiniteError(
             f"{what} holds NaN or infinity; check the model's weights, its precision and the images' normalisation"
         )

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import units
-from gohsp.core.attention_stats import EDGES, SCOPES, Edge, HeadStatistics, Scope, collect_head_statistics
+from gohsp.core.attention_stats import (
+    EDGES,
+    SCOPES,
+    STATISTICS,
+    Edge,
+    HeadStatistics,
+    Scope,
+    collect_head_statistics,
+)
 from gohsp.core.graph import (
     StationaryDistribution,
     isolated_nodes,
@@ -26,8 +34,6 @@ Teleport = Literal["uniform", "weight_norm", "contribution", "fisher", "fisher_r
 TELEPORTS: tuple[Teleport, ...] = ("uniform", "weight_norm", "contribution", "fisher", "fisher_residual", "taylor")
 Method = Literal["chain", "random"]
 METHODS: tuple[Method, ...] = ("chain", "random")
-
-_GRADIENT_TELEPORTS = ("fisher", "fisher_residual", "taylor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +142,9 @@ def rank_heads(
         NonFiniteError: NaN or infinity in weights or activations.
         UnsupportedModelError: The settings ask more than the model can give; the message says what to set.
     """
-    gradients = settings.method == "chain" and settings.teleport in _GRADIENT_TELEPORTS
+    wanted = [name for name in STATISTICS if settings.method == "chain" and settings.teleport == name]
     statistics = collect_head_statistics(
-        model, structure, batches, scope=settings.scope, edge=settings.edge, fisher=gradients
+        model, structure, batches, scope=settings.scope, edge=settings.edge, wanted=wanted
     )
     if settings.method == "chain":
         return rank(statistics, head_values(model, structure, statistics, settings.teleport), settings)
@@ -191,7 +197,7 @@ def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) 
 
 
 def head_values(model: nn.Module, structure: ModelStructure, statistics: HeadStatistics, teleport: Teleport) -> Tensor:
-    """What a teleport measures of every head ``[nodes]``, float64; a gradient statistic must have been gathered."""
+    """What a teleport measures of every head ``[nodes]``, float64; a statistic of images must have been gathered."""
     if teleport == "uniform":
         return torch.ones(sum(statistics.heads), dtype=torch.float64)
     if teleport == "weight_norm":
