@@ -10,6 +10,7 @@ dense model as teacher:
   held-out images right after the cut. Deep cuts leave little accuracy to choose by; a third part that ``peers.py``
   knows, as in ``taylor/uniform/blocks``, sets it, and allows ``isomorphic-raw``;
 - ``scratch``: the shape that ``gohsp`` found, trained from new weights, with the dense model's epochs on top;
+  ``gohsp-long`` and ``dense-long`` (when asked for) get as many;
 - ``dense``: the dense model itself; ``start``: without those epochs.
 
 All choices are made on images held out from the training split (the recipe's validation split). The test split is read
@@ -44,6 +45,8 @@ from gohsp.resident import ResidentImages, ResidentLoader, resident_images
 GOHSP = ("gohsp", "random", "no-ADMM")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
 METHODS = ("start", "dense", *GOHSP, *PEERS, "scratch")
+LONG = ("gohsp-long", "dense-long")
+DENSE = ("start", "dense", "dense-long")
 GRADIENT_IMAGES = 1024
 
 
@@ -66,11 +69,10 @@ class Bench:
         """A new one for every use: gohsp's own runs reset the state that all accelerators of a process share."""
         return training.make_accelerator(self.recipe.training.precision, self.device.type)
 
-    @property
-    def extra(self) -> training.StageSettings:
-        """The epochs that every method gets behind the dense model."""
+    def extra(self, *, long: bool = False) -> training.StageSettings:
+        """The epochs that every method gets behind the dense model, or these and the dense model's."""
         epochs = self.recipe.admm_stage.epochs + self.recipe.finetune.epochs
-        return dataclasses.replace(self.recipe.finetune, epochs=epochs)
+        return dataclasses.replace(self.recipe.finetune, epochs=epochs + long * self.recipe.dense.epochs)
 
     def score(self, model: nn.Module, images: ResidentImages) -> Metrics:
         """Metrics on resident images."""
@@ -136,6 +138,9 @@ def variant(recipe: gohsp.Recipe, method: str) -> gohsp.Recipe:
             admm_stage=dataclasses.replace(recipe.admm_stage, epochs=0),
             finetune=dataclasses.replace(recipe.finetune, epochs=epochs),
         )
+    if method == "gohsp-long":
+        epochs = recipe.finetune.epochs + recipe.dense.epochs
+        return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, epochs=epochs))
     return recipe
 
 
@@ -195,18 +200,18 @@ def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> 
     name = key_of(method, budget, bench.seed)
     if method == "start":
         return copy.deepcopy(dense), {}
-    if method == "dense":
-        return bench.fit(name, copy.deepcopy(dense), bench.extra, dense), {}
-    if method in GOHSP:
+    if method in ("dense", "dense-long"):
+        return bench.fit(name, copy.deepcopy(dense), bench.extra(long=method == "dense-long"), dense), {}
+    if method in (*GOHSP, "gohsp-long"):
         return gohsp_model(bench, method, variant(bench.recipe, method), budget), {}
     if method == "scratch":
         shaped = models.resized(dense, models.describe(gohsp_model(bench, "gohsp", bench.recipe, budget)).shapes)
         torch.manual_seed(bench.seed)
         shaped.init_weights()  # type: ignore[operator]
-        longer = dataclasses.replace(bench.recipe.dense, epochs=bench.recipe.dense.epochs + bench.extra.epochs)
-        return bench.fit(name, shaped, longer, dense), {}
+        stage = dataclasses.replace(bench.recipe.dense, epochs=bench.extra(long=True).epochs)
+        return bench.fit(name, shaped, stage, dense), {}
     model, told = peer_model(bench, dense, method, budget)
-    return bench.fit(name, model, bench.extra, dense), told
+    return bench.fit(name, model, bench.extra(), dense), told
 
 
 def record_of(bench: Bench, model: nn.Module) -> dict[str, Any]:
@@ -241,7 +246,7 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--test-split")
     parser.add_argument("--budgets", nargs="+")
     if "methods" in defaults:
-        parser.add_argument("--methods", nargs="+", choices=(*METHODS, *peers.METHODS))
+        parser.add_argument("--methods", nargs="+", choices=(*METHODS, *LONG, *peers.METHODS))
     parser.add_argument(
         "--seed", type=int, default=0, help="of everything behind the dense model, which has the recipe's"
     )
@@ -333,7 +338,7 @@ def run(options: argparse.Namespace, script: str) -> None:
     results = opened_results(file, options, bench, script)
     for budget in options.budgets:
         for method in options.methods:
-            budget_of = "" if method in ("start", "dense") else budget
+            budget_of = "" if method in DENSE else budget
             key = key_of(method, budget_of, options.seed)
             if key in results["runs"]:
                 continue

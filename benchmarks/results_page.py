@@ -234,6 +234,16 @@ def mean_top1(runs: Sequence[Json]) -> float:
     return sum(run["top1"] for run in runs) / len(runs)
 
 
+def comparison_row(method: str, runs: dict[str, list[Json]], budgets: Sequence[str]) -> list[str]:
+    """A method's name and its accuracy at every budget; a dense model's stands under all of them."""
+    mark = "**" if method == "gohsp" else ""
+    cells = {
+        budget: f"{mean_top1(of):.2f} %" + (f" ({len(of)} seeds)" if len(of) > 1 else "") for budget, of in runs.items()
+    }
+    found = (cells.get(budget, cells.get("", "")) for budget in budgets)
+    return [f"{mark}{cell}{mark}" if cell else "" for cell in (label_of(method), *found)]
+
+
 def comparison(name: str, title: str) -> list[str]:
     """All methods with the same epochs on one data set."""
     if (found := read(name)) is None or "dense" not in (methods := by_method(found["runs"])):
@@ -241,16 +251,12 @@ def comparison(name: str, title: str) -> list[str]:
     recipe = found["recipe"]
     budgets = sorted({b for of in methods.values() for b in of if b}, key=lambda b: -float(b[len("params=") : -1]))
     dense = methods["dense"][""]
-    rows = [["dense, trained as long", *[f"{mean_top1(dense):.2f} %"] * len(budgets)]]
-    for method, of in methods.items():
-        if method not in ("start", "dense"):
-            cells = [f"{mean_top1(of[b]):.2f} %" + (f" ({len(of[b])} seeds)" if len(of[b]) > 1 else "") for b in of]
-            mark = "**" if method == "gohsp" else ""
-            line = dict(zip(of, cells, strict=True))
-            rows.append(
-                [f"{mark}{label_of(method)}{mark}", *(f"{mark}{line[b]}{mark}" if b in line else "" for b in budgets)]
-            )
+    rows = [comparison_row(method, of, budgets) for method, of in methods.items() if method != "start"]
     epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+    from_scratch = (
+        f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model was trained with, and "
+        "with the dense model as teacher."
+    )
     n = dense[0]["n"]
     start = f"; dense, before them: {mean_top1(methods['start']['']):.2f} %" if "start" in methods else ""
     top1 = mean_top1(dense) / 100
@@ -262,6 +268,7 @@ def comparison(name: str, title: str) -> list[str]:
         f"alone{start}; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); "
         f"{found['machine']}.",
         table(["", *budgets], rows),
+        *([from_scratch] if "scratch" in methods else []),
         "What Torch-Pruning may cut besides hidden units is what keeps most held-out accuracy right after the cut. "
         "Where little is left that is near chance; rows that name their choice had it set.",
         f"![Top-1 against parameters and MACs]({name}.svg)",
@@ -274,7 +281,10 @@ COMPARISONS = {
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
 METHODS = {
+    "dense": "dense, trained as long",
+    "dense-long": "dense, as many epochs as from scratch",
     "gohsp": "gohsp",
+    "gohsp-long": "gohsp, as many epochs as from scratch",
     "no-ADMM": "gohsp without ADMM",
     "random": "gohsp, heads ranked at random",
     "scratch": "gohsp's shape trained from scratch",
@@ -533,7 +543,7 @@ def draw_comparison(name: str) -> None:
             if method == "start":
                 continue
             if method == "dense":
-                axes.plot(*points[0], "k*", ms=10, label="dense, trained as long")
+                axes.plot(*points[0], "k*", ms=10, label=label_of(method))
             elif method in ("gohsp", "no-ADMM"):
                 axes.plot(
                     *zip(*points, strict=True),
