@@ -254,8 +254,8 @@ def comparison(name: str, title: str) -> list[str]:
     rows = [comparison_row(method, of, budgets) for method, of in methods.items() if method != "start"]
     epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     from_scratch = (
-        f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model was trained with, and "
-        "with the dense model as teacher."
+        f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model had, with that "
+        "model as teacher."
     )
     n = dense[0]["n"]
     start = f"; dense, before them: {mean_top1(methods['start']['']):.2f} %" if "start" in methods else ""
