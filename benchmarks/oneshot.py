@@ -60,7 +60,8 @@ def key_of(case: str, seed: int, images: int, flags: list[str]) -> str:
 def widths_of(options: argparse.Namespace, case: str) -> tuple[list[dict[str, int]], int] | None:
     """The widths that a case gives, and their parameters; None where a budget decides."""
     if case == "plan":
-        chosen = json.loads(options.results.read_text())["runs"][key_of("params=4.0M", 0, 1000, [])]
+        runs = json.loads(options.results.read_text())["runs"]
+        chosen = runs.get(key_of("plan", 0, 1000, [])) or runs[key_of("params=4.0M", 0, 1000, [])]
         return chosen["plan"], chosen["params"]
     return halved(options.model, case) if case in ("ffn", "qk", "vo") else None
 

@@ -96,11 +96,11 @@ def oneshot() -> str | None:
         "validation images, standard error 1.5. *Polished*: `--polish.epochs 4`, distillation on the same images. "
         "*Divergence*: of the predictions on the held-out images, in nats, before the polish. *One*, *two stages*: "
         "`--allocation-stages`, where it is not as by default. Seed 0, two CPU cores; "
-        "cases ran side by side on one core each, so that their times are upper bounds (4.0 M ran alone), and budgets "
-        "share one measurement of damage curves.",
+        "times are upper bounds, since the machine was shared for most rows (4.0 M ran alone), and budgets share one "
+        "measurement of damage curves.",
         table(header, [dense, *rows]),
         f"Three seeds at 4.0 M parameters: {', '.join(f'{top1:.1f}' for top1 in seeds)} % "
-        f"(mean {sum(seeds) / len(seeds):.1f}). Top-1 by calibration images, at the widths of the first:",
+        f"(mean {sum(seeds) / len(seeds):.1f}). Top-1 by calibration images, at given widths of 4.0 M:",
         table(
             ["images", *map(str, counts)],
             [[label, *(f"{line[n]:.1f} %" if n in line else "" for n in counts)] for label, line in sizes.items()],
@@ -121,12 +121,12 @@ def oneshot() -> str | None:
 
 def latency_text(runs: Json) -> str | None:
     """What the latency budget came to."""
-    run = runs.get("latency=-25% seed=0 images=1000 --allocation-stages=1")
+    run = runs.get("latency=-25% seed=0 images=1000")
     if run is None:
         return None
     speed, budget = run["speed"], run["budget"]
     return (
-        f"`latency=-25%`, one stage (batch {speed['batch_size']}, {speed['dtype']}): {budget['achieved']:.1f} of "
+        f"`latency=-25%` (batch {speed['batch_size']}, {speed['dtype']}): {budget['achieved']:.1f} of "
         f"{budget['limit']:.1f} ms allowed, dense {speed['dense_ms']:.1f} ms, measured in turns at the end of the run."
     )
 
@@ -134,8 +134,6 @@ def latency_text(runs: Json) -> str | None:
 def calibration_sizes(runs: Json) -> dict[str, dict[int, float]]:
     """Top-1 by number of calibration images at one plan, with and without mirror images."""
     lines: dict[str, dict[int, float]] = {"with mirror images": {}, "without": {}}
-    if first := runs.get("params=4.0M seed=0 images=1000"):
-        lines["with mirror images"][1000] = first["top1"]
     for key, run in runs.items():
         if key.startswith("plan ") and run["seed"] == 0:
             label = "without" if "--data.no-mirror" in run["flags"] else "with mirror images"

@@ -504,6 +504,40 @@ def test_a_latency_budget_that_nothing_meets_is_refused(tmp_path: Path, monkeypa
         prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=1%")
 
 
+def latency_search(monkeypatch: pytest.MonkeyPatch, budget: str, milliseconds: Callable[[float], float]) -> Any:
+    """Search where a plan is its own bound, at least 10, and the dense model takes 100 ms."""
+    monkeypatch.setattr(pipeline, "_slowest_pair", lambda _b, _s, _g, bound: (100.0, milliseconds(bound)))
+
+    def shapes(bound: float) -> Any:
+        assert bound >= 10
+        return bound
+
+    choice = pipeline._Choice(10.0, shapes, lambda _: None, None)
+    goal = gohsp.parse_budget(budget)
+    return pipeline._within_latency(None, None, goal, choice, goal.bound(100.0))  # type: ignore[arg-type]
+
+
+def test_what_the_table_takes_for_too_small_is_tried_at_its_smallest(monkeypatch: pytest.MonkeyPatch):
+    assert latency_search(monkeypatch, "latency=50%", lambda bound: 49 if bound < 10.1 else 300) == pytest.approx(10)
+    assert latency_search(monkeypatch, "latency=50%", lambda bound: 1.4 * bound) == pytest.approx(50 / 1.4, rel=0.03)
+    with pytest.raises(BudgetError, match=r"no plan was measured to meet latency=50%"):
+        latency_search(monkeypatch, "latency=50%", lambda bound: 51 if bound < 10.1 else 300)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_given_plan_must_meet_a_latency_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float):
+    monkeypatch.setattr("gohsp.latency.interleaved", count_multiplications)
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0})
+    dense = gohsp.describe(tiny()).shapes
+    given = [dataclasses.replace(s, ffn=int(share * s.ffn), vo=int(share * s.vo)) for s in dense]
+    if share == 1:
+        with pytest.raises(PlanError, match=r"the given plan takes .* ms a batch, the budget allows"):
+            prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=-20%", shapes=given)
+    else:
+        result = prune(tmp_path / "run", model=tiny(), recipe=recipe, budget="latency=-20%", shapes=given)
+        assert result.report["budget"]["achieved"] <= result.report["budget"]["limit"]
+
+
 @pytest.mark.parametrize(("images", "warned"), [(1, True), (10, True), (64, False)])
 def test_few_images_give_a_finite_model_and_a_warning(
     tmp_path: Path, images: int, warned: bool, caplog: pytest.LogCaptureFixture

@@ -433,3 +433,14 @@ def test_a_batch_of_nothing_but_unreadable_images_is_left_out(tmp_path: Path):
     )
     with pytest.raises(DataError, match=r"z\.jpg"):
         train(model, strict, CONSTANT, num_classes=2)
+
+
+def test_apples_accelerator_is_left_alone_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert training.make_accelerator("auto").device.type == "cpu"
+    assert "float64" in caplog.text
+    caplog.clear()
+    training.make_accelerator("auto", "cpu")
+    assert not caplog.text

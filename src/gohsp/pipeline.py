@@ -564,13 +564,18 @@ def _allocated(
     bench: _Bench, basis: _Basis, dense: nn.Module, goal: Budget, given: Sequence[BlockShape] | None
 ) -> dict[str, Any]:
     """Widths, the damage that the curves predict for them and the number of stages (None where none were measured)."""
-    if given is not None:
-        return {"shapes": shapes_to_json(given), "predicted": None, "stages": None}
     if record := bench.folder.done("allocation"):
+        return record
+    if given is not None:
+        if goal.kind == "latency":
+            _require_fast(bench, basis, goal, given)
+        record = {"shapes": shapes_to_json(given), "predicted": None, "stages": None}
+        bench.folder.record("allocation", record)
         return record
     with bench.timed("allocate"):
         cost: CostModel = _latency_table(bench, basis) if goal.kind == "latency" else goal.kind
         limit = goal.limit(model_cost(basis.structure, basis.structure.shapes, cost))
+        allocation.require_feasible(basis.structure, cost, limit, bench.recipe.widths)
         choice = _choice(bench, basis, dense, cost, limit)
         shapes = _within_latency(bench, basis, goal, choice, limit) if goal.kind == "latency" else choice.shapes(limit)
     record = {"shapes": shapes_to_json(shapes), "predicted": choice.predicted(shapes), "stages": choice.stages}
@@ -582,7 +587,9 @@ def _choice(bench: _Bench, basis: _Basis, dense: nn.Module, cost: CostModel, lim
     """Uniform widths, or those by damage curves, which are measured anew on the way to a deep cut."""
     recipe, widths, structure = bench.recipe, bench.recipe.widths, basis.structure
     if recipe.allocation == "uniform":
-        least = model_cost(structure, allocation.smallest(structure, widths), cost)
+        narrowest = allocation.smallest(structure, widths)
+        all_heads = [dataclasses.replace(n, heads=s.heads) for n, s in zip(narrowest, structure.shapes, strict=True)]
+        least = model_cost(structure, all_heads, cost)
         return _Choice(least, lambda bound: allocation.uniform(structure, cost, bound, widths), lambda _: None, None)
     choice = _by_curves(cost, structure, _curves(bench, basis, dense), widths, 0.0)
     whole = model_cost(structure, structure.shapes, cost)
@@ -613,7 +620,7 @@ def _by_curves(
     return _Choice(
         model_cost(structure, allocation.smallest(structure, widths), cost),
         lambda bound: allocation.allocate(structure, curves, cost, bound, widths),
-        lambda shapes: so_far + allocation.predicted_damage(curves, shapes),
+        lambda shapes: so_far + allocation.predicted_damage(structure, curves, shapes),
         1,
     )
 
@@ -688,28 +695,46 @@ def _within_latency(
     bench: _Bench, basis: _Basis, goal: Budget, choice: _Choice, bound: float
 ) -> tuple[BlockShape, ...]:
     """Widths whose measured time meets the budget: a table proposes, a measurement decides, the bound is corrected."""
-    settings, images = bench.recipe.latency, bench.images(1)[0]
     met: list[tuple[float, tuple[BlockShape, ...]]] = []
     for _ in range(LATENCY_TRIALS):
         shapes = choice.shapes(bound)
-        pair = [basis.model, models.resized(basis.model, shapes)]
-        times = [latency.compare(pair, images, settings) for _ in range(LATENCY_REPEATS)]
-        dense, small = max(times, key=lambda time: time[1] / goal.bound(time[0]))
+        dense, small = _slowest_pair(bench, basis, goal, shapes)
         spent = small / goal.bound(dense)
         logger.info("latency: bound %.3f ms, measured %.3f ms, %.1f %% of the budget", bound, small, 100 * spent)
         if spent <= 1:
             met.append((spent, shapes))
         if LATENCY_ROOM <= spent <= 1:
             break
-        bound *= (1 + LATENCY_ROOM) / 2 / spent
-        if met and bound < choice.least:
-            break  # one slow measurement asks for less than there is; what was met before stands
+        # Not below what there is, by a hair, since sums of times round.
+        corrected = max(bound * (1 + LATENCY_ROOM) / 2 / spent, choice.least * (1 + 1e-9))
+        if corrected == bound:
+            break  # too slow at its smallest
+        bound = corrected
     if not met:
         raise BudgetError(
             f"no plan was measured to meet {goal.requested} in {LATENCY_TRIALS} trials; measure on a quieter machine, "
             "with more latency.rounds, or raise the budget"
         )
     return max(met, key=lambda trial: trial[0])[1]
+
+
+def _slowest_pair(bench: _Bench, basis: _Basis, goal: Budget, shapes: Sequence[BlockShape]) -> tuple[float, float]:
+    """Times in ms of the dense model and of one with these widths, in the comparison that uses most of the budget."""
+    pair, images = [basis.model, models.resized(basis.model, shapes)], bench.images(1)[0]
+    times = [latency.compare(pair, images, bench.recipe.latency) for _ in range(LATENCY_REPEATS)]
+    dense, small = max(times, key=lambda time: time[1] / goal.bound(time[0]))
+    return dense, small
+
+
+def _require_fast(bench: _Bench, basis: _Basis, goal: Budget, shapes: Sequence[BlockShape]) -> None:
+    """Check by measurement that given widths meet a latency budget."""
+    dense, small = _slowest_pair(bench, basis, goal, shapes)
+    if small > goal.bound(dense):
+        raise PlanError(
+            f"the given plan takes {amount('latency', small)}, the budget allows "
+            f"{amount('latency', goal.bound(dense))} (dense: {amount('latency', dense)}); cut more, or measure on a "
+            "quieter machine with more latency.rounds"
+        )
 
 
 def _soft_pruned(bench: _Bench, basis: _Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> dict[str, Any]:
@@ -859,7 +884,7 @@ def _polished(bench: _Bench, dense: nn.Module, small: nn.Module, source: data.Da
 
 
 def _compared(bench: _Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """How close the cut model is to the dense one on images that nothing was measured on."""
+    """How close the cut model is to the dense one on held-out images; at most the polish's epoch was chosen by them."""
     sides = [_predictions(bench, model, bench.holdout) for model in (dense, small)]
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
     images = sum(len(batch) for batch in sides[0])

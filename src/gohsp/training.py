@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pickle
@@ -37,6 +38,8 @@ from gohsp.core import admm
 from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, nearest
 from gohsp.measure import Metrics
 from gohsp.resident import ResidentLoader
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,9 +154,14 @@ def make_accelerator(precision: Precision, device: str | None = None) -> Acceler
 
     Args:
         precision: See :class:`TrainingSettings`.
-        device: ``cpu`` to stay off an accelerator that is there; None takes the best.
+        device: ``cpu`` to stay off an accelerator that is there; None takes the best. Apple's (MPS) is left alone with
+            a warning, since it cannot compute in float64, which moments and solves need.
     """
-    cpu = device == "cpu" or not torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device != "cpu" and found is not None and found.type == "mps":
+        logger.warning("MPS has no float64, which pruning needs: running on the CPU")
+        device = "cpu"
+    cpu = device == "cpu" or found is None
     # Accelerate holds one device and precision a process and refuses others; each run here has its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=resolve_precision(precision, cpu=cpu), cpu=cpu)
@@ -345,7 +353,8 @@ class _Run:
             loss = self.loss(images, labels)
             self.accelerator.backward(loss)
             if state is not None:
-                admm.add_penalty_gradients(state)
+                scaler = self.accelerator.scaler
+                admm.add_penalty_gradients(state, scaler.get_scale() if scaler else 1.0)
             if self.settings.clip_grad > 0:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
             self.optimizer.step()

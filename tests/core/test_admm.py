@@ -166,6 +166,18 @@ def test_coupled_gradient_is_that_of_the_penalty(
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_penalty_takes_on_the_scale_of_the_loss(start: Callable[..., AdmmState]) -> None:
+    state = start(TEXTBOOK)
+    weight = state.model.blocks[0].mlp.fc2.weight
+    found = []
+    for arguments in ((), (8.0,)):
+        weight.grad = torch.zeros_like(weight)
+        admm.add_penalty_gradients(state, *arguments)
+        found.append(weight.grad)
+    assert found[0].any()
+    torch.testing.assert_close(found[1], 8 * found[0])
+
+
 def test_parameters_without_a_gradient_are_left_alone(start: Callable[..., AdmmState]) -> None:
     state = start(TEXTBOOK)
     weight = state.model.blocks[0].mlp.fc2.weight

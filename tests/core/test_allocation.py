@@ -323,9 +323,10 @@ def test_predicted_damage_is_the_sum_over_blocks_and_kinds() -> None:
     ffn, qk = DamageCurve((8, 16, 64), (3.0, 1.0, 0.0)), DamageCurve((2, 8), (0.4, 0.0))
     curves: Curves = ({"ffn": ffn}, {"ffn": ffn, "qk": qk}, {})
     shape = BlockShape(heads=3, qk=5, vo=2, ffn=16)
+    structure = toy(3, replace(shape, heads=4))
     shapes = (replace(shape, ffn=40), shape, shape)
-    assert predicted_damage(curves, shapes) == pytest.approx(0.25 + 1.0 + 0.1)
-    assert predicted_damage(curves, (replace(shape, qk=8, ffn=64),) * 3) == 0
+    assert predicted_damage(structure, curves, shapes) == pytest.approx(0.25 + 1.0 + 0.1 * 3 / 4)
+    assert predicted_damage(structure, curves, (replace(shape, qk=8, ffn=64),) * 3) == 0
 
 
 @pytest.mark.parametrize("setting", [{"multiple": 0}, {"min_width": 0}, {"min_heads": 0}, {"min_ffn": 1.5}])

@@ -112,6 +112,29 @@ def test_ordered_values(seed: int, d: int, outputs: int) -> None:
         torch.testing.assert_close(error, singular[kept:].square().sum(), rtol=1e-5, atol=1e-6)
 
 
+def test_values_are_ordered_by_what_layer_scale_lets_through(make_model: Callable[..., nn.Module]) -> None:
+    model = make_model(init_values=1.0)
+    with torch.no_grad():  # three channels in four are all but shut
+        model.blocks[0].ls1.gamma[8:] = 1e-3
+    block = describe(model).blocks[0]
+    heads, vo = block.shape.heads, block.shape.vo
+    (x,) = random(0, (200, heads * vo))
+    outputs = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], dim=1)
+    empty = torch.zeros(1, 1, dtype=torch.float64)
+    before = model.blocks[0].attn.proj.weight.detach().double()
+    turned = rotate_values(model, block, BlockMoments(empty, empty, outputs.T @ outputs / 200, empty))
+    gamma = model.blocks[0].ls1.gamma.detach().double()[:, None]
+    centred = x - x.mean(0)
+    for h in range(heads):
+        part = slice(h * vo, (h + 1) * vo)
+        spread = turned.head_outputs[part, part] - torch.outer(*2 * [turned.head_outputs[part, -1]])
+        written = gamma * model.blocks[0].attn.proj.weight[:, part].detach().double()
+        singular = torch.linalg.svdvals(gamma * before[:, part] @ centred[:, part].T / 200**0.5)
+        for kept in range(vo + 1):
+            lost = written[:, kept:] @ spread[kept:, kept:] @ written[:, kept:].T
+            torch.testing.assert_close(lost.trace(), singular[kept:].square().sum(), rtol=1e-4, atol=1e-7)
+
+
 FAMILIES = {
     "plain": {},
     "no qkv bias": {"qkv_bias": False},

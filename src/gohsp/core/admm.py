@@ -235,10 +235,14 @@ def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | No
     return tuple(result)
 
 
-def add_penalty_gradients(state: AdmmState) -> None:
+def add_penalty_gradients(state: AdmmState, loss_scale: float = 1.0) -> None:
     """Add ``rho (W - Z + U)`` to the gradients; call between ``backward`` and the optimiser's step.
 
     Does nothing when the penalty is decoupled. Parameters without a gradient are left alone.
+
+    Args:
+        state: The state.
+        loss_scale: What the gradients are still multiplied by, where a loss scaler is at work (float16).
     """
     if state.settings.penalty == "decoupled":
         return
@@ -251,8 +255,8 @@ def add_penalty_gradients(state: AdmmState) -> None:
                 weights.append(weight)
                 anchors.append(anchored[entry])
     if gradients:
-        torch._foreach_add_(gradients, weights, alpha=state.rho)
-        torch._foreach_add_(gradients, anchors, alpha=-state.rho)
+        torch._foreach_add_(gradients, weights, alpha=loss_scale * state.rho)
+        torch._foreach_add_(gradients, anchors, alpha=-loss_scale * state.rho)
 
 
 def after_step(state: AdmmState, progress: float) -> AdmmState:

@@ -166,13 +166,22 @@ def allocate(
     return tuple(BlockShape(**fields) for fields in merged)
 
 
-def predicted_damage(curves: Curves, shapes: Sequence[BlockShape]) -> float:
+def predicted_damage(structure: ModelStructure, curves: Curves, shapes: Sequence[BlockShape]) -> float:
     """The summed damage that the curves foresee for a plan's widths, each piece counted alone."""
     return sum(
-        curve(getattr(shape, FIELDS[kind]))
-        for of_block, shape in zip(curves, shapes, strict=True)
-        for kind, curve in of_block.items()
+        _attention_damage(block, of_block, shape) + _damage(of_block, "ffn", shape)
+        for block, of_block, shape in zip(structure.blocks, curves, shapes, strict=True)
     )
+
+
+def _damage(curves: Mapping[Kind, DamageCurve], kind: Kind, shape: BlockShape) -> float:
+    return curves[kind](getattr(shape, FIELDS[kind])) if kind in curves else 0.0
+
+
+def _attention_damage(block: BlockStructure, curves: Mapping[Kind, DamageCurve], shape: BlockShape) -> float:
+    # A head that is gone cannot be damaged by narrower dimensions as well.
+    narrower = _damage(curves, "qk", shape) + _damage(curves, "vo", shape)
+    return _damage(curves, "head", shape) + narrower * shape.heads / block.shape.heads
 
 
 def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, settings: WidthSettings) -> None:
@@ -213,24 +222,16 @@ def _groups(
     def widths(of: Kind) -> tuple[int, ...]:
         return allowed_widths(block, of, settings) if of in curves else (getattr(have, FIELDS[of]),)
 
-    def damage(of: Kind, width: int) -> float:
-        return curves[of](width) if of in curves else 0.0
+    def option(damage: float, shape: BlockShape, fields: Sequence[str]) -> _Option:
+        return _Option({f: getattr(shape, f) for f in fields}, block_cost(structure, block, shape, cost), damage)
 
-    attention = []
-    for heads, qk, vo in product(widths("head"), widths("qk"), widths("vo")):
-        price = block_cost(structure, block, BlockShape(heads=heads, qk=qk, vo=vo, ffn=0), cost)
-        # A head that is gone cannot be damaged by narrower dimensions as well.
-        narrower = (damage("qk", qk) + damage("vo", vo)) * heads / have.heads
-        attention.append(_Option({"heads": heads, "qk": qk, "vo": vo}, price, damage("head", heads) + narrower))
-    yield attention
-    yield [
-        _Option(
-            {"ffn": n},
-            block_cost(structure, block, BlockShape(heads=0, qk=0, vo=0, ffn=n), cost),
-            damage("ffn", n),
-        )
-        for n in widths("ffn")
+    attention = [
+        BlockShape(heads=heads, qk=qk, vo=vo, ffn=0)
+        for heads, qk, vo in product(widths("head"), widths("qk"), widths("vo"))
     ]
+    yield [option(_attention_damage(block, curves, shape), shape, ("heads", "qk", "vo")) for shape in attention]
+    hidden = [BlockShape(heads=0, qk=0, vo=0, ffn=n) for n in widths("ffn")]
+    yield [option(_damage(curves, "ffn", shape), shape, ("ffn",)) for shape in hidden]
 
 
 def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: float) -> list[_Option]:

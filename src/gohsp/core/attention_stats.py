@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import attention_rows, observe_inputs, readout_gain
+from gohsp.core.activations import attention_rows, evaluating, observe_inputs, readout_gain
 from gohsp.errors import DataError, NonFiniteError, UnsupportedModelError
 from gohsp.structure import BlockStructure, ModelStructure
 
@@ -98,13 +98,9 @@ def collect_head_statistics(
             blocks differ in their number of tokens.
     """
     fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, wanted=wanted)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for images in batches:
             fitter.update(images)
-    finally:
-        model.train(training)
     return fitter.statistics
 
 

@@ -130,13 +130,13 @@ def select(
         ffn = select_units(gram, _scaled(weight, gains[1]), bonus.ffn, shape.ffn, ridge=settings.ridge)
         ffn = ffn[: block.shape.ffn]
     else:
-        vo = _grid_strength(block, values, moments, settings, "vo") * bonus.vo
+        vo = _grid_strength(block, values, moments, settings, "vo", gains[0]) * bonus.vo
         energy = _top(vo, shape.vo).mul(vo).sum(1)
         if settings.strength == "norm":  # only then do q/k and v/o strengths have one unit, and the sum is exact
             energy = energy + _top(qk, shape.qk).mul(qk).sum(1)
         heads = _top(blend(energy, ranking, settings.guidance) * bonus.heads, shape.heads)
         vo = _top(vo, shape.vo)
-        ffn = _top(_ffn_strength(block, values, moments, settings) * bonus.ffn, shape.ffn)
+        ffn = _top(_ffn_strength(block, values, moments, settings, gains[1]) * bonus.ffn, shape.ffn)
     kept = heads.nonzero().flatten().tolist()
     qk = _top(qk, shape.qk)
     return BlockPlan(
@@ -219,6 +219,7 @@ def _grid_strength(
     moments: BlockMoments,
     settings: ProjectionSettings,
     kind: Literal["qk", "vo"],
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Squared strengths ``[heads, width]`` of query/key or value units."""
     if settings.metric == "euclidean" and settings.strength == "norm":
@@ -227,15 +228,18 @@ def _grid_strength(
         flat = _energy(values, block.query, moments.attention_input)
         flat = flat * _energy(values, block.key, moments.key_input)
     else:
-        norm = values[block.attention_readout.columns].double().square().sum(0)
+        norm = _scaled(values[block.attention_readout.columns], gain).double().square().sum(0)
         flat = norm * moments.head_outputs.diagonal()[:-1]
     return flat.view(block.shape.heads, -1)
 
 
-def _ffn_strength(block: BlockStructure, values: Values, moments: BlockMoments, settings: ProjectionSettings) -> Tensor:
+def _ffn_strength(
+    block: BlockStructure, values: Values, moments: BlockMoments, settings: ProjectionSettings, gain: Tensor | None
+) -> Tensor:
     if settings.strength == "norm":
         return _squared_norm(values, block.slices("ffn"))
-    return values[block.ffn_readout.columns].double().square().sum(0) * moments.hidden.diagonal()[:-1]
+    norm = _scaled(values[block.ffn_readout.columns], gain).double().square().sum(0)
+    return norm * moments.hidden.diagonal()[:-1]
 
 
 def _select_values_by_data(

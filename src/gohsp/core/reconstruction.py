@@ -71,8 +71,8 @@ def reconstruct(
     cuts the readout is fitted to the dense stream, so that what is selected and refitted is the best full map.
 
     Args:
-        dense: The model to stay close to; left as it is.
-        model: A copy of it, or of it after training; changed in place, its shapes stay.
+        dense: The model to stay close to (after ADMM, which has moved it, the trained one); left as it is.
+        model: A copy of it; changed in place, its shapes stay.
         structure: Structure of both.
         shapes: Widths to reach.
         moments: The model's second moments.
@@ -221,7 +221,7 @@ class _Block:
             kept: Gram matrix and map to the mask of the inputs that will stay; None if that is not known yet.
 
         Returns:
-            The ridge that held up best on folds, for the map as it will be.
+            The ridge that held up best on folds, for the map on the inputs that stay where that is known.
         """
         total = fit.total
         require_finite(readout.module, total.gram)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import rows, units
+from gohsp.core.activations import readout_gain, rows, units
 from gohsp.core.compensation import BlockMoments
 from gohsp.structure import BlockStructure, ModelStructure, UnitSlice
 
@@ -61,12 +61,14 @@ def rotate_values(model: nn.Module, block: BlockStructure, moments: BlockMoments
     heads, vo = block.shape.heads, block.shape.vo
     mixing = torch.eye(heads * vo + 1, dtype=torch.float64, device=moments.head_outputs.device)
     columns = units(model, block.attention_readout.columns, heads * vo)
+    gain = readout_gain(model, block.attention_readout)
+    written = columns if gain is None else gain[:, None] * columns
     spread = moments.head_outputs
     if block.attention_readout.bias:  # the bias takes over means, so that only what varies counts
         spread = spread - torch.outer(spread[:, -1], spread[:, -1])
     for h in range(heads):
         part = slice(h * vo, (h + 1) * vo)
-        forward, backward = order_values(columns[:, part], spread[part, part])
+        forward, backward = order_values(written[:, part], spread[part, part])
         _mix_rows(model, block.value, h, vo, forward)
         columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
         mixing[part, part] = forward
@@ -123,7 +125,7 @@ def order_values(readout: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Invertible matrix that orders a head's value dimensions by their share of its contribution's energy.
 
     Args:
-        readout: The head's columns ``[D, d]`` of the output projection.
+        readout: The head's columns ``[D, d]`` of the output projection, LayerScale included.
         moment: Second moment or covariance ``[d, d]`` of the head's output.
 
     Returns:

@@ -234,7 +234,7 @@ class Ranking(_Level):
                 raise ValueError(f"transition[{block}] is not {heads} x {heads}, as its {heads} scores ask")
             for head, row in enumerate(matrix):
                 total = sum(row)
-                # With scope "global" a row holds only the moves that stay in its block.
+                # With scope "global" some writers leave out the moves to other blocks, others scale what is left.
                 short = self.scope == "layer" and total < 1 - _ROW_SUM_TOLERANCE
                 if short or total > 1 + _ROW_SUM_TOLERANCE:
                     allowed = "1" if self.scope == "layer" else "at most 1"
