@@ -245,8 +245,9 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     record = results.setdefault(options.device, {"models": {}})
+    names = " ".join(dict.fromkeys([*record["models"], *options.models]))
     record |= {
-        "command": f"python benchmarks/overhead.py --models {' '.join(options.models)} --images {options.images} "
+        "command": f"python benchmarks/overhead.py --models {names} --images {options.images} "
         f"--batch {options.batch} --device {options.device}",
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
