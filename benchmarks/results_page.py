@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -536,6 +536,7 @@ def draw_comparison(name: str) -> None:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, cost, label in zip(panels, ("params", "macs"), ("parameters", "MACs"), strict=True):
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # there are more methods than colours by default
         for method, of in methods.items():
             points = sorted((runs[0][cost] / 1e6, mean_top1(runs)) for runs in of.values())
             if method == "start":
