@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp
-from gohsp import Recipe, pipeline, report
+from gohsp import Recipe, pipeline, planning, report
 from gohsp import recipe as recipes
 from gohsp.core import sensitivity
 from gohsp.data import DataSource
@@ -506,15 +506,15 @@ def test_a_latency_budget_that_nothing_meets_is_refused(tmp_path: Path, monkeypa
 
 def latency_search(monkeypatch: pytest.MonkeyPatch, budget: str, milliseconds: Callable[[float], float]) -> Any:
     """Search where a plan is its own bound, at least 10, and the dense model takes 100 ms."""
-    monkeypatch.setattr(pipeline, "_slowest_pair", lambda _b, _s, _g, bound: (100.0, milliseconds(bound)))
+    monkeypatch.setattr(planning, "_slowest_pair", lambda _b, _s, _g, bound: (100.0, milliseconds(bound)))
 
     def shapes(bound: float) -> Any:
         assert bound >= 10
         return bound
 
-    choice = pipeline._Choice(10.0, shapes, lambda _: None, None)
+    choice = planning.Choice(10.0, shapes, lambda _: None, None)
     goal = gohsp.parse_budget(budget)
-    return pipeline._within_latency(None, None, goal, choice, goal.bound(100.0))  # type: ignore[arg-type]
+    return planning._within_latency(None, None, goal, choice, goal.bound(100.0))  # type: ignore[arg-type]
 
 
 def test_what_the_table_takes_for_too_small_is_tried_at_its_smallest(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.core.allocation import WidthSettings, allowed_widths
+from gohsp.core.allocation import WidthSettings, allowed_widths, smallest, smallest_block
 from gohsp.errors import RecipeError
 from gohsp.structure import KINDS, BlockShape, BlockStructure, BlockTimes, Kind, LatencyTable, ModelStructure
 
@@ -125,11 +125,11 @@ def measure_table(
     for block in {b.shape: b for b in structure.blocks}.values():
         blocks[block.shape] = _block_times(model, structure, block, images, widths, settings)
         advance()
-    smallest = [_smallest(b, widths) for b in structure.blocks]
-    large, small = compare([model, models.resized(model, smallest)], images, settings)
+    narrowest = smallest(structure, widths)
+    large, small = compare([model, models.resized(model, narrowest)], images, settings)
     sums = [
         sum(blocks[b.shape](s) for b, s in zip(structure.blocks, of, strict=True))
-        for of in (structure.shapes, smallest)
+        for of in (structure.shapes, narrowest)
     ]
     scale = max((large - small) / (sums[0] - sums[1]), 0.0) if sums[0] > sums[1] else 1.0
     advance()
@@ -141,11 +141,6 @@ def distinct_blocks(structure: ModelStructure) -> int:
     return len(set(structure.shapes))
 
 
-def _smallest(block: BlockStructure, widths: WidthSettings) -> BlockShape:
-    heads, qk, vo, ffn = (allowed_widths(block, kind, widths)[0] for kind in KINDS)
-    return BlockShape(heads=heads, qk=qk, vo=vo, ffn=ffn)
-
-
 def _block_times(
     model: nn.Module,
     structure: ModelStructure,
@@ -154,7 +149,7 @@ def _block_times(
     widths: WidthSettings,
     settings: LatencySettings,
 ) -> BlockTimes:
-    device, least = next(model.parameters()).device, _smallest(block, widths)
+    device, least = next(model.parameters()).device, smallest_block(block, widths)
     allowed: dict[Kind, tuple[int, ...]] = {kind: allowed_widths(block, kind, widths) for kind in KINDS}
     grid = {kind: _grid(allowed[kind], _GRID[kind]) for kind in KINDS}
 

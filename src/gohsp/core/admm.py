@@ -26,9 +26,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gohsp.core.activations import readout_gain
 from gohsp.core.compensation import BlockMoments, tensors_of
 from gohsp.core.projection import (
     BlockProjection,
@@ -37,7 +36,7 @@ from gohsp.core.projection import (
     constrained,
     on_support,
     project,
-    select,
+    select_plan,
     squared_size,
 )
 from gohsp.errors import RecipeError
@@ -135,7 +134,7 @@ class AdmmState:
     structure: ModelStructure
     shapes: tuple[BlockShape, ...]
     moments: tuple[BlockMoments, ...]
-    ranking: tuple[Tensor, ...] | None
+    scores: Sequence[Sequence[float]] | None
     settings: AdmmSettings
     weights: tuple[Values, ...]
     anchors: tuple[Values, ...]
@@ -184,13 +183,12 @@ def start(
     check_shapes(structure, shapes)
     metric = settings.projection.metric
     weights = tuple(constrained(model, block, metric) for block in structure.blocks)
-    device = next(model.parameters()).device
     state = AdmmState(
         model=model,
         structure=structure,
         shapes=tuple(shapes),
         moments=tuple(moments),
-        ranking=None if scores is None else tuple(torch.tensor(s, device=device) for s in scores),
+        scores=scores,
         settings=settings,
         weights=weights,
         anchors=(),
@@ -214,25 +212,22 @@ def _single(moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
 
 
 def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | None) -> tuple[BlockProjection, ...]:
-    settings = state.settings
-    result = []
-    for i, block in enumerate(state.structure.blocks):
-        kept = select(
-            block,
-            values[i],
-            state.moments[i],
-            state.shapes[i],
-            settings.projection,
-            ranking=None if state.ranking is None else state.ranking[i],
-            gains=(
-                readout_gain(state.model, block.attention_readout),
-                readout_gain(state.model, block.ffn_readout),
-            ),
-            present=present.blocks[i] if present else None,
-            hysteresis=settings.hysteresis,
-        )
-        result.append(on_support(block, values[i], state.moments[i], kept, settings.projection))
-    return tuple(result)
+    settings, structure = state.settings, state.structure
+    plan = select_plan(
+        state.model,
+        structure,
+        values,
+        state.moments,
+        state.shapes,
+        settings.projection,
+        scores=state.scores,
+        present=present,
+        hysteresis=settings.hysteresis,
+    )
+    return tuple(
+        on_support(*of_block, settings.projection)
+        for of_block in zip(structure.blocks, values, state.moments, plan.blocks, strict=True)
+    )
 
 
 def add_penalty_gradients(state: AdmmState, loss_scale: float = 1.0) -> None:

@@ -195,9 +195,12 @@ def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, s
 
 def smallest(structure: ModelStructure, settings: WidthSettings) -> tuple[BlockShape, ...]:
     """The smallest allowed widths of every block."""
-    return tuple(
-        BlockShape(**{FIELDS[k]: allowed_widths(block, k, settings)[0] for k in KINDS}) for block in structure.blocks
-    )
+    return tuple(smallest_block(block, settings) for block in structure.blocks)
+
+
+def smallest_block(block: BlockStructure, settings: WidthSettings) -> BlockShape:
+    """The smallest allowed widths of a block."""
+    return BlockShape(**{FIELDS[kind]: allowed_widths(block, kind, settings)[0] for kind in KINDS})
 
 
 def _require_within(limit: float, smallest: float, cost: CostModel) -> None:

@@ -13,6 +13,7 @@ A projection has two parts: *select* a support, and *project* on it, which is a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -20,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import units
+from gohsp.core.activations import readout_gain, units
 from gohsp.core.compensation import RIDGE, BlockMoments, BrainSurgeon, apply_refit, refit_map, select_units
 from gohsp.errors import RecipeError
-from gohsp.structure import BlockPlan, BlockShape, BlockStructure, Readout, UnitSlice
+from gohsp.structure import BlockPlan, BlockShape, BlockStructure, ModelStructure, Plan, Readout, UnitSlice
 
 Metric = Literal["data", "euclidean"]
 Strength = Literal["activation", "norm"]
@@ -144,6 +145,50 @@ def select(
         qk=tuple(_indices(qk[h]) for h in kept),
         vo=tuple(_indices(vo[h]) for h in kept),
         ffn=_indices(ffn),
+    )
+
+
+def select_plan(
+    model: nn.Module,
+    structure: ModelStructure,
+    values: Sequence[Values],
+    moments: Sequence[BlockMoments],
+    shapes: Sequence[BlockShape],
+    settings: ProjectionSettings,
+    *,
+    scores: Sequence[Sequence[float]] | None = None,
+    present: Plan | None = None,
+    hysteresis: float = 0.0,
+) -> Plan:
+    """Choose the units that stay in every block.
+
+    Args:
+        model: The model, of which LayerScale is read.
+        structure: Its structure.
+        values: Constrained tensors by block.
+        moments: Second moments by block.
+        shapes: Widths to keep, by block.
+        settings: Metric, strength and guidance.
+        scores: Graph scores by block and head, higher stays; None for no guidance.
+        present: The support so far.
+        hysteresis: Units of the present support count ``1 + hysteresis`` fold.
+    """
+    device = next(model.parameters()).device
+    return Plan(
+        tuple(
+            select(
+                block,
+                values[i],
+                moments[i],
+                shapes[i],
+                settings,
+                ranking=None if scores is None else torch.tensor(scores[i], device=device),
+                gains=(readout_gain(model, block.attention_readout), readout_gain(model, block.ffn_readout)),
+                present=present.blocks[i] if present else None,
+                hysteresis=hysteresis,
+            )
+            for i, block in enumerate(structure.blocks)
+        )
     )
 
 
