@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,6 +124,21 @@ def test_the_table_prices_both_whole_networks_as_measured(
     for shapes in (structure.shapes, [shape(2, structure.blocks[0].shape.qk, 4, 30)] * 2):
         expected = multiplications([lambda s=shapes: models.resized(model, s)(images[:2])], CPU, 1)[0]
         assert model_cost(structure, shapes, table) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_fit_finds_what_three_networks_were_made_of():
+    gross, saved = np.array([20.0, 5.0, 11.0]), np.array([3.0, 3.0, 0.0])
+    assert latency.fitted(gross, saved, 2 + 1.5 * (gross - 0.4 * saved)) == pytest.approx((2, 1.5, 0.4))
+    # Savings that would be costs inside a network are taken as timed alone.
+    fixed, scale, left = latency.fitted(gross, saved, 2 + 1.5 * (gross + 0.4 * saved))
+    assert left == 1
+    line = np.polynomial.Polynomial.fit(gross - saved, 2 + 1.5 * (gross + 0.4 * saved), 1).convert().coef
+    assert (fixed, scale) == pytest.approx(tuple(line))
+    # Nothing saved anywhere, nothing to cut anywhere, and a clock that runs backwards.
+    assert latency.fitted(gross, 0 * saved, 2 + 1.5 * gross) == pytest.approx((2, 1.5, 1))
+    fixed, scale, _ = latency.fitted([4.0] * 3, [0.0] * 3, [6.0] * 3)
+    assert fixed + 4 * scale == pytest.approx(6)
+    assert latency.fitted(gross, 0 * saved, 30 - gross) == pytest.approx((18, 0, 1))
 
 
 def test_block_times_are_scaled_to_the_network(model: nn.Module) -> None:

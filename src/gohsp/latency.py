@@ -110,8 +110,9 @@ def measure_table(
     """Time every distinct block over a grid of widths, and fit the sum to the whole network's time.
 
     A block is timed with one half at its smallest and the other over the grid. What a block takes inside a network
-    differs from what it takes alone; two whole networks, the present and the smallest possible, give the scale
-    and what is outside the blocks.
+    differs from what it takes alone. So three whole networks, the present one, the smallest possible and one between
+    them with unequal query/key and value widths, give the scale, what is outside the blocks, and how much of a saving
+    by equal widths there is left.
 
     Args:
         model: The model; left as it is.
@@ -125,15 +126,36 @@ def measure_table(
     for block in {b.shape: b for b in structure.blocks}.values():
         blocks[block.shape] = _block_times(model, structure, block, images, widths, settings)
         advance()
-    narrowest = smallest(structure, widths)
-    large, small = compare([model, models.resized(model, narrowest)], images, settings)
-    sums = [
-        sum(blocks[b.shape](s) for b, s in zip(structure.blocks, of, strict=True))
-        for of in (structure.shapes, narrowest)
+    halfway = [_halfway(block, widths) for block in structure.blocks]
+    networks = [structure.shapes, smallest(structure, widths), halfway]
+    times = compare([model, *(models.resized(model, shapes) for shapes in networks[1:])], images, settings)
+    saved = [sum(blocks[b.shape].saved(s) for b, s in zip(structure.blocks, of, strict=True)) for of in networks]
+    gross = [
+        sum(blocks[b.shape](s) for b, s in zip(structure.blocks, of, strict=True)) + less
+        for of, less in zip(networks, saved, strict=True)
     ]
-    scale = max((large - small) / (sums[0] - sums[1]), 0.0) if sums[0] > sums[1] else 1.0
+    fixed, scale, left = fitted(gross, saved, times)
     advance()
-    return LatencyTable(fixed=large - scale * sums[0], scale=scale, blocks=blocks)
+    return LatencyTable(fixed, scale, {of: replace(block, saving=left * block.saving) for of, block in blocks.items()})
+
+
+def fitted(gross: Sequence[float], saved: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
+    """Fit ``times = fixed + scale (gross - left saved)`` by least squares.
+
+    Args:
+        gross: Summed times of each network's blocks, timed alone, without savings.
+        saved: What its blocks save.
+        times: What each network takes.
+
+    Returns:
+        ``(fixed, scale, left)``, the latter two at least 0; ``left`` is 1 where the networks do not tell it.
+    """
+    ones, gross_, saved_ = np.ones(len(times)), np.array(gross), np.array(saved)
+    (fixed, scale, less), _, rank, _ = np.linalg.lstsq(np.stack([ones, gross_, -saved_], axis=1), times)
+    if rank == 3 and scale > 0 and less >= 0:
+        return float(fixed), float(scale), float(less / scale)
+    fixed, scale = np.linalg.lstsq(np.stack([ones, gross_ - saved_], axis=1), times)[0]
+    return (float(fixed), float(scale), 1.0) if scale >= 0 else (float(np.mean(times)), 0.0, 1.0)
 
 
 def distinct_blocks(structure: ModelStructure) -> int:
@@ -153,13 +175,9 @@ def _block_times(
     allowed: dict[Kind, tuple[int, ...]] = {kind: allowed_widths(block, kind, widths) for kind in KINDS}
     grid = {kind: _grid(allowed[kind], _GRID[kind]) for kind in KINDS}
 
-    def unequal(qk: int, vo: int) -> int:
-        """A query/key width next to ``qk`` that is not ``vo``: equal widths run in the library's own, faster class."""
-        others = [w for w in allowed["qk"] if w != vo]
-        return min(others, key=lambda w: (abs(w - qk), w)) if others else qk
-
     attention = [
-        replace(least, heads=h, qk=unequal(q, v), vo=v) for h, q, v in product(grid["head"], grid["qk"], grid["vo"])
+        replace(least, heads=h, qk=_unequal(allowed["qk"], q, v), vo=v)
+        for h, q, v in product(grid["head"], grid["qk"], grid["vo"])
     ]
     widest = replace(least, heads=grid["head"][-1], qk=grid["qk"][-1], vo=grid["vo"][-1])
     shapes = [least, widest, *attention, *(replace(least, ffn=n) for n in grid["ffn"])]
@@ -180,6 +198,20 @@ def _block_times(
         saving=max(0.0, float(table[-1, -1, -1]) + both / 2 - own) if widest.qk == widest.vo else 0.0,
         ffn=grid["ffn"],
         hidden=tuple(np.maximum.accumulate(hidden).tolist()),
+    )
+
+
+def _unequal(allowed: Sequence[int], qk: int, vo: int) -> int:
+    """A query/key width next to ``qk`` that is not ``vo``: equal widths run in the library's own, faster class."""
+    return min((w for w in allowed if w != vo), key=lambda w: (abs(w - qk), w), default=qk)
+
+
+def _halfway(block: BlockStructure, widths: WidthSettings) -> BlockShape:
+    """All heads, with widths in the middle of those allowed; query/key and value widths differ where they may."""
+    qk, vo, ffn = (allowed_widths(block, kind, widths) for kind in ("qk", "vo", "ffn"))
+    middle = vo[len(vo) // 2]
+    return BlockShape(
+        heads=block.shape.heads, qk=_unequal(qk, qk[len(qk) // 2], middle), vo=middle, ffn=ffn[len(ffn) // 2]
     )
 
 

@@ -185,8 +185,12 @@ class BlockTimes:
                 _between(self.heads, shape.heads), _between(self.qk, shape.qk), _between(self.vo, shape.vo)
             )
             attention = sum(a * b * c * self.attention[i][j][k] for (i, a), (j, b), (k, c) in corners)
-            attention -= self.saving if shape.qk == shape.vo else 0.0
+        attention -= self.saved(shape)
         return attention + (sum(a * self.hidden[i] for i, a in _between(self.ffn, shape.ffn)) if shape.ffn else 0.0)
+
+    def saved(self, shape: BlockShape) -> float:
+        """What ``shape`` saves by equal widths."""
+        return self.saving if shape.heads and shape.qk == shape.vo else 0.0
 
 
 def _between(grid: Sequence[int], value: int) -> list[tuple[int, float]]:
