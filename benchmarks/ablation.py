@@ -1,12 +1,15 @@
 """What each choice of the training route is worth: one thing changed at a time, the same dense model and epochs.
 
     pip install 'gohsp[hf,bench]'
-    python benchmarks/ablation.py --data hfds/cifar10                                       # after cifar10.py, one GPU
-    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml     # after it at CPU size
+    python benchmarks/ablation.py --data hfds/cifar10                          # after cifar10.py, one GPU
+    python benchmarks/ablation.py --data hfds/cifar10 --fewer-heads 2
+    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --budgets params=-85%
+    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --fewer-heads 1
 
 ``default`` is the recipe as it stands. ``no ADMM`` gives its epochs to fine-tuning; every other arm changes the
-settings that it is named after. Scores on held-out training images are what a default may be chosen by; the test
-split is read for the record only.
+settings that it is named after. Where the budget takes no whole head, rankings have no say; so ``--fewer-heads``
+compares them, with plans that take so many heads of every block and nothing else. Scores on held-out training
+images are what a default may be chosen by; the test split is read for the record only.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 import gohsp
 from comparison import (  # pyrefly: ignore[missing-import] (it lies beside this file)
@@ -34,14 +39,8 @@ EUCLIDEAN = {"admm.projection.metric": "euclidean"}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "no ADMM": {},
+    "no ADMM, no compensation, strength: norm": EUCLIDEAN | {"admm.projection.strength": "norm"},
     "one stage of allocation": {"allocation_stages": 1},
-    "edges: KL": {"ranking.edge": "kl"},
-    "edges: similarity": {"ranking.edge": "similarity"},
-    "edges: cosine": {"ranking.edge": "cosine"},
-    "edges: CKA": {"ranking.edge": "cka"},
-    "a graph a layer": {"ranking.scope": "layer"},
-    "no guidance": {"admm.projection.guidance": 0.0},
-    "ranking alone": {"admm.projection.guidance": 1.0},
     "coupled penalty": {"admm.penalty": "coupled"},
     "rho to 0.03": {"admm.rho_end": 0.03},
     "rho to 0.3": {"admm.rho_end": 0.3},
@@ -50,6 +49,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "no compensation, strength: norm times activation": EUCLIDEAN,
     "no compensation, strength: norm": EUCLIDEAN | {"admm.projection.strength": "norm"},
     "no distillation": {"training.distillation": 0.0},
+}
+HEAD_ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no guidance": {"admm.projection.guidance": 0.0},
+    "ranking alone": {"admm.projection.guidance": 1.0},
+    "random ranking alone": {"admm.projection.guidance": 1.0, "ranking.method": "random"},
+    "edges: KL": {"ranking.edge": "kl"},
+    "edges: similarity": {"ranking.edge": "similarity"},
+    "edges: cosine": {"ranking.edge": "cosine"},
+    "edges: CKA": {"ranking.edge": "cka"},
+    "a graph a layer": {"ranking.scope": "layer"},
 }
 
 
@@ -64,7 +74,15 @@ def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 def arm_recipe(recipe: gohsp.Recipe, arm: str) -> gohsp.Recipe:
     """The recipe of an arm."""
-    return variant(recipe, "no-ADMM") if arm == "no ADMM" else changed(recipe, ARMS[arm])
+    recipe = changed(recipe, (ARMS | HEAD_ARMS)[arm])
+    return variant(recipe, "no-ADMM") if arm.startswith("no ADMM") else recipe
+
+
+def with_fewer_heads(model: nn.Module, count: int) -> tuple[str, list[gohsp.BlockShape]]:
+    """Widths with ``count`` heads of every block gone, and the budget that they just meet."""
+    structure = gohsp.describe(model)
+    shapes = [dataclasses.replace(shape, heads=shape.heads - count) for shape in structure.shapes]
+    return f"params={gohsp.model_cost(structure, shapes, 'params')}", shapes
 
 
 def main() -> None:
@@ -76,18 +94,24 @@ def main() -> None:
         test_split="test",
         budgets=["params=-60%"],
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--fewer-heads", type=int, help="compare rankings: heads that every block loses")
+    parser.add_argument("--arms", nargs="+", choices=ARMS | HEAD_ARMS)
     options = parser.parse_args()
-    bench, _ = opened(options)
+    bench, dense = opened(options)
     file = results_file(options, "ablation_")
     results = opened_results(file, options, bench, "ablation")
-    for budget in options.budgets:
-        for arm in options.arms:
-            key = key_of(arm, budget, options.seed)
+    if options.fewer_heads:
+        budget, shapes = with_fewer_heads(dense, options.fewer_heads)
+        cuts, arms = [(f"{options.fewer_heads} head(s) a block less", budget, shapes)], HEAD_ARMS
+    else:
+        cuts, arms = [(budget, budget, None) for budget in options.budgets], ARMS
+    for label, budget, shapes in cuts:
+        for arm in options.arms or arms:
+            key = key_of(arm, label, options.seed)
             if key in results["runs"]:
                 continue
-            model = gohsp_model(bench, f"ablation/{arm}", arm_recipe(bench.recipe, arm), budget)
-            results["runs"][key] = record_of(bench, model) | {"arm": arm, "budget": budget}
+            model = gohsp_model(bench, f"ablation/{arm}", arm_recipe(bench.recipe, arm), budget, shapes)
+            results["runs"][key] = record_of(bench, model) | {"arm": arm, "budget": label}
             file.write_text(json.dumps(results, indent=1) + "\n")
             sys.stdout.write(f"{key}: held-out top-1 {results['runs'][key]['held_out_top1']:.2f} %\n")
             sys.stdout.flush()

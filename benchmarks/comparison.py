@@ -26,6 +26,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,8 +145,10 @@ def variant(recipe: gohsp.Recipe, method: str) -> gohsp.Recipe:
     return recipe
 
 
-def gohsp_model(bench: Bench, name: str, recipe: gohsp.Recipe, budget: str) -> nn.Module:
-    """The dense model pruned and fine-tuned by gohsp with ``recipe``, under ``name``."""
+def gohsp_model(
+    bench: Bench, name: str, recipe: gohsp.Recipe, budget: str, shapes: Sequence[gohsp.BlockShape] | None = None
+) -> nn.Module:
+    """The dense model pruned and fine-tuned by gohsp with ``recipe``, under ``name``; ``shapes`` are given widths."""
     recipe = dataclasses.replace(
         recipe,
         seed=bench.seed,
@@ -157,7 +160,7 @@ def gohsp_model(bench: Bench, name: str, recipe: gohsp.Recipe, budget: str) -> n
     if (out / "report.json").exists():
         return gohsp.load(out)
     dense = bench.folder / "dense"
-    return gohsp.prune(dense, bench.source, budget, out, recipe=recipe, resume=out.exists()).model
+    return gohsp.prune(dense, bench.source, budget, out, recipe=recipe, shapes=shapes, resume=out.exists()).model
 
 
 def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -24,7 +24,9 @@ from gohsp.data import (
     calibration_images,
     eval_transform,
     loader,
+    loading,
     open_split,
+    sources,
     train_transform,
 )
 from gohsp.errors import DataError
@@ -456,9 +458,9 @@ def test_small_splits_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyP
         return count
 
     size = 12 * 24 * 20 * 3
-    monkeypatch.setattr(data, "CACHE_LIMIT", size)
+    monkeypatch.setattr(loading, "CACHE_LIMIT", size)
     assert decoded_in_two_epochs() == 12
-    monkeypatch.setattr(data, "CACHE_LIMIT", size - 1)
+    monkeypatch.setattr(loading, "CACHE_LIMIT", size - 1)
     assert decoded_in_two_epochs() == 24
 
 
@@ -560,7 +562,7 @@ def test_mirroring_can_be_switched_off():
 def test_strong_augmentation_survives_every_operation(preprocessing: Preprocessing):
     transform = train_transform(preprocessing, augment="strong")
     image = picture(0, (10, 10))
-    with data._seeded(0):
+    with loading._seeded(0):
         tensors = torch.stack([transform(image) for _ in range(3000)])
     assert tensors.isfinite().all()
 
@@ -572,7 +574,7 @@ def test_calibration_reads_no_labels(folder: Path, monkeypatch: pytest.MonkeyPat
     def refuse(self: data.Split):
         raise AssertionError("a label was read")
 
-    monkeypatch.setattr(data._FolderSplit, "raw_labels", property(refuse))
+    monkeypatch.setattr(sources._FolderSplit, "raw_labels", property(refuse))
     source, transform = DataSource(source=str(folder)), eval_transform(RGB)
     drawn, again, other = (
         calibration_images(source, "train", 7, transform=transform, seed=seed, batch_size=3) for seed in (1, 1, 2)
@@ -584,7 +586,7 @@ def test_calibration_reads_no_labels(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_drawn_split_holds_the_same_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(data._FolderSplit, "raw_labels")
+    monkeypatch.delattr(sources._FolderSplit, "raw_labels")
     source, transform = DataSource(source=str(folder)), eval_transform(RGB)
     batches = calibration_images(source, "train", 7, transform=transform, seed=1, batch_size=3)
     split = data.drawn(source, "train", 7, seed=1)

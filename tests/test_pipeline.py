@@ -566,7 +566,7 @@ def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
 
 
 def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr("gohsp.data._DigitsSplit.raw_labels")
+    monkeypatch.delattr("gohsp.data.sources._DigitsSplit.raw_labels")
     settings = {"epochs": 2, "learning_rate": 1e-4}
     plain = {"projection": {"metric": "euclidean", "strength": "norm", "guidance": 0.0}}  # repairs would leave little
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings)

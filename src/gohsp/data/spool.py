@@ -1,0 +1,51 @@
+"""Tensors kept on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import MutableSequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Spool(MutableSequence[Tensor]):
+    """A list of tensors that lies on disk, so that memory does not grow with the number of images.
+
+    Args:
+        folder: Where; None for the system's temporary folder. The files go with the spool.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=".gohsp-", dir=folder)
+        self._files: list[Path] = []
+        self._written = 0
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return load_file(self._files[index])["x"]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        fresh = self._write(value)
+        self._files[index].unlink()
+        self._files[index] = fresh
+
+    def __delitem__(self, index: Any) -> None:
+        self._files.pop(index).unlink()
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Write a tensor and put it before ``index``."""
+        self._files.insert(index, self._write(value))
+
+    def _write(self, value: Tensor) -> Path:
+        # A new name each time: a tensor read before may still be mapped from the old file.
+        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        self._written += 1
+        save_file({"x": value.detach().cpu().contiguous()}, path)
+        return path
