@@ -642,6 +642,30 @@ def test_oneshot_with_training_of_the_dense_model_is_refused():
         recipe_with(route="oneshot")
 
 
+@pytest.mark.parametrize("metric", ["data", "euclidean"])
+def test_admm_begins_with_the_repaired_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str):
+    """And with the dense one in the Euclidean metric, where a masked unit would have no gradient to come back by."""
+    began: list[tuple[torch.Tensor, Plan | None]] = []
+    start = pipeline.admm.start
+
+    def spy(model: nn.Module, structure: gohsp.ModelStructure, *args: Any, support: Plan | None) -> Any:
+        weight = model.get_parameter(structure.blocks[1].ffn_readout.weight)
+        began.append((weight.detach().abs().sum(0) > 0, support))
+        return start(model, structure, *args, support=support)
+
+    monkeypatch.setattr(pipeline.admm, "start", spy)
+    recipe = recipe_with(dense={"epochs": 0}, finetune={"epochs": 0}, admm={"projection": {"metric": metric}})
+    report = prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES).report
+    [(alive, support)] = began
+    if metric == "data":
+        assert support is not None
+        assert alive.nonzero().flatten().tolist() == list(support.blocks[1].ffn)
+        assert report["admm"]["trace"][0]["primal"] < 0.1
+    else:
+        assert support is None
+        assert alive.all()
+
+
 def test_the_euclidean_metric_cuts_what_admm_settled_on(tmp_path: Path):
     recipe = recipe_with(dense={"epochs": 0}, finetune={"epochs": 0})
     projection = gohsp.ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0)

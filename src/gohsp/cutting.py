@@ -69,6 +69,12 @@ def basis_of(bench: Bench, model: nn.Module, structure: ModelStructure, scores: 
     return Basis(work, structure, scores, weights, moments)
 
 
+def remeasured(bench: Bench, basis: Basis) -> tuple[compensation.BlockMoments, ...]:
+    """Second moments of the basis' model as it is now."""
+    with bench.autocast():
+        return compensation.collect_moments(basis.model, basis.structure, bench.calibration, basis.weights)
+
+
 def put_on_set(
     bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[BlockShape], support: Plan | None = None
 ) -> Plan:

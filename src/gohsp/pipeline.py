@@ -22,8 +22,8 @@ from torch import nn
 from gohsp import checkpoint, data, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, num_classes, open_bench
-from gohsp.core import admm, allocation, compensation, ranking, sensitivity
-from gohsp.cutting import Basis, based, put_on_set
+from gohsp.core import admm, allocation, ranking, sensitivity
+from gohsp.cutting import Basis, based, put_on_set, remeasured
 from gohsp.errors import DataError, PlanError
 from gohsp.planning import choose_widths
 from gohsp.recipe import Recipe
@@ -325,6 +325,12 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
         bench.folder.restore("admm", work)
         bench.timings["admm"] = done["seconds"]
         return done
+    support = None
+    if recipe.admm.projection.metric == "data":
+        # Cut and repaired first: what ADMM then pulls to is a network that works. Units outside the support are alive
+        # through what they read, and may come back. (Masked in the Euclidean metric they would be dead.)
+        support = _repaired(bench, basis, dense, shapes)
+        basis = dataclasses.replace(basis, moments=remeasured(bench, basis))
     with bench.timed("admm"):
         result = training.train(
             work,
@@ -337,8 +343,8 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
             num_classes=bench.num_classes,
             evaluate=bench.score,
             teacher=dense,
-            state=admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm),
-            refresh=lambda s: _refreshed(bench, basis, s),
+            state=admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm, support=support),
+            refresh=lambda state: admm.refresh(state, remeasured(bench, basis)),
             checkpoint=bench.folder.epochs_file("admm"),
             show_progress=not bench.quiet,
         )
@@ -353,6 +359,17 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
     }
     bench.folder.record("admm", record, work)
     return record
+
+
+def _repaired(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> Plan:
+    """The basis' model cut to ``shapes`` and repaired in closed form; returns what stays."""
+    if record := bench.folder.done("repaired"):
+        bench.folder.restore("repaired", basis.model)
+        return Plan.from_json(record["plan"])
+    with bench.timed("reconstruct"):
+        plan = put_on_set(bench, basis, dense, shapes)
+    bench.folder.record("repaired", {"plan": plan.to_json()}, basis.model)
+    return plan
 
 
 def _cut(
@@ -427,12 +444,6 @@ def _compared(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any
         "kl": max(sensitivity.divergence(*sides), 0.0),
         "agreement": 100 * same / images,
     }
-
-
-def _refreshed(bench: Bench, basis: Basis, state: admm.AdmmState) -> admm.AdmmState:
-    with bench.autocast():
-        moments = compensation.collect_moments(basis.model, basis.structure, bench.calibration, basis.weights)
-    return admm.refresh(state, moments)
 
 
 def _trace(state: admm.AdmmState, updates: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from gohsp.core.compensation import BlockMoments, collect_moments, tensors_of
 from gohsp.core.projection import ProjectionSettings, on_support, project
 from gohsp.errors import PlanError, RecipeError
 from gohsp.models import compact, describe
-from gohsp.structure import BlockShape, ModelStructure
+from gohsp.structure import BlockShape, ModelStructure, Plan
 
 EUCLIDEAN = ProjectionSettings(metric="euclidean", strength="norm", guidance=0)
 DATA = ProjectionSettings(metric="data", guidance=0)
@@ -382,6 +382,17 @@ def test_refresh_keeps_the_support_and_follows_the_moments(
     )
     old = project(state.projections[0], state.weights[0])[readout.columns][:, kept]
     assert not torch.allclose(old, weight[:, kept])
+
+
+def test_a_given_support_is_where_it_begins(model: nn.Module, structure: ModelStructure, moments: tuple) -> None:
+    settings = AdmmSettings(projection=DATA)
+    chosen = admm.start(model, structure, (SMALL, SMALL), moments, [[4.0, 1, 2, 3], [1, 4, 3, 2.0]], settings).plan
+    last = tuple(range(structure.blocks[0].shape.ffn - SMALL.ffn, structure.blocks[0].shape.ffn))
+    support = Plan((replace(chosen.blocks[0], ffn=last), chosen.blocks[1]))
+    state = admm.start(model, structure, (SMALL, SMALL), moments, None, settings, support=support)
+    assert state.plan == support
+    anchored = state.anchors[0][structure.blocks[0].ffn_readout.columns]
+    assert anchored.abs().sum(0).nonzero().flatten().tolist() == list(last)
 
 
 def test_scores_guide_which_heads_stay(model: nn.Module, structure: ModelStructure, moments: tuple) -> None:

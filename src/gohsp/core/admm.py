@@ -166,6 +166,8 @@ def start(
     moments: Sequence[BlockMoments],
     scores: Sequence[Sequence[float]] | None,
     settings: AdmmSettings,
+    *,
+    support: Plan | None = None,
 ) -> AdmmState:
     """Begin with ``Z`` the projection of the present weights and ``U`` zero.
 
@@ -176,6 +178,7 @@ def start(
         moments: Second moments of its blocks.
         scores: Head scores of the graph ranking by block, or None for no guidance.
         settings: Penalty, schedule, metric.
+        support: The units to begin with, where they are chosen already; None selects them.
 
     Raises:
         PlanError: ``shapes`` do not fit the structure.
@@ -198,7 +201,7 @@ def start(
         reference=0.0,
         rho=settings.rho_start,
     )
-    projections = _project_anew(state, weights, None)
+    projections = _projections(state, weights, support or _selected(state, weights, None))
     anchors = tuple(project(p, values) for p, values in zip(projections, weights, strict=True))
     reference = sum(
         squared_size(block, values, m, metric)
@@ -211,23 +214,23 @@ def _single(moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
     return tuple(BlockMoments(*(moment.float() for moment in tensors_of(m))) for m in moments)
 
 
-def _project_anew(state: AdmmState, values: Sequence[Values], present: Plan | None) -> tuple[BlockProjection, ...]:
-    settings, structure = state.settings, state.structure
-    plan = select_plan(
+def _selected(state: AdmmState, values: Sequence[Values], present: Plan | None) -> Plan:
+    return select_plan(
         state.model,
-        structure,
+        state.structure,
         values,
         state.moments,
         state.shapes,
-        settings.projection,
+        state.settings.projection,
         scores=state.scores,
         present=present,
-        hysteresis=settings.hysteresis,
+        hysteresis=state.settings.hysteresis,
     )
-    return tuple(
-        on_support(*of_block, settings.projection)
-        for of_block in zip(structure.blocks, values, state.moments, plan.blocks, strict=True)
-    )
+
+
+def _projections(state: AdmmState, values: Sequence[Values], plan: Plan) -> tuple[BlockProjection, ...]:
+    of_blocks = zip(state.structure.blocks, values, state.moments, plan.blocks, strict=True)
+    return tuple(on_support(*of_block, state.settings.projection) for of_block in of_blocks)
 
 
 def add_penalty_gradients(state: AdmmState, loss_scale: float = 1.0) -> None:
@@ -300,7 +303,7 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
     )
     projections, flips = state.projections, 0
     if progress <= settings.freeze and (state.dual_updates + 1) % settings.reselect == 0:
-        projections = _project_anew(state, shifted, state.plan)
+        projections = _projections(state, shifted, _selected(state, shifted, state.plan))
         flips = count_flips(state.structure, state.plan, Plan(tuple(p.plan for p in projections)))
     rho, gamma = rho_at(settings, progress), critical_dual_step(settings, state.rho)
     primal = dual_size = 0.0
@@ -339,11 +342,7 @@ def count_flips(structure: ModelStructure, before: Plan, after: Plan) -> int:
 def refresh(state: AdmmState, moments: Sequence[BlockMoments]) -> AdmmState:
     """Take over second moments measured anew; the support stays, its refit follows them."""
     state = replace(state, moments=tuple(moments), norms=_single(moments))
-    projections = tuple(
-        on_support(block, values, m, p.plan, state.settings.projection)
-        for block, values, m, p in zip(state.structure.blocks, state.weights, moments, state.projections, strict=True)
-    )
-    return replace(state, projections=projections)
+    return replace(state, projections=_projections(state, state.weights, state.plan))
 
 
 @torch.no_grad()

@@ -84,6 +84,12 @@ def constrained(model: nn.Module, block: BlockStructure, metric: Metric) -> Valu
     return values
 
 
+def readout_map(values: Values, readout: Readout) -> Tensor:
+    """A readout's ``[weight | bias]``; without a bias its weight."""
+    weight, entry = values[readout.columns], bias_slice(readout)
+    return weight if entry is None else torch.cat([weight, values[entry][:, None]], dim=1)
+
+
 def full_map(values: Values, readout: Readout, moment: Tensor) -> tuple[Tensor, Tensor]:
     """A readout's ``[weight | bias]`` and the matching second moment (constant dropped where there is no bias)."""
     entry = bias_slice(readout)
@@ -377,11 +383,7 @@ def project(projection: BlockProjection, values: Values) -> Values:
         value = values[entry]
         result[entry] = value * keep.to(value.dtype).view([-1 if a == entry.axis else 1 for a in range(value.ndim)])
     for readout, keep, takeover in projection.takeovers:
-        entry = bias_slice(readout)
-        weight = values[readout.columns]
-        if entry is not None:
-            weight = torch.cat([weight, values[entry][:, None]], dim=1)
-        fitted = apply_refit(weight, keep, takeover)
+        fitted, entry = apply_refit(readout_map(values, readout), keep, takeover), bias_slice(readout)
         units_ = values[readout.columns].shape[1]
         result[readout.columns] = fitted[:, :units_]
         if entry is not None:

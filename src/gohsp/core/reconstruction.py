@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -29,7 +28,7 @@ from gohsp.core.compensation import (
     select_units,
 )
 from gohsp.core.fisher import TokenWeights
-from gohsp.core.projection import ProjectionSettings, Values, constrained, full_map, on_support, project, select
+from gohsp.core.projection import ProjectionSettings, Values, constrained, on_support, project, readout_map, select
 from gohsp.core.rotation import rotate_queries_keys, rotate_values
 from gohsp.structure import (
     BlockPlan,
@@ -158,7 +157,8 @@ class _Block:
         moments = replace(moments, attention_input=inputs.moment, key_input=inputs.within)
         if shape.qk < have.qk and self.support is None:
             rotate_queries_keys(self.model, self.block, moments)
-        by_query = self.cut(moments, replace(have, qk=shape.qk), "qk", self.settings.ridge)
+        by_query = self.selected(moments, replace(have, qk=shape.qk), "qk")
+        self.project(moments, by_query, self.settings.ridge)
 
         fit = RegressionFitter(have.heads * have.vo, dim, self.device, weights.attention)
         for b in range(len(stream)):
@@ -169,7 +169,8 @@ class _Block:
         moments = replace(moments, head_outputs=fit.total.gram)
         if shape.vo < have.vo and self.support is None:
             moments = rotate_values(self.model, self.block, moments)
-        by_value = self.cut(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", self.settings.ridge)
+        by_value = self.selected(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo")
+        self.project(moments, by_value, self.settings.ridge)
 
         fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
         for b in range(len(stream)):
@@ -178,8 +179,11 @@ class _Block:
             stream[b] = between = before + branch(self.model, self.attention, z)
             middle[b] = h  # needed once more below, when the readout is known
             fit.update(h, target[b].to(self.device) - between)
-        ridge = self.repair(self.ffn, fit, partial(self.kept_units, shape.ffn))
-        by_unit = self.cut(replace(moments, hidden=fit.total.gram), replace(have, ffn=shape.ffn), "ffn", ridge)
+        total = fit.total
+        kept = self.kept_units(shape.ffn, total)
+        ridge = self.repair(self.ffn, fit, kept)
+        by_unit = replace(dense_block_plan(have), ffn=tuple(kept.nonzero().flatten().tolist()))
+        self.project(replace(moments, hidden=total.gram), by_unit, ridge)
         for b in range(len(stream)):
             stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
         if self.support is not None:
@@ -195,42 +199,55 @@ class _Block:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return inputs_of(model, self.block.name, x, names)
 
-    def cut(
-        self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"], ridge: float
-    ) -> BlockPlan:
-        """Select what ``shape`` allows and project, in place; ``kind`` is what differs from the present shape."""
+    def selected(self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo"]) -> BlockPlan:
+        """What stays of the block where ``shape``, which differs from the present one in ``kind`` alone, is allowed."""
+        if self.support is not None:
+            return only(self.support, kind, self.block.shape)
+        values = constrained(self.model, self.block, self.settings.metric)
+        gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
+        return select(self.block, values, moments, shape, self.settings, ranking=self.ranking, gains=gains)
+
+    def kept_units(self, count: int, total: Regression) -> Tensor:
+        """Mask of the FFN's hidden units that stay: the best for its target, as far as one ridge for all can tell."""
+        if self.support is not None:
+            kept = torch.zeros(self.block.shape.ffn, dtype=torch.bool, device=total.gram.device)
+            kept[list(self.support.ffn)] = True
+            return kept
+        require_finite(self.ffn.module, total.gram)
+        present, total = self.present_map(self.ffn, total)
+        bonus = torch.ones(self.block.shape.ffn, dtype=torch.float64, device=present.device)
+        fitted = residual_refit(total, present, self.settings.ridge)
+        return select_units(total.gram, fitted, bonus, count, ridge=self.settings.ridge)[: len(bonus)]
+
+    def project(self, moments: BlockMoments, kept: BlockPlan, ridge: float) -> None:
+        """Put the block on the support ``kept``, in place."""
         settings = replace(self.settings, ridge=ridge)
         values = constrained(self.model, self.block, settings.metric)
-        if self.support is None:
-            gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
-            kept = select(self.block, values, moments, shape, settings, ranking=self.ranking, gains=gains)
-        else:
-            kept = only(self.support, kind, self.block.shape)
         for entry, value in project(on_support(self.block, values, moments, kept, settings), values).items():
             values[entry].copy_(value)
-        return kept
 
-    def repair(
-        self, readout: Readout, fit: RegressionFitter, kept: Callable[[Tensor, Tensor], Tensor] | None = None
-    ) -> float:
+    def present_map(self, readout: Readout, fit: Regression) -> tuple[Tensor, Regression]:
+        """A readout's present map with its LayerScale, and the regression on what that map reads."""
+        weight = readout_map(constrained(self.model, self.block, self.settings.metric), readout)
+        gain = readout_gain(self.model, readout)
+        return weight if gain is None else weight * gain[:, None], fit.first(weight.shape[1])
+
+    def repair(self, readout: Readout, fit: RegressionFitter, kept: Tensor | None = None) -> float:
         """Fit a readout to its target, nothing cut yet, in place; LayerScale stays.
 
         Args:
             readout: The readout.
             fit: Its inputs and target.
-            kept: Gram matrix and map to the mask of the inputs that will stay; None if that is not known yet.
+            kept: Mask of the units that will stay; None if that is not known yet.
 
         Returns:
             The ridge that held up best on folds, for the map on the inputs that stay where that is known.
         """
         total = fit.total
         require_finite(readout.module, total.gram)
-        values: Values = constrained(self.model, self.block, self.settings.metric)
-        weight, _ = full_map(values, readout, total.gram)
-        n, gain = weight.shape[1], readout_gain(self.model, readout)
-        scale = torch.ones_like(weight[:, 0]) if gain is None else gain
-        total, present = total.first(n), weight * scale[:, None]
-        keep = None if kept is None else kept(total.gram, residual_refit(total, present, self.settings.ridge))
+        present, total = self.present_map(readout, total)
+        n = present.shape[1]
+        keep = None if kept is None else torch.cat([kept, kept.new_ones(n - len(kept))])
 
         def cut(part: Regression, ridge: float) -> Tensor:
             whole = residual_refit(part, present, ridge)
@@ -238,32 +255,24 @@ class _Block:
 
         splits = [(rest.first(n), held_out.first(n)) for rest, held_out in fit.splits()]
         ridge = cross_validated_ridge(splits, cut, self.settings.ridge)
-        fitted = residual_refit(total, present, ridge).float()
-        # A channel that LayerScale shuts off has nothing to say; its weights stay.
-        fitted = torch.where(scale[:, None] != 0, fitted / scale[:, None], weight)
-        columns = values[readout.columns]
-        columns.copy_(fitted[:, : columns.shape[1]])
-        if readout.bias:
-            self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
+        self.write(readout, residual_refit(total, present, ridge).float())
         logger.info("%s: ridge %.2g", readout.module, ridge)
         return ridge
 
-    def kept_units(self, count: int, gram: Tensor, weight: Tensor) -> Tensor:
-        """Mask of the FFN's hidden units (and the constant) that stay."""
-        if self.support is None:
-            bonus = torch.ones(self.block.shape.ffn, dtype=torch.float64, device=gram.device)
-            return select_units(gram, weight, bonus, count, ridge=self.settings.ridge)
-        keep = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-        keep[list(self.support.ffn)] = True
-        keep[self.block.shape.ffn :] = True
-        return keep
+    def write(self, readout: Readout, fitted: Tensor) -> None:
+        """Make ``fitted`` the readout's map, LayerScale included; a channel that LayerScale shuts off stays."""
+        values: Values = constrained(self.model, self.block, self.settings.metric)
+        columns, gain = values[readout.columns], readout_gain(self.model, readout)
+        if gain is not None:
+            fitted = torch.where(gain[:, None] != 0, fitted / gain[:, None], readout_map(values, readout))
+        columns.copy_(fitted[:, : columns.shape[1]])
+        if readout.bias:
+            self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
 
 
-def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:
+def only(plan: BlockPlan, kind: Literal["qk", "vo"], shape: BlockShape) -> BlockPlan:
     """A plan that cuts what ``plan`` cuts of ``kind`` and keeps everything else of a block of ``shape``."""
     everything = dense_block_plan(shape)
-    if kind == "ffn":
-        return replace(everything, ffn=plan.ffn)
     if kind == "vo":
         return replace(everything, heads=plan.heads, qk=everything.qk[: len(plan.heads)], vo=plan.vo)
     kept = dict(zip(plan.heads, plan.qk, strict=True))
