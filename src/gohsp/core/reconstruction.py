@@ -157,7 +157,7 @@ class _Block:
         moments = replace(moments, attention_input=inputs.moment, key_input=inputs.within)
         if shape.qk < have.qk and self.support is None:
             rotate_queries_keys(self.model, self.block, moments)
-        by_query = self.selected(moments, replace(have, qk=shape.qk), "qk")
+        by_query = self.selected(moments, replace(have, qk=shape.qk), "qk", self.settings.ridge)
         self.project(moments, by_query, self.settings.ridge)
 
         fit = RegressionFitter(have.heads * have.vo, dim, self.device, weights.attention)
@@ -169,7 +169,7 @@ class _Block:
         moments = replace(moments, head_outputs=fit.total.gram)
         if shape.vo < have.vo and self.support is None:
             moments = rotate_values(self.model, self.block, moments)
-        by_value = self.selected(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo")
+        by_value = self.selected(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", self.settings.ridge)
         self.project(moments, by_value, self.settings.ridge)
 
         fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
@@ -180,10 +180,10 @@ class _Block:
             middle[b] = h  # needed once more below, when the readout is known
             fit.update(h, target[b].to(self.device) - between)
         total = fit.total
-        kept = self.kept_units(shape.ffn, total)
-        ridge = self.repair(self.ffn, fit, kept)
-        by_unit = replace(dense_block_plan(have), ffn=tuple(kept.nonzero().flatten().tolist()))
-        self.project(replace(moments, hidden=total.gram), by_unit, ridge)
+        moments = replace(moments, hidden=total.gram)
+        ridge = self.repair(self.ffn, fit, self.kept_units(shape.ffn, total))
+        by_unit = self.selected(moments, replace(have, ffn=shape.ffn), "ffn", ridge)
+        self.project(moments, by_unit, ridge)
         for b in range(len(stream)):
             stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
         if self.support is not None:
@@ -199,16 +199,19 @@ class _Block:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return inputs_of(model, self.block.name, x, names)
 
-    def selected(self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo"]) -> BlockPlan:
+    def selected(
+        self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"], ridge: float
+    ) -> BlockPlan:
         """What stays of the block where ``shape``, which differs from the present one in ``kind`` alone, is allowed."""
         if self.support is not None:
             return only(self.support, kind, self.block.shape)
-        values = constrained(self.model, self.block, self.settings.metric)
+        settings = replace(self.settings, ridge=ridge)
+        values = constrained(self.model, self.block, settings.metric)
         gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
-        return select(self.block, values, moments, shape, self.settings, ranking=self.ranking, gains=gains)
+        return select(self.block, values, moments, shape, settings, ranking=self.ranking, gains=gains)
 
     def kept_units(self, count: int, total: Regression) -> Tensor:
-        """Mask of the FFN's hidden units that stay: the best for its target, as far as one ridge for all can tell."""
+        """Mask of the FFN's hidden units that would stay at the settings' ridge, for choosing a better one."""
         if self.support is not None:
             kept = torch.zeros(self.block.shape.ffn, dtype=torch.bool, device=total.gram.device)
             kept[list(self.support.ffn)] = True
@@ -270,9 +273,11 @@ class _Block:
             self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
 
 
-def only(plan: BlockPlan, kind: Literal["qk", "vo"], shape: BlockShape) -> BlockPlan:
+def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:
     """A plan that cuts what ``plan`` cuts of ``kind`` and keeps everything else of a block of ``shape``."""
     everything = dense_block_plan(shape)
+    if kind == "ffn":
+        return replace(everything, ffn=plan.ffn)
     if kind == "vo":
         return replace(everything, heads=plan.heads, qk=everything.qk[: len(plan.heads)], vo=plan.vo)
     kept = dict(zip(plan.heads, plan.qk, strict=True))
