@@ -214,8 +214,14 @@ def imagewoof() -> str | None:
             f"epochs: {epochs}, or as many of fine-tuning alone; dense, before them: "
             f"{first['dense']['top1']:.2f} %.",
             table(["budget", "", "parameters", "top-1"], rows),
+            *notes(result),
         ]
     return "\n\n".join(text)
+
+
+def notes(found: Json) -> list[str]:
+    """What a reader of a file's results must know beside them, such as which were measured before a change."""
+    return [found["note"]] if "note" in found else []
 
 
 def by_method(runs: Json) -> dict[str, dict[str, list[Json]]]:
@@ -267,6 +273,7 @@ def comparison(name: str, title: str) -> list[str]:
         f"{found['machine']}.",
         table(["", *budgets], rows),
         *([from_scratch] if "scratch" in methods else []),
+        *notes(found),
         "What Torch-Pruning may cut besides hidden units is what keeps most held-out accuracy right after the cut. "
         "Where little is left that is near chance; rows that name their choice had it set.",
         f"![Top-1 against parameters and MACs]({name}.svg)",
@@ -328,7 +335,17 @@ def ablations() -> str | None:
             test = [f"{mean_top1(of[b]):.2f} %" if b in of else "" for b in budgets]
             rows.append([arm, *(cell for pair in zip(held_out, test, strict=True) for cell in pair)])
         header = ["", *(cell for b in budgets for cell in (f"{b}, held-out", "test"))]
-        text += [f"## What each choice is worth: {title}", f"    {found['command']}", table(header, rows)]
+        run = next(iter(found["runs"].values()))
+        error = (run["top1"] * (100 - run["top1"]) / run["n"]) ** 0.5
+        text += [
+            f"## What each choice is worth: {title}",
+            f"    {found['command']}",
+            "One setting changed a line, the same dense model and epochs. Held-out training images are what a default "
+            f"may be chosen by; {run['n']:,} test images (standard error {error:.1f}) are for the record. A budget "
+            "stands for `--budgets`, heads a block for `--fewer-heads`.",
+            table(header, rows),
+            *notes(found),
+        ]
     return "\n\n".join(text) or None
 
 
