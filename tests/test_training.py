@@ -378,11 +378,16 @@ def test_a_given_precision_stands(given: Any):
     assert training.resolve_precision(given, cpu=True) == given
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_units_for_it(units: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
-    assert training.resolve_precision("auto", cpu=True) == ("bf16" if units else "no")
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_units_for_it(
+    amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert training.resolve_precision("auto", cpu=True) == ("bf16" if amx or avx512 else "no")
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert training.resolve_precision("auto", cpu=True) == "no"
 
 
