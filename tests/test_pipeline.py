@@ -567,23 +567,23 @@ def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
 
 def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr("gohsp.data.sources._DigitsSplit.raw_labels")
-    settings = {"epochs": 2, "learning_rate": 1e-4}
+    settings = {"epochs": 2, "learning_rate": 1e-3}
     plain = {"projection": {"metric": "euclidean", "strength": "norm", "guidance": 0.0}}  # repairs would leave little
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES)
     polish = result.report["polish"]
-    assert [epoch["epoch"] for epoch in polish["curve"]] == [0, 1, 2]
+    assert [step["blocks"] for step in polish["curve"]] == list(range(len(SHAPES) + 1))
     assert polish["kept"] > 0
     assert result.report["fidelity"]["kl"] == pytest.approx(polish["curve"][polish["kept"]]["kl"], rel=1e-4)
     assert result.report["fidelity"]["kl"] < polish["curve"][0]["kl"]
-    assert "Polished for" in (tmp_path / "run" / "report.html").read_text()
+    assert "of its blocks are polished" in (tmp_path / "run" / "report.html").read_text()
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(gohsp.load(tmp_path / "run")(images), result.model(images))
     wild = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings | {"learning_rate": 1e3})
     worse = prune(tmp_path / "wild", model=tiny(), recipe=wild, shapes=SHAPES)
     assert worse.report["polish"]["kept"] == 0
     assert worse.report["fidelity"]["kl"] == pytest.approx(polish["curve"][0]["kl"], rel=1e-4)
-    assert "No epoch of the polish helped" in (tmp_path / "wild" / "report.html").read_text()
+    assert "The polish of no block helped" in (tmp_path / "wild" / "report.html").read_text()
 
 
 def test_a_module_in_training_mode_half_precision_or_frozen_is_pruned_alike(tmp_path: Path):

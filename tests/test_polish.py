@@ -9,28 +9,29 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from gohsp import models
+from gohsp.core.activations import Stages
+from gohsp.data import Spool
 from gohsp.errors import RecipeError
-from gohsp.polish import PolishEpoch, PolishSettings, polish
+from gohsp.polish import PolishSettings, PolishStep, polish
 
-SETTINGS = PolishSettings(epochs=3, learning_rate=1e-3, batch_size=8)
+SETTINGS = PolishSettings(epochs=20, learning_rate=3e-3, batch_size=8)
 
 
 def network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=5
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5
     ).eval()
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A teacher, and a student that is off by some noise."""
+    """A dense model, and one whose blocks are off by some noise."""
     teacher = network(0)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
-        for weight in student.parameters():
+        for weight in student.get_submodule("blocks").parameters():
             weight += 0.1 * torch.randn_like(weight)
     return teacher, student
 
@@ -40,119 +41,171 @@ def images(seed: int, batches: int = 2) -> list[Tensor]:
     return [torch.randn(12, 3, 16, 16, generator=generator) for _ in range(batches)]
 
 
-def views(seed: int) -> DataLoader[tuple[Tensor, ...]]:
-    rows = torch.cat(images(seed))
-    return DataLoader(TensorDataset(rows, torch.zeros(len(rows))), batch_size=8)
-
-
 def gap(teacher: nn.Module, student: nn.Module, batches: list[Tensor]) -> float:
     with torch.no_grad():
         a, b = (torch.cat([model(x) for x in batches]).log_softmax(-1) for model in (teacher, student))
     return float(nn.functional.kl_div(b, a, reduction="batchmean", log_target=True))
 
 
-def polished(settings: PolishSettings, divergence: list[float] | None = None) -> tuple[nn.Module, list[PolishEpoch]]:
-    teacher, student = pair()
-    told = count()
-    curve = polish(
-        student,
+def run(
+    pairing: tuple[nn.Module, nn.Module],
+    settings: PolishSettings = SETTINGS,
+    divergence: list[float] | None = None,
+    weights: list[Tensor | None] | None = None,
+    **more: object,
+) -> list[PolishStep]:
+    teacher, student = pairing
+    stages, told = models.stages(teacher), count()
+    with torch.no_grad():
+        embedded = [stages.embed(x) for x in images(1)]
+    return polish(
         models.stages(student),
-        models.stages(teacher),
-        views(1),
+        stages,
+        embedded,
+        weights or [None] * 3,
         settings,
         divergence=lambda: gap(teacher, student, images(2)) if divergence is None else divergence[next(told)],
+        **more,  # pyrefly: ignore[bad-argument-type]
     )
-    return student, curve
+
+
+def states(model: nn.Module) -> list[dict[str, Tensor]]:
+    return [copy.deepcopy(block.state_dict()) for block in models.stages(model).blocks]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
 
 
 def test_it_comes_closer_on_images_it_has_not_seen() -> None:
-    teacher, before = pair()
-    student, curve = polished(SETTINGS)
-    assert [epoch.epoch for epoch in curve] == [0, 1, 2, 3]
-    assert curve[0].kl == pytest.approx(gap(teacher, before, images(2)))
-    assert min(epoch.kl for epoch in curve) == pytest.approx(gap(teacher, student, images(2)), rel=1e-4)
-    assert gap(teacher, student, images(2)) < 0.7 * gap(teacher, before, images(2))
+    teacher, student = pair()
+    before, weights = gap(teacher, student, images(2)), copy.deepcopy(teacher.state_dict())
+    curve = run((teacher, student))
+    assert [step.blocks for step in curve] == [0, 1, 2, 3]
+    assert curve[0].kl == pytest.approx(before)
+    assert min(step.kl for step in curve) == pytest.approx(gap(teacher, student, images(2)), rel=1e-4)
+    assert gap(teacher, student, images(2)) < 0.7 * before
+    assert same(weights, teacher.state_dict())
 
 
-def test_features_add_to_the_loss() -> None:
-    with_features = polished(replace(SETTINGS, features=10.0))[1]
-    without = polished(replace(SETTINGS, features=0.0))[1]
-    assert with_features[-1].train_loss > without[-1].train_loss  # pyrefly: ignore[unsupported-operation]
+class Told(nn.Module):
+    """Stands for a dense block: knows what to answer to every batch that it will be given."""
+
+    def __init__(self, answers: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.answers = answers
+        self.device_is_read_from = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(y for given, y in self.answers if torch.equal(given, x))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_linear_block_reaches_the_weighted_least_squares_fit(weighted: bool) -> None:
+    torch.manual_seed(0)
+    block = nn.Linear(4, 3)
+    stream, targets = [torch.randn(32, 5, 4) for _ in range(2)], [torch.randn(32, 5, 3) for _ in range(2)]
+    importance = torch.tensor([3.0, 0.5, 0.5, 0.5, 0.5]) if weighted else torch.ones(5)
+    polish(
+        Stages(nn.Identity(), (block,), nn.Identity()),
+        Stages(nn.Identity(), (Told(list(zip(stream, targets, strict=True))),), nn.Identity()),
+        stream,
+        [importance if weighted else None],
+        PolishSettings(epochs=400, learning_rate=0.02, batch_size=32),
+        divergence=iter([1.0, 0.0]).__next__,
+    )
+    rows = torch.cat([torch.cat(stream), torch.ones(64, 5, 1)], dim=2) * importance.sqrt()[:, None]
+    wanted = torch.cat(targets) * importance.sqrt()[:, None]
+    best = torch.linalg.lstsq(rows.flatten(0, 1).double(), wanted.flatten(0, 1).double()).solution.float()
+    torch.testing.assert_close(torch.cat([block.weight.T, block.bias[None]]), best, atol=0.01, rtol=0)
+
+
+def test_a_block_is_given_what_the_tuned_ones_before_it_send() -> None:
+    """Two layers that shift: the first cannot be mended, so the second has to undo what it does."""
+
+    class Shift(nn.Module):
+        def __init__(self, by: float, *, fixed: bool = False) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.tensor(by))
+            self.step = nn.Parameter(torch.zeros(()))
+            self.fixed = fixed
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.by.detach() if self.fixed else self.by) + 0 * self.step
+
+    student, teacher = (Shift(1.0, fixed=True), Shift(0.0)), (Shift(0.25), Shift(0.0))
+    polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), teacher, nn.Identity()),
+        [torch.randn(8, 2, 3)],
+        [None, None],
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8),
+        divergence=iter([3.0, 2.0, 1.0]).__next__,
+    )
+    assert float(student[0].by.detach()) == 1.0
+    assert float(student[1].by.detach()) == pytest.approx(-0.75, abs=0.01)
 
 
 @pytest.mark.parametrize(("divergence", "best"), [([1.0, 2.0, 3.0, 4.0], 0), ([4.0, 3.0, 1.0, 2.0], 2)])
-def test_the_best_epoch_is_kept(divergence: list[float], best: int) -> None:
-    student, curve = polished(SETTINGS, divergence)
-    assert [epoch.kl for epoch in curve] == divergence
-    # An epoch's weights depend on those before it and the seed alone, so that stopping there gives them again.
-    expected = pair()[1] if best == 0 else polished(SETTINGS, [4.0, 3.0, 1.0, 5.0])[0]
-    same = zip(student.state_dict().values(), expected.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
-    last = polished(SETTINGS, [4.0, 3.0, 2.0, 1.0])[0]
-    assert any(
-        not torch.equal(a, b) for a, b in zip(student.state_dict().values(), last.state_dict().values(), strict=True)
-    )
+def test_as_many_blocks_are_kept_tuned_as_help(divergence: list[float], best: int) -> None:
+    pairing = pair()
+    before = states(pairing[1])
+    assert [step.kl for step in run(pairing, divergence=divergence)] == divergence
+    everything = pair()
+    run(everything, divergence=[4.0, 3.0, 2.0, 1.0])
+    for i, (kept, untouched, tuned) in enumerate(
+        zip(states(pairing[1]), before, states(everything[1]), strict=True)
+    ):
+        assert not same(untouched, tuned)
+        assert same(kept, tuned if i < best else untouched)
 
 
-def test_a_loss_that_blows_up_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    student, curve = polished(replace(SETTINGS, learning_rate=1e30, mixup=0.0))
-    assert all(torch.isfinite(v).all() for v in student.state_dict().values())
-    assert len(curve) < 4
-    assert "NaN or infinite" in caplog.text
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("batch", [8, 12, 24])
-def test_any_number_of_steps_has_a_schedule(epochs: int, batch: int) -> None:
-    """1 to 21 steps."""
-    teacher, student = pair()
-    rows = torch.cat(images(1))
-    curve = polish(
-        student,
-        models.stages(student),
-        models.stages(teacher),
-        DataLoader(TensorDataset(rows, torch.zeros(len(rows))), batch_size=batch),
-        replace(SETTINGS, epochs=epochs),
-        divergence=lambda: 0.0,
-    )
-    assert len(curve) == epochs + 1
+def test_what_blows_up_is_undone(caplog: pytest.LogCaptureFixture) -> None:
+    pairing = pair()
+    before = states(pairing[1])
+    curve = run(pairing, replace(SETTINGS, learning_rate=1e30))
+    assert len(curve) == 1
+    assert all(same(a, b) for a, b in zip(before, states(pairing[1]), strict=True))
+    assert "block 0 ended in NaN or infinite values" in caplog.text
 
 
 def test_a_divergence_that_is_no_number_ends_it() -> None:
-    student, curve = polished(SETTINGS, [1.0, math.nan])
-    assert [epoch.kl for epoch in curve] == [1.0]
-    same = zip(student.state_dict().values(), pair()[1].state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
+    pairing = pair()
+    before = states(pairing[1])
+    assert [step.kl for step in run(pairing, divergence=[1.0, 0.5, math.nan])] == [1.0, 0.5]
+    now = states(pairing[1])
+    assert not same(before[0], now[0])
+    assert same(before[1], now[1])
+    assert same(before[2], now[2])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("batch", [5, 12, 24])
+def test_any_number_of_steps_has_a_schedule(epochs: int, batch: int) -> None:
+    assert len(run(pair(), replace(SETTINGS, epochs=epochs, batch_size=batch))) == 4
 
 
 def test_seeds_decide_and_global_generators_stay() -> None:
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    teacher, student = pair()
-    torch.set_rng_state(state)
+    pairings = [pair() for _ in range(3)]
     before = torch.get_rng_state()
-    stages = models.stages(student), models.stages(teacher)
-    start = copy.deepcopy(student.state_dict())
-    curves = []
-    for seed in (0, 0, 1):
-        student.load_state_dict(start)
-        curves.append(
-            polish(
-                student,
-                *stages,
-                views(1),
-                SETTINGS,
-                divergence=lambda: gap(teacher, student, images(2)),
-                seed=seed,
-            )
-        )
+    curves = [run(pairing, seed=seed) for pairing, seed in zip(pairings, (0, 0, 1), strict=True)]
     assert curves[0] == curves[1] != curves[2]
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_streams_on_disk_give_the_same() -> None:
+    assert run(pair(), store=Spool) == run(pair())
+
+
+def test_progress_is_told_by_block() -> None:
+    told: list[None] = []
+    run(pair(), advance=lambda: told.append(None))
+    assert len(told) == 3
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"features": -1.0}, {"mixup": math.inf}],
+    [{"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.inf}, {"fisher": 1.5}],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):

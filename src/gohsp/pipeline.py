@@ -22,7 +22,7 @@ from torch import nn
 from gohsp import checkpoint, data, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, num_classes, open_bench
-from gohsp.core import admm, allocation, ranking, sensitivity
+from gohsp.core import admm, allocation, fisher, ranking, sensitivity
 from gohsp.cutting import Basis, based, put_on_set, remeasured
 from gohsp.errors import DataError, PlanError
 from gohsp.planning import choose_widths
@@ -201,7 +201,7 @@ def _prune(
     with bench.timed("compact"):
         compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.probe)
     small = compaction.model
-    polished = _polished(bench, dense, small, source)
+    polished = _polished(bench, dense, small)
     fidelity = _compared(bench, dense, small) | {"predicted_kl": allocated["predicted"]}
     if trains and recipe.finetune.epochs > 0:
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
@@ -301,6 +301,7 @@ def _ranked(bench: Bench, dense: nn.Module, structure: ModelStructure) -> dict[s
                 bench.images(bench.recipe.data.ranking_images),
                 bench.recipe.ranking,
                 seed=bench.recipe.seed,
+                precision=bench.precision,
             )
         record = heads.to_json()
         bench.folder.record("ranking", record)
@@ -393,49 +394,49 @@ def _cut(
     return record
 
 
-def _polished(bench: Bench, dense: nn.Module, small: nn.Module, source: data.DataSource) -> dict[str, Any] | None:
-    """Distil the cut model in place, where that was asked for and helps; returns its curve."""
+def _polished(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any] | None:
+    """Tune the cut model's blocks in place, where that was asked for and as far as it helps; returns the curve."""
     settings = bench.recipe.polish
     if settings.epochs == 0:
         return None
     if record := bench.folder.done("polish"):
         bench.folder.restore("polish", small)
         return record
-    images = sum(len(batch) for batch in bench.calibration)
-    views = data.loader(
-        data.drawn(source, bench.recipe.data.train_split, images, seed=bench.recipe.seed),
-        transform=data.train_transform(data.Preprocessing.from_model(dense), mirror=bench.mirror),
-        batch_size=settings.batch_size,
-        shuffle=True,
-        workers=bench.recipe.training.workers,
-        seed=bench.recipe.seed,
-        cache=False,
-    )
+    student, teacher, reference = models.stages(small), models.stages(dense), bench.predictions(dense, bench.holdout)
     with (
         bench.timed("polish"),
-        training.plain_attention(dense, bench.accelerator.device),
         training.plain_attention(small, bench.accelerator.device),
-        bench.progress("polish", settings.epochs) as advance,
+        bench.progress("polish", len(student.blocks)) as advance,
     ):
+        with bench.autocast():
+            weights = fisher.token_weights(
+                dense,
+                models.describe(dense),
+                bench.images(bench.recipe.data.ranking_images),
+                attention=0.0,
+                ffn=settings.fisher,
+                seed=bench.recipe.seed,
+            )
         curve = polish.polish(
-            small,
-            models.stages(small),
-            models.stages(dense),
-            views,
+            student,
+            teacher,
+            bench.embedded(teacher, bench.calibration, mirror=bench.mirror),
+            [of_block.ffn for of_block in weights],
             settings,
-            divergence=lambda: _compared(bench, dense, small)["kl"],
+            divergence=lambda: max(sensitivity.divergence(reference, bench.predictions(small, bench.holdout)), 0.0),
             seed=bench.recipe.seed,
             precision=bench.precision,
+            store=data.Spool,
             advance=advance,
         )
-    kept = min(curve, key=lambda past: past.kl).epoch
-    record = {"kept": kept, "curve": [epoch.to_json() for epoch in curve]}
+    kept = min(curve, key=lambda past: past.kl).blocks
+    record = {"kept": kept, "curve": [step.to_json() for step in curve]}
     bench.folder.record("polish", record, small)
     return record
 
 
 def _compared(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """How close the cut model is to the dense one on held-out images; at most the polish's epoch was chosen by them."""
+    """How close the cut model is to the dense one on held-out images; at most the polish's length was chosen by them."""
     sides = [bench.predictions(model, bench.holdout) for model in (dense, small)]
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
     images = sum(len(batch) for batch in sides[0])

@@ -1,9 +1,10 @@
-"""Optional distillation on the calibration images, kept only as far as it helps images that it does not see.
+"""Optional polish of a one-shot cut: its blocks are tuned one by one to the dense model's residual stream.
 
-A thousand images are soon learnt by heart (design, section 6: naive distillation on them loses accuracy). Three things
-hold that off: teacher and student are given the same crops and mixtures of images, new ones each time ("A good teacher
-is patient and consistent", arXiv 2106.05237); every block's output is compared, not the predictions alone; and held-out
-images decide which epoch counts, the state before the first included.
+The closed-form repair (:mod:`gohsp.core.reconstruction`) fits readouts alone. Here all weights of a block follow by
+gradient: first block to last, each is given what the blocks before it now send, and trained for a few steps to send on
+what the dense model has at that depth. The targets of a block are numbers by the thousand for every image, so that a
+thousand unlabelled images are not learnt by heart as they soon are by the predictions' divergence alone (design,
+section 6: naive distillation on them loses accuracy). BRECQ (arXiv 2102.05426) tunes quantised networks likewise.
 """
 
 from __future__ import annotations
@@ -11,43 +12,40 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Beta
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
 
 from gohsp.core.activations import Stages
+from gohsp.core.sensitivity import passed
 from gohsp.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = 0.1
-"""Share of the steps in which the rate rises."""
+"""Share of a block's steps in which the rate rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolishSettings:
-    """How the one-shot route's result is distilled from the dense model, without labels.
+    """How the blocks of the one-shot route's result are tuned, without labels.
 
     Attributes:
-        epochs: Passes over the calibration images, at most; 0 leaves polishing out.
-        learning_rate: Peak rate of AdamW; it falls along a cosine.
-        batch_size: Images a step.
-        features: Weight of the blocks' outputs' mean relative squared error, beside the predictions' divergence.
-        mixup: Alpha of the mixtures that half of the steps are given; 0 for none.
+        epochs: Passes of every block over the calibration images and their mirror images; 0 leaves polishing out.
+        learning_rate: Peak rate of Adam; it falls along a cosine.
+        batch_size: Images a step, at most; the last step on a stored batch may have fewer.
+        fisher: Share of a token's weight in the error that follows the Fisher information of the predictions, 0 to 1;
+            the rest is spread evenly.
     """
 
     epochs: int = 0
-    learning_rate: float = 5e-5
+    learning_rate: float = 5e-4
     batch_size: int = 32
-    features: float = 1.0
-    mixup: float = 0.8
+    fisher: float = 0.5
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or not 0 < self.learning_rate < math.inf:
@@ -55,18 +53,23 @@ class PolishSettings:
                 "polish needs epochs >= 0, batch_size >= 1 and learning_rate > 0; got "
                 f"epochs={self.epochs}, batch_size={self.batch_size}, learning_rate={self.learning_rate}"
             )
-        if not (0 <= self.features < math.inf and 0 <= self.mixup < math.inf):
-            raise RecipeError(
-                f"polish.features and polish.mixup must be 0 or more, got {self.features} and {self.mixup}"
-            )
+        if not 0 <= self.fisher <= 1:
+            raise RecipeError(f"polish.fisher is a share, 0 to 1; got {self.fisher}")
 
 
 @dataclass(frozen=True)
-class PolishEpoch:
-    """One line of the polish: mean loss on its images (None before the first epoch), divergence on held-out ones."""
+class PolishStep:
+    """One line of the polish.
 
-    epoch: int
-    train_loss: float | None
+    Attributes:
+        blocks: Blocks tuned so far.
+        error: Mean squared error of the last of them in its last epoch, tokens weighed, over its target's variance; None
+            before the first.
+        kl: Divergence of the predictions on held-out images.
+    """
+
+    blocks: int
+    error: float | None
     kl: float
 
     def to_json(self) -> dict[str, Any]:
@@ -75,101 +78,112 @@ class PolishEpoch:
 
 
 def polish(
-    model: nn.Module,
     student: Stages,
     teacher: Stages,
-    views: DataLoader[Any],
+    embedded: Iterable[Tensor],
+    weights: Sequence[Tensor | None],
     settings: PolishSettings,
     *,
     divergence: Callable[[], float],
     seed: int = 0,
     precision: torch.dtype = torch.float32,
+    store: Callable[[], MutableSequence[Tensor]] = list,
     advance: Callable[[], None] = lambda: None,
-) -> list[PolishEpoch]:
-    """Distil ``model`` from ``teacher`` in place and leave it as it was after the best epoch.
+) -> list[PolishStep]:
+    """Tune the blocks of ``student`` in place, and undo what held-out images do not gain by.
 
     Args:
-        model: The cut model, in evaluation mode.
-        student: The same as stages.
+        student: The cut model as stages, in evaluation mode.
         teacher: The dense model as stages; left as it is.
-        views: Augmented images ``[B, C, H, W]``, others each time it is iterated, and labels, which are not read.
-        settings: Length, rate and losses.
-        divergence: How far ``model`` is now from the dense one on held-out images.
-        seed: Of the mixtures; global generators are left as they are.
+        embedded: What enters the first block of either, in batches ``[B, tokens, D]``.
+        weights: How much each token ``[tokens]`` of a block's output counts, by block; None counts all alike.
+        settings: Length and rate.
+        divergence: How far the student's predictions are now from the teacher's on held-out images.
+        seed: Of the order of images; global generators are left as they are.
         precision: Data type of the forward passes; below float32 by autocast.
-        advance: Called once per epoch.
+        store: Makes an empty place for a residual stream; ``list`` keeps it in memory.
+        advance: Called once per block.
 
     Returns:
-        The state before, and after each epoch; the one with the least divergence is what ``model`` is left in.
+        The state before, and after each block. Blocks behind the state of least divergence are as they were before.
     """
-    device = next(model.parameters()).device
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    steps = max(settings.epochs * len(views), 3)  # of fewer there is no schedule
-    # It cycles beta1 as well, from 0.95 to 0.85 and back. Its warm-up divides by its length less one.
-    schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=max(WARM_UP, 2 / steps))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    curve = [PolishEpoch(0, None, divergence())]
-    best = copy.deepcopy(model.state_dict())
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for epoch in range(1, settings.epochs + 1):
-            total, seen = 0.0, 0
-            for images, _ in views:
-                if not len(images):  # none of them could be read
-                    continue
-                images = _mixed(images.to(device), settings.mixup)
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    loss = _distance(student, teacher, images, settings.features)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(weights, 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                schedule.step()
-                total, seen = total + float(loss.detach()) * len(images), seen + len(images)
-            kl = divergence()
-            if not math.isfinite(total + kl):
-                logger.warning("polish: epoch %d ended in NaN or infinite values; a lower rate may help", epoch)
-                break
-            now = PolishEpoch(epoch, total / seen, kl)
-            logger.info("polish: %s", now)
-            if now.kl < min(past.kl for past in curve):
-                best = copy.deepcopy(model.state_dict())
-            curve.append(now)
-            advance()
-    model.load_state_dict(best)
+    target, stream = store(), store()
+    for batch in embedded:
+        target.append(batch)
+        stream.append(batch)
+    generator = torch.Generator().manual_seed(seed)
+    curve, before = [PolishStep(0, None, divergence())], []
+    for i, (dense, block) in enumerate(zip(teacher.blocks, student.blocks, strict=True)):
+        _pass_on(dense, target, precision)
+        before.append(copy.deepcopy(block.state_dict()))
+        error = _tune(block, stream, target, weights[i], settings, generator, precision)
+        kl = divergence()
+        if not math.isfinite(error + kl):
+            logger.warning("polish: block %d ended in NaN or infinite values; a lower rate may help", i)
+            break
+        curve.append(PolishStep(i + 1, error, kl))
+        logger.info("polish: %s", curve[-1])
+        _pass_on(block, stream, precision)
+        advance()
+    kept = min(curve, key=lambda step: step.kl).blocks
+    for block, state in list(zip(student.blocks, before, strict=False))[kept:]:
+        block.load_state_dict(state)
     return curve
 
 
-def _mixed(images: Tensor, alpha: float) -> Tensor:
-    """In half of the calls, each image mixed with the one before it."""
-    if alpha == 0 or torch.rand(()) < 0.5:
-        return images
-    share = float(Beta(alpha, alpha).sample())
-    return share * images + (1 - share) * images.roll(1, 0)
+@torch.no_grad()
+def _pass_on(block: nn.Module, stream: MutableSequence[Tensor], precision: torch.dtype) -> None:
+    device = next(block.parameters()).device
+    for b in range(len(stream)):
+        stream[b] = passed(block, stream[b].to(device), precision)
 
 
-def _distance(student: Stages, teacher: Stages, images: Tensor, features: float) -> Tensor:
-    """Divergence of the predictions, and the mean relative squared error of the blocks' outputs."""
-    with torch.no_grad():
-        expected, targets = _outputs(teacher, images)
-    predicted, outputs = _outputs(student, images)
-    loss = F.kl_div(
-        predicted.float().log_softmax(-1), expected.float().log_softmax(-1), reduction="batchmean", log_target=True
+def _tune(
+    block: nn.Module,
+    stream: Sequence[Tensor],
+    target: Sequence[Tensor],
+    weights: Tensor | None,
+    settings: PolishSettings,
+    generator: torch.Generator,
+    precision: torch.dtype,
+) -> float:
+    """Train a block to make ``target`` of ``stream``; returns its relative error in the last epoch."""
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    device = parameters[0].device
+    per_epoch = sum(-(-len(batch) // settings.batch_size) for batch in stream)
+    steps = max(settings.epochs * per_epoch, 3)  # of fewer there is no schedule, whose warm-up is divided by
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.99))
+    schedule = OneCycleLR(
+        optimizer,
+        settings.learning_rate,
+        total_steps=steps,
+        pct_start=max(WARM_UP, 2 / steps),
+        cycle_momentum=False,
     )
-    errors = [
-        (a.float() - b.float()).square().mean() / b.float().var(dim=(0, 1), correction=0).mean().clamp_min(1e-12)
-        for a, b in zip(outputs, targets, strict=True)
-    ]
-    return loss + features * torch.stack(errors).mean()
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    scale = target[0].to(device).var(dim=(0, 1), correction=0).mean().clamp_min(1e-12)
+    importance = None if weights is None else weights.to(device)[:, None]
+    total, count = 0.0, 1
+    for _ in range(settings.epochs):
+        total, count = 0.0, 0
+        for x, y in _shuffled(stream, target, settings.batch_size, generator):
+            y = y.to(device)
+            error = (passed(block, x.to(device), precision) - y).square() / scale
+            loss = (error if importance is None else error * importance).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            schedule.step()
+            total, count = total + float(loss.detach()) * len(x), count + len(x)
+    return total / count
 
 
-def _outputs(network: Stages, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the residual stream ``[B, tokens, D]`` after each block."""
-    x, outputs = network.embed(images), []
-    for block in network.blocks:
-        x = block(x)
-        outputs.append(x)
-    return network.head(x), outputs
+def _shuffled(
+    stream: Sequence[Tensor], target: Sequence[Tensor], size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets in a new order: stored batches are shuffled, and images within each."""
+    for b in torch.randperm(len(stream), generator=generator).tolist():
+        x, y = stream[b], target[b]
+        for few in torch.randperm(len(x), generator=generator).split(size):
+            yield x[few], y[few]

@@ -65,8 +65,8 @@ class Recipe:
 
     Attributes:
         route: ``train``: ADMM and fine-tuning; ``oneshot``: closed-form repair alone, which reads no label and
-            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection, the
-            precision and, to polish, the number of workers.
+            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection and the
+            precision.
         seed: Of everything that is drawn.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.
@@ -78,7 +78,7 @@ class Recipe:
         ranking: Heads' graph, chain and baselines.
         widths: Allowed widths.
         latency: How time is measured, for latency budgets and for the report.
-        polish: Distillation on the calibration images after a one-shot cut.
+        polish: Tuning of the blocks after a one-shot cut.
         dense: Training of the dense model on this data before anything else; 0 epochs where it is trained.
         admm: Penalty, schedule and metric.
         admm_stage: Length and rate of the ADMM stage; 0 epochs project once instead.

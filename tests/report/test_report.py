@@ -550,15 +550,15 @@ def test_fidelity_is_told(page: Page) -> None:
     assert "0.321 nats (0.250 predicted)" in page.text
 
 
-@pytest.mark.parametrize(("kept", "told"), [(1, "Polished for 1 of 2 epochs"), (0, "No epoch of the polish helped")])
+@pytest.mark.parametrize(("kept", "told"), [(1, "1 of its blocks are polished"), (0, "The polish of no block helped")])
 def test_the_polish_is_told(small: dict[str, Any], kept: int, told: str) -> None:
-    curve = [{"epoch": e, "train_loss": None if e == 0 else 0.9, "kl": kl} for e, kl in enumerate((0.4, 0.321, 0.5))]
+    curve = [{"blocks": n, "error": None if n == 0 else 0.9, "kl": kl} for n, kl in enumerate((0.4, 0.321, 0.5))]
     content = small | {"polish": {"kept": kept, "curve": curve}}
     validate(content)
     text = Page(render_html(content)).text
     assert told in text
     assert "After the cut and its polish" in text
-    with pytest.raises(RunError, match="kept names epoch 3"):
+    with pytest.raises(RunError, match="kept names 3 blocks"):
         validate(content | {"polish": {"kept": 3, "curve": curve}})
 
 

@@ -80,6 +80,7 @@ def collect_head_statistics(
     scope: Scope = "global",
     edge: Edge = "jsd",
     wanted: Collection[Statistic] = STATISTICS,
+    precision: torch.dtype = torch.float32,
 ) -> HeadStatistics:
     """Run every batch through the model once and gather the statistics of its heads.
 
@@ -90,6 +91,7 @@ def collect_head_statistics(
         scope: Heads that share a graph: those of a block, or all.
         edge: Edge weight; see :func:`attention_divergence` and :func:`output_distance`.
         wanted: What to gather beside the edges. All but ``contribution`` need a backward pass.
+        precision: Data type of both passes; below float32 by autocast. What is compared and summed stays wider.
 
     Raises:
         DataError: No images.
@@ -97,7 +99,7 @@ def collect_head_statistics(
         UnsupportedModelError: A gradient statistic for a model without class logits, or scope ``global`` where
             blocks differ in their number of tokens.
     """
-    fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, wanted=wanted)
+    fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, wanted=wanted, precision=precision)
     with evaluating(model):
         for images in batches:
             fitter.update(images)
@@ -120,8 +122,10 @@ class HeadStatisticsFitter:
         scope: Scope,
         edge: Edge,
         wanted: Collection[Statistic] = STATISTICS,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         self._model, self._blocks, self._edge, self._wanted = model, structure.blocks, edge, wanted
+        self._precision = precision
         self._backward = any(name in _GRADIENT_STATISTICS for name in wanted)
         blocks = range(len(structure.blocks))
         self._graphs = [list(blocks)] if scope == "global" else [[i] for i in blocks]
@@ -174,7 +178,8 @@ class HeadStatisticsFitter:
         # Through the images, so that frozen weights do not cut the graph.
         images.requires_grad_(self._backward)
         watch = {name: partial(seen.__setitem__, name) for pair in names for name in pair}
-        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward):
+        mixed = torch.autocast(images.device.type, self._precision, enabled=self._precision != torch.float32)
+        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), mixed:
             logits = self._model(images)
         for name, x in seen.items():
             _require_finite(f"the input of module '{name}'", x)
@@ -183,7 +188,7 @@ class HeadStatisticsFitter:
         outputs = [seen[readout] for _, readout in names]
         if self._backward:
             self._add_gradients(logits, outputs)
-        return [seen[attention].detach() for attention, _ in names], outputs
+        return [seen[attention].detach().float() for attention, _ in names], outputs
 
     def _add_gradients(self, logits: Tensor, outputs: list[Tensor]) -> None:
         """Differentiate the predicted class's log-probability by the heads' outputs."""

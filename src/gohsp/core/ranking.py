@@ -126,6 +126,7 @@ def rank_heads(
     settings: RankingSettings,
     *,
     seed: int = 0,
+    precision: torch.dtype = torch.float32,
 ) -> HeadRanking:
     """Rank all heads of a model on calibration images, without labels, in one pass over them.
 
@@ -136,6 +137,7 @@ def rank_heads(
             pass where the teleport is a gradient statistic.
         settings: How to rank.
         seed: Of the ``random`` method.
+        precision: Data type of the passes through the model; below float32 by autocast.
 
     Raises:
         DataError: No images.
@@ -144,7 +146,13 @@ def rank_heads(
     """
     wanted = [name for name in STATISTICS if settings.method == "chain" and settings.teleport == name]
     statistics = collect_head_statistics(
-        model, structure, batches, scope=settings.scope, edge=settings.edge, wanted=wanted
+        model,
+        structure,
+        batches,
+        scope=settings.scope,
+        edge=settings.edge,
+        wanted=wanted,
+        precision=precision,
     )
     if settings.method == "chain":
         return rank(statistics, head_values(model, structure, statistics, settings.teleport), settings)

@@ -139,24 +139,24 @@ class Fidelity(_Level):
     agreement: Percent
 
 
-class PolishEpoch(_Level):
-    """One epoch of the polish: mean loss on calibration images (None before the first), divergence on held-out ones."""
+class PolishStep(_Level):
+    """The polish after one more block: its relative error on calibration images, divergence on held-out ones."""
 
-    epoch: Count
-    train_loss: float | None
+    blocks: Count
+    error: NonNegative | None
     kl: NonNegative
 
 
 class Polish(_Level):
-    """Distillation after a one-shot cut; ``kept`` is the epoch with the least divergence, 0 if none helped."""
+    """Tuning of blocks after a one-shot cut; ``kept`` is how many, first to last, are kept tuned."""
 
     kept: Count
-    curve: list[PolishEpoch]
+    curve: list[PolishStep]
 
     @model_validator(mode="after")
     def _kept_is_there(self) -> Polish:
-        if self.kept not in [epoch.epoch for epoch in self.curve]:
-            raise ValueError(f"kept names epoch {self.kept}, which curve does not hold")
+        if self.kept not in [step.blocks for step in self.curve]:
+            raise ValueError(f"kept names {self.kept} blocks, which curve does not hold")
         return self
 
 
