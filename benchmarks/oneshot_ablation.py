@@ -23,7 +23,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from gohsp import Recipe, checkpoint, data, models
 from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
@@ -36,9 +35,8 @@ MAGNITUDE = ProjectionSettings(metric="euclidean", strength="norm", guidance=0.0
 EVEN = ProjectionSettings(attention_fisher=0.0)
 """All tokens weigh alike."""
 
-POLISH_EPOCHS = 4
 HELD_OUT = 50
-"""Images behind the calibration images that choose the polish's epoch."""
+"""Images behind the calibration images that choose the polish's length."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class Setting:
     calibration: list[Tensor]
     holdout: list[Tensor]
     scores: list[list[float]]
-    views: Callable[[int], DataLoader[Any]]
 
     def embedded(self) -> Iterator[Tensor]:
         """The stream that enters the first block, of images and mirror images."""
@@ -140,17 +137,28 @@ def fixed_ridge(_splits: Any, _fitted: Any, ridge: float) -> float:
     return ridge
 
 
-def polished(setting: Setting, cut: nn.Module, settings: PolishSettings, seed: int) -> nn.Module:
-    """Distilled on the calibration images, the epoch chosen on held-out ones."""
-    stages = models.stages(cut), models.stages(setting.dense)
-    expected = sensitivity.predictions(stages[1], [stages[1].embed(x) for x in setting.holdout])
+def polished(setting: Setting, cut: nn.Module, settings: PolishSettings, images: int, seed: int) -> nn.Module:
+    """Blocks tuned on the calibration images, as far as held-out ones gain."""
+    student, teacher = models.stages(cut), models.stages(setting.dense)
+    expected = sensitivity.predictions(teacher, [teacher.embed(x) for x in setting.holdout])
+    few = setting.calibration[: -(-images // len(setting.calibration[0]))]
+    weights = fisher.token_weights(setting.dense, setting.structure, few, attention=0.0, ffn=settings.fisher, seed=seed)
 
     def divergence() -> float:
         return sensitivity.divergence(
-            expected, sensitivity.predictions(stages[0], [stages[0].embed(x) for x in setting.holdout])
+            expected, sensitivity.predictions(student, [student.embed(x) for x in setting.holdout])
         )
 
-    polish(cut, *stages, setting.views(settings.batch_size), settings, divergence=divergence, seed=seed)
+    polish(
+        student,
+        teacher,
+        setting.embedded(),
+        [of_block.ffn for of_block in weights],
+        settings,
+        divergence=divergence,
+        seed=seed,
+        store=data.Spool,
+    )
     return cut
 
 
@@ -182,8 +190,8 @@ def lines(
     yield "+ token weights", lambda: whole(how, even, True, True)
     yield "+ allocation", lambda: whole(how, shapes, True, True)
     yield "+ cross-validated ridge", lambda: whole(how, shapes, True, False)
-    epochs = PolishSettings(epochs=POLISH_EPOCHS)
-    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), epochs, recipe.seed)
+    once = PolishSettings(epochs=1)
+    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), once, images, recipe.seed)
 
 
 def measured_widths(results: Path, budget: str, seed: int) -> tuple[BlockShape, ...]:
@@ -214,13 +222,7 @@ def main() -> None:
     held_out = data.calibration_images(
         source, "train", HELD_OUT, transform=transform, seed=options.seed, skip=options.images
     )
-    augmented = data.train_transform(data.Preprocessing.from_model(dense))
-
-    def views(batch_size: int) -> DataLoader[Any]:
-        chosen = data.drawn(source, "train", options.images, seed=options.seed)
-        return data.loader(chosen, transform=augmented, batch_size=batch_size, shuffle=True, seed=options.seed)
-
-    setting = Setting(dense, structure, list(images), list(held_out), scores, views)
+    setting = Setting(dense, structure, list(images), list(held_out), scores)
     scored = data.open_split(source, "validation")
     batches = data.loader(scored, transform=transform, batch_size=50, shuffle=False, num_classes=1000)
     results = json.loads(options.results.read_text()) if options.results.exists() else {"lines": {}}

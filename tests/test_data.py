@@ -585,21 +585,6 @@ def test_calibration_reads_no_labels(folder: Path, monkeypatch: pytest.MonkeyPat
     assert len(torch.cat(drawn).unique(dim=0)) == 7
 
 
-def test_a_drawn_split_holds_the_same_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(sources._FolderSplit, "raw_labels")
-    source, transform = DataSource(source=str(folder)), eval_transform(RGB)
-    batches = calibration_images(source, "train", 7, transform=transform, seed=1, batch_size=3)
-    split = data.drawn(source, "train", 7, seed=1)
-    loaded = data.loader(split, transform=transform, batch_size=7, shuffle=False)
-    (images, labels), *rest = loaded
-    assert torch.equal(images, torch.cat(list(batches)))
-    assert not rest
-    assert labels.tolist() == [0] * 7
-    assert split.mirrored_alike == data.open_split(source, "train").mirrored_alike
-    with pytest.raises(DataError, match="count=0"):
-        data.drawn(source, "train", 0)
-
-
 def test_calibration_needs_no_label_column(hub):
     from datasets import Image
 

@@ -153,9 +153,7 @@ def test_as_many_blocks_are_kept_tuned_as_help(divergence: list[float], best: in
     assert [step.kl for step in run(pairing, divergence=divergence)] == divergence
     everything = pair()
     run(everything, divergence=[4.0, 3.0, 2.0, 1.0])
-    for i, (kept, untouched, tuned) in enumerate(
-        zip(states(pairing[1]), before, states(everything[1]), strict=True)
-    ):
+    for i, (kept, untouched, tuned) in enumerate(zip(states(pairing[1]), before, states(everything[1]), strict=True)):
         assert not same(untouched, tuned)
         assert same(kept, tuned if i < best else untouched)
 

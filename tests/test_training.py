@@ -380,9 +380,7 @@ def test_a_given_precision_stands(given: Any):
 
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("avx512", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_units_for_it(
-    amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_auto_takes_bf16_where_the_processor_has_units_for_it(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     assert training.resolve_precision("auto", cpu=True) == ("bf16" if amx or avx512 else "no")

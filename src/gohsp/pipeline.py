@@ -436,7 +436,7 @@ def _polished(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any
 
 
 def _compared(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """How close the cut model is to the dense one on held-out images; at most the polish's length was chosen by them."""
+    """How close the cut model is to the dense one on held-out images; at most a polish's length is chosen by them."""
     sides = [bench.predictions(model, bench.holdout) for model in (dense, small)]
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
     images = sum(len(batch) for batch in sides[0])

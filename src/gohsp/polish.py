@@ -43,7 +43,7 @@ class PolishSettings:
     """
 
     epochs: int = 0
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch_size: int = 32
     fisher: float = 0.5
 
@@ -63,8 +63,8 @@ class PolishStep:
 
     Attributes:
         blocks: Blocks tuned so far.
-        error: Mean squared error of the last of them in its last epoch, tokens weighed, over its target's variance; None
-            before the first.
+        error: Mean squared error of the last of them in its last epoch, with token weights, over its target's
+            variance; None before the first.
         kl: Divergence of the predictions on held-out images.
     """
 

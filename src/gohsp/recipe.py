@@ -65,8 +65,8 @@ class Recipe:
 
     Attributes:
         route: ``train``: ADMM and fine-tuning; ``oneshot``: closed-form repair alone, which reads no label and
-            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection and the
-            precision.
+            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection and
+            the precision.
         seed: Of everything that is drawn.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.

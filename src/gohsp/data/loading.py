@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -216,46 +215,6 @@ def calibration_images(
     if found < count:
         logger.warning("%s has %d readable images, %d were asked for", images.name, found, count)
     return batches
-
-
-def drawn(source: DataSource, split: str, count: int, *, seed: int = 0) -> Split:
-    """Make a split of the images that `calibration_images` draws first; every label is 0, none is read.
-
-    Args:
-        source: Where the images are.
-        split: The split to draw from.
-        count: The number of images; unreadable ones count. All, if the split has fewer.
-        seed: A non-negative integer, as for `calibration_images`.
-
-    Raises:
-        DataError: ``count`` is not positive; the source cannot be opened.
-    """
-    if count < 1:
-        raise DataError(f"count={count}: it must be at least 1")
-    return _Drawn(open_split(source, split), count, seed)
-
-
-class _Drawn(Split):
-    """Some images of another split, without its labels."""
-
-    def __init__(self, images: Split, count: int, seed: int) -> None:
-        self._images, self._indices = images, _draw(images, seed)[:count]
-        super().__init__(f"{len(self._indices)} images of {images.name}", len(self._indices))
-        self.mirrored_alike = images.mirrored_alike
-
-    def open(self, index: int) -> Image.Image:
-        return self._images.open(self._indices[index])
-
-    def filename(self, index: int) -> str:
-        return self._images.filename(self._indices[index])
-
-    @property
-    def raw_labels(self) -> Sequence[Any]:
-        return [0] * len(self)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return None
 
 
 def _draw(images: Split, seed: int) -> list[int]:
