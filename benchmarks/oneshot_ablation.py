@@ -140,14 +140,11 @@ def fixed_ridge(_splits: Any, _fitted: Any, ridge: float) -> float:
 def polished(setting: Setting, cut: nn.Module, settings: PolishSettings, images: int, seed: int) -> nn.Module:
     """Blocks tuned on the calibration images, as far as held-out ones gain."""
     student, teacher = models.stages(cut), models.stages(setting.dense)
-    expected = sensitivity.predictions(teacher, [teacher.embed(x) for x in setting.holdout])
+    with torch.no_grad():
+        held_out = [teacher.embed(x) for x in setting.holdout]
+    expected = sensitivity.predictions(teacher, held_out)
     few = setting.calibration[: -(-images // len(setting.calibration[0]))]
     weights = fisher.token_weights(setting.dense, setting.structure, few, attention=0.0, ffn=settings.fisher, seed=seed)
-
-    def divergence() -> float:
-        return sensitivity.divergence(
-            expected, sensitivity.predictions(student, [student.embed(x) for x in setting.holdout])
-        )
 
     polish(
         student,
@@ -155,7 +152,7 @@ def polished(setting: Setting, cut: nn.Module, settings: PolishSettings, images:
         setting.embedded(),
         [of_block.ffn for of_block in weights],
         settings,
-        divergence=divergence,
+        divergence=lambda: sensitivity.divergence(expected, sensitivity.predictions(student, held_out)),
         seed=seed,
         store=data.Spool,
     )
@@ -190,8 +187,8 @@ def lines(
     yield "+ token weights", lambda: whole(how, even, True, True)
     yield "+ allocation", lambda: whole(how, shapes, True, True)
     yield "+ cross-validated ridge", lambda: whole(how, shapes, True, False)
-    once = PolishSettings(epochs=1)
-    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), once, images, recipe.seed)
+    long = PolishSettings(epochs=3)
+    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), long, images, recipe.seed)
 
 
 def measured_widths(results: Path, budget: str, seed: int) -> tuple[BlockShape, ...]:

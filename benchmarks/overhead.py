@@ -6,7 +6,8 @@
 
 Random images; the weights do not matter to the clock. Ranking, moments (with token weights), damage curves and
 reconstruction (without mirror images, which double its streams) are each timed once, after two forward passes of the
-model over the same images in the same precision (float32 in the ranking), and given in units of the faster of them.
+model over the same images in the same precision, and given in units of the faster of them; the ranking in units of
+float32 passes, too.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -70,7 +71,7 @@ class Subject:
             torch.cuda.synchronize()
 
     def autocast(self, *, mixed: bool = True) -> torch.autocast:
-        """Mixed precision as in training, or float32."""
+        """Mixed precision as in a run, or float32."""
         return torch.autocast(self.device.type, self.precision, enabled=mixed and self.precision != torch.float32)
 
     @torch.no_grad()
@@ -97,13 +98,18 @@ def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
     return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
 
 
-def cost(subject: Subject, work: Callable[[], object], *, mixed: bool) -> dict[str, float]:
-    """Seconds of ``work``, and as forward passes over the same images."""
+def pass_seconds(subject: Subject, *, mixed: bool) -> float:
+    """Seconds of a forward pass over the images, the faster of two after one that is not counted."""
     forward = partial(subject.forward, mixed=mixed)
     forward()
-    pass_seconds = min(subject.seconds(forward) for _ in range(2))
+    return min(subject.seconds(forward) for _ in range(2))
+
+
+def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
+    """Seconds of ``work``, and as forward passes over the same images."""
+    once = pass_seconds(subject, mixed=True)
     seconds = subject.seconds(work)
-    return {"seconds": round(seconds, 3), "forward_passes": round(seconds / pass_seconds, 2)}
+    return {"seconds": round(seconds, 3), "forward_passes": round(seconds / once, 2)}
 
 
 def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
@@ -152,16 +158,19 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
         )
 
     works: dict[str, Callable[[], object]] = {
-        "ranking": lambda: ranking.rank_heads(model, structure, images, ranking.RankingSettings()),
+        "ranking": lambda: ranking.rank_heads(
+            model, structure, images, ranking.RankingSettings(), precision=subject.precision
+        ),
         "moments": moments,
         "curves": curves,
         "reconstruction": reconstruct,
     }
-    record = {
-        name: cost(subject, work, mixed=name != "ranking")
-        for name, work in works.items()
-        if name in wanted or name == "moments"
-    }
+    record: dict[str, Any] = {}
+    for name, work in works.items():
+        if name in wanted or name == "moments":
+            record[name] = cost(subject, work)
+        if name == "ranking" and name in wanted:
+            record[name]["float32_passes"] = round(record[name]["seconds"] / pass_seconds(subject, mixed=False), 2)
     return record, found["moments"]
 
 

@@ -29,7 +29,7 @@ STYLE = {"font.size": 9, "svg.hashsalt": "gohsp", "axes.spines.top": False, "axe
 OURS = "#2563eb"
 BUDGETS = ("params=5.0M", "params=4.3M", "params=4.0M", "params=3.5M", "params=3.06M", "params=2.5M", "macs=-30%")
 HALVES = {"qk": "q/k halved in every block", "vo": "v/o halved", "ffn": "FFNs halved"}
-POLISH = " --polish.epochs=4"
+POLISH = " --polish.epochs=3"
 STAGES = {"": "", " --allocation-stages=1": ", one stage", " --allocation-stages=2": ", two stages"}
 
 Json = Mapping[str, Any]
@@ -93,7 +93,7 @@ def oneshot() -> str | None:
         "## One-shot, DeiT-Tiny",
         f"    {found['command']}",
         "1,000 training images without labels calibrate (950, 50 are held out), nothing is trained; top-1 on 1,000 "
-        "validation images, standard error 1.5. *Polished*: `--polish.epochs 4`, distillation on the same images. "
+        "validation images, standard error 1.5. *Polished*: `--polish.epochs 3`, blocks tuned on the same images. "
         "*Divergence*: of the predictions on the held-out images, in nats, before the polish. *One*, *two stages*: "
         "`--allocation-stages`, where it is not as by default. Seed 0, two CPU cores; "
         "times are upper bounds, since the machine was shared for most rows (4.0 M ran alone), and budgets share one "
@@ -370,8 +370,23 @@ def throughput() -> str | None:
             f"    {record['command']}",
             f"{record['machine']}, {record['threads']} threads; pruned blocks: {'; '.join(record['shapes'])}.",
             table(header, rows),
+            *profiles(record["cases"]),
         ]
     return "\n\n".join(text)
+
+
+def profiles(cases: Sequence[Json]) -> list[str]:
+    """Where a pass of the largest batch spends its time, dense and pruned."""
+    largest = max(case["batch"] for case in cases)
+    rows = []
+    for case in cases:
+        if case["batch"] == largest and (seen := case.get("profile")):
+            spent = (f"{seen[0][kind]:,.0f} -> {seen[1][kind]:,.0f} ms" for kind in ("products", "attention", "rest"))
+            rows.append([f"{case['dtype']}, batch {case['batch']}", *spent])
+    if not rows:
+        return []
+    header = ["profile, dense -> pruned", "matrix products", "attention", "norms, activations, sums, copies"]
+    return [table(header, rows)]
 
 
 def overhead() -> str | None:
@@ -387,6 +402,9 @@ def overhead() -> str | None:
                 f"{of[part]['seconds']:.1f} s ({of[part]['forward_passes']:.0f})" if part in of else ""
                 for part in PARTS
             ]
+            if (ranked := of.get("ranking", {})).get("float32_passes"):
+                passes = f"{ranked['forward_passes']:.1f}; {ranked['float32_passes']:.1f}"
+                cells[0] = f"{ranked['seconds']:.1f} s ({passes})"
             images = ", ".join(str(n) for n in sorted({of[part]["images"] for part in PARTS if part in of}))
             rows.append([model, f"{of['params'] / 1e6:.1f} M", images, *cells])
             if admm := of.get("admm"):
@@ -404,8 +422,8 @@ def overhead() -> str | None:
         text += [
             f"    {record['command']}",
             f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
-            "the same images in the same precision; with few images the solves, which do not depend on their number, "
-            "weigh most.",
+            "the same images in the same precision, for the ranking also such passes in float32; with few images the "
+            "solves, which do not depend on their number, weigh most.",
             table(["model", "parameters", "images", *PARTS], rows),
             "An ADMM step over a plain one, at the default interval; *in images*: how many images a plain step trains "
             "on in the time that ADMM adds, whatever the batch. State: anchors, duals and moments (over the weights).",

@@ -7,7 +7,8 @@
 
 A model is a timm name or a folder that gohsp wrote; time does not depend on what the weights are. ``promised`` is the
 ratio of MACs, ``speedup`` the measured one, ``achieved`` their quotient. Peak memory is that of one batch, weights not
-counted: on a GPU what torch allocated, on a CPU what a process of its own took (Linux only).
+counted: on a GPU what torch allocated, on a CPU what a process of its own took (Linux only). ``profile`` says where an
+uncompiled pass spends its time: softmax and norms do not shrink with heads' dimensions and hidden units.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import json
 import multiprocessing
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import gohsp
 from gohsp import checkpoint, latency, models
@@ -94,6 +97,26 @@ def peak_resident() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+def kind_of(operator: str) -> str:
+    """What an operator counts as in a profile."""
+    if "scaled_dot_product" in operator:
+        return "attention"
+    return "products" if any(part in operator for part in ("mm", "conv", "linear")) else "rest"
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one pass by kind of operator."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+        call()
+    found = {"products": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in seen.key_averages():
+        if event.key.startswith("aten::"):  # kernels stand there once more under their own names
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            found[kind_of(event.key)] += spent / 1e3
+    return {kind: round(ms, 1) for kind, ms in found.items()}
+
+
 @torch.no_grad()
 def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[str, Any]:
     """Both models under one case."""
@@ -117,6 +140,7 @@ def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[s
         "promised": round(promised, 3),
         "speedup": round(speedup, 3),
         "achieved": round(speedup / promised, 3),
+        "profile": None if compiled else [profiled(lambda c=c: c(images), device) for c in calls],
     }
 
 

@@ -565,11 +565,14 @@ def test_oneshot_repair_beats_plain_projection(tmp_path: Path):
     assert runs[0]["fidelity"]["kl"] < 0.5 * runs[1]["fidelity"]["kl"]
 
 
+UNREPAIRED = {"projection": {"metric": "euclidean", "strength": "norm", "guidance": 0.0}}
+"""Repairs would leave a polish little to do."""
+
+
 def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr("gohsp.data.sources._DigitsSplit.raw_labels")
     settings = {"epochs": 2, "learning_rate": 1e-3}
-    plain = {"projection": {"metric": "euclidean", "strength": "norm", "guidance": 0.0}}  # repairs would leave little
-    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings)
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=UNREPAIRED, polish=settings)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe, shapes=SHAPES)
     polish = result.report["polish"]
     assert [step["blocks"] for step in polish["curve"]] == list(range(len(SHAPES) + 1))
@@ -579,11 +582,31 @@ def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest
     assert "of its blocks are polished" in (tmp_path / "run" / "report.html").read_text()
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(gohsp.load(tmp_path / "run")(images), result.model(images))
-    wild = recipe_with(route="oneshot", dense={"epochs": 0}, admm=plain, polish=settings | {"learning_rate": 1e3})
+    wild = recipe_with(route="oneshot", dense={"epochs": 0}, admm=UNREPAIRED, polish=settings | {"learning_rate": 1e3})
     worse = prune(tmp_path / "wild", model=tiny(), recipe=wild, shapes=SHAPES)
     assert worse.report["polish"]["kept"] == 0
     assert worse.report["fidelity"]["kl"] == pytest.approx(polish["curve"][0]["kl"], rel=1e-4)
     assert "The polish of no block helped" in (tmp_path / "wild" / "report.html").read_text()
+
+
+def test_a_polish_is_taken_up_where_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, admm=UNREPAIRED, polish={"epochs": 2})
+    arguments = {"model": tiny(), "recipe": recipe, "shapes": SHAPES}
+    whole = prune(tmp_path / "whole", **arguments)
+    assert whole.report["polish"]["kept"] > 0
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.report, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "run", **arguments)
+    monkeypatch.setattr(pipeline.polish, "polish", interrupt)  # which is not called again
+    resumed = prune(tmp_path / "run", resume=True, **arguments)
+    assert resumed.report["polish"] == whole.report["polish"]
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(resumed.model(images), whole.model(images))
 
 
 def test_a_module_in_training_mode_half_precision_or_frozen_is_pruned_alike(tmp_path: Path):

@@ -51,7 +51,6 @@ def run(
     pairing: tuple[nn.Module, nn.Module],
     settings: PolishSettings = SETTINGS,
     divergence: list[float] | None = None,
-    weights: list[Tensor | None] | None = None,
     **more: object,
 ) -> list[PolishStep]:
     teacher, student = pairing
@@ -62,7 +61,7 @@ def run(
         models.stages(student),
         stages,
         embedded,
-        weights or [None] * 3,
+        [None] * 3,
         settings,
         divergence=lambda: gap(teacher, student, images(2)) if divergence is None else divergence[next(told)],
         **more,  # pyrefly: ignore[bad-argument-type]
@@ -120,30 +119,63 @@ def test_a_linear_block_reaches_the_weighted_least_squares_fit(weighted: bool) -
     torch.testing.assert_close(torch.cat([block.weight.T, block.bias[None]]), best, atol=0.01, rtol=0)
 
 
-def test_a_block_is_given_what_the_tuned_ones_before_it_send() -> None:
-    """Two layers that shift: the first cannot be mended, so the second has to undo what it does."""
+class Shift(nn.Module):
+    """Adds a number, which can be learnt unless it is fixed."""
 
-    class Shift(nn.Module):
-        def __init__(self, by: float, *, fixed: bool = False) -> None:
-            super().__init__()
-            self.by = nn.Parameter(torch.tensor(by))
-            self.step = nn.Parameter(torch.zeros(()))
-            self.fixed = fixed
+    def __init__(self, by: float, *, fixed: bool = False) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(by))
+        self.still = nn.Parameter(torch.zeros(()))
+        self.fixed = fixed
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + (self.by.detach() if self.fixed else self.by) + 0 * self.step
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.by.detach() if self.fixed else self.by) + 0 * self.still
 
-    student, teacher = (Shift(1.0, fixed=True), Shift(0.0)), (Shift(0.25), Shift(0.0))
-    polish(
+
+@pytest.mark.parametrize(("fixed", "second"), [(True, -0.75), (False, 0.0)])
+def test_a_block_is_given_what_the_tuned_ones_before_it_send(fixed: bool, second: float) -> None:
+    """Where the first of two shifts cannot be mended, the second has to undo it; else there is nothing to undo."""
+    student, teacher = (Shift(1.0, fixed=fixed), Shift(-0.75)), (Shift(0.25), Shift(0.0))
+    x = torch.randn(8, 2, 3)
+    curve = polish(
         Stages(nn.Identity(), student, nn.Identity()),
         Stages(nn.Identity(), teacher, nn.Identity()),
-        [torch.randn(8, 2, 3)],
+        [x],
         [None, None],
         PolishSettings(epochs=300, learning_rate=0.03, batch_size=8),
         divergence=iter([3.0, 2.0, 1.0]).__next__,
     )
-    assert float(student[0].by.detach()) == 1.0
-    assert float(student[1].by.detach()) == pytest.approx(-0.75, abs=0.01)
+    assert float(student[0].by.detach()) == pytest.approx(1.0 if fixed else 0.25, abs=0.01)
+    assert float(student[1].by.detach()) == pytest.approx(second, abs=0.02)
+    assert curve[1].error == pytest.approx(
+        0.75**2 / float(x.var(dim=(0, 1), correction=0).mean()) if fixed else 0, abs=1e-3
+    )
+
+
+def test_every_block_has_its_own_token_weights() -> None:
+    """A shift of all tokens alike can only meet the mean of what they need, and does so by the weights."""
+    weights = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])]
+    student, x = (Shift(0.0), Shift(0.0)), torch.randn(8, 2, 3)
+    needed = torch.tensor([1.0, -1.0])[:, None]
+    told = [Told([(x, x + needed)]), Told([(x + needed, x + needed)])]
+    polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), tuple(told), nn.Identity()),
+        [x],
+        weights,
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8),
+        divergence=iter([3.0, 2.0, 1.0]).__next__,
+    )
+    assert float(student[0].by.detach()) == pytest.approx(1.0, abs=0.01)
+    assert float(student[1].by.detach()) == pytest.approx(-2.0, abs=0.02)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_lower_precision_ends_nearby(precision: torch.dtype) -> None:
+    settings = replace(SETTINGS, epochs=10)
+    curves = [run(pair(), settings, precision=given) for given in (torch.float32, precision)]
+    assert [step.kl for step in curves[1]] != [step.kl for step in curves[0]]
+    assert min(s.kl for s in curves[1]) == pytest.approx(min(s.kl for s in curves[0]), rel=0.3)
 
 
 @pytest.mark.parametrize(("divergence", "best"), [([1.0, 2.0, 3.0, 4.0], 0), ([4.0, 3.0, 1.0, 2.0], 2)])
@@ -177,9 +209,10 @@ def test_a_divergence_that_is_no_number_ends_it() -> None:
     assert same(before[2], now[2])
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("epochs", [1, 2, 5])
 @pytest.mark.parametrize("batch", [5, 12, 24])
 def test_any_number_of_steps_has_a_schedule(epochs: int, batch: int) -> None:
+    """2 to 30 steps, 10 among them, of which a tenth is one."""
     assert len(run(pair(), replace(SETTINGS, epochs=epochs, batch_size=batch))) == 4
 
 

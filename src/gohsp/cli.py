@@ -113,9 +113,16 @@ class Rank:
             transform=data.eval_transform(preprocessing),
             seed=self.seed,
         )
-        accelerator = training.make_accelerator("no")
+        accelerator = training.make_accelerator("auto")
         with console.status("ranking heads"):
-            heads = ranking.rank_heads(model.to(accelerator.device), structure, batches, self.settings, seed=self.seed)
+            heads = ranking.rank_heads(
+                model.to(accelerator.device),
+                structure,
+                batches,
+                self.settings,
+                seed=self.seed,
+                precision=training.autocast_dtype(accelerator),
+            )
         record = heads.to_json()
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomic(self.out / "ranking.json", json.dumps(record, indent=2) + "\n")

@@ -201,7 +201,7 @@ def _prune(
     with bench.timed("compact"):
         compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.probe)
     small = compaction.model
-    polished = _polished(bench, dense, small)
+    polished = _polished(bench, dense, structure, small)
     fidelity = _compared(bench, dense, small) | {"predicted_kl": allocated["predicted"]}
     if trains and recipe.finetune.epochs > 0:
         curves["finetune"] = _trained(bench, "finetune", small, recipe.finetune, teacher=dense)["curve"]
@@ -394,7 +394,7 @@ def _cut(
     return record
 
 
-def _polished(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any] | None:
+def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: nn.Module) -> dict[str, Any] | None:
     """Tune the cut model's blocks in place, where that was asked for and as far as it helps; returns the curve."""
     settings = bench.recipe.polish
     if settings.epochs == 0:
@@ -411,7 +411,7 @@ def _polished(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any
         with bench.autocast():
             weights = fisher.token_weights(
                 dense,
-                models.describe(dense),
+                structure,
                 bench.images(bench.recipe.data.ranking_images),
                 attention=0.0,
                 ffn=settings.fisher,

@@ -37,7 +37,7 @@ class PolishSettings:
     Attributes:
         epochs: Passes of every block over the calibration images and their mirror images; 0 leaves polishing out.
         learning_rate: Peak rate of Adam; it falls along a cosine.
-        batch_size: Images a step, at most; the last step on a stored batch may have fewer.
+        batch_size: Images a step; no more than lie in a stored batch, of which a run has 64.
         fisher: Share of a token's weight in the error that follows the Fisher information of the predictions, 0 to 1;
             the rest is spread evenly.
     """
@@ -63,8 +63,8 @@ class PolishStep:
 
     Attributes:
         blocks: Blocks tuned so far.
-        error: Mean squared error of the last of them in its last epoch, with token weights, over its target's
-            variance; None before the first.
+        error: Mean squared error of the last of them in its last epoch, with token weights, over the variance of its
+            target's first batch; None before the first.
         kl: Divergence of the predictions on held-out images.
     """
 
@@ -93,7 +93,7 @@ def polish(
     """Tune the blocks of ``student`` in place, and undo what held-out images do not gain by.
 
     Args:
-        student: The cut model as stages, in evaluation mode.
+        student: The cut model as stages, in evaluation mode, with weights that require gradients.
         teacher: The dense model as stages; left as it is.
         embedded: What enters the first block of either, in batches ``[B, tokens, D]``.
         weights: How much each token ``[tokens]`` of a block's output counts, by block; None counts all alike.
@@ -123,8 +123,9 @@ def polish(
             break
         curve.append(PolishStep(i + 1, error, kl))
         logger.info("polish: %s", curve[-1])
-        _pass_on(block, stream, precision)
         advance()
+        if block is not student.blocks[-1]:
+            _pass_on(block, stream, precision)
     kept = min(curve, key=lambda step: step.kl).blocks
     for block, state in list(zip(student.blocks, before, strict=False))[kept:]:
         block.load_state_dict(state)
@@ -148,7 +149,7 @@ def _tune(
     precision: torch.dtype,
 ) -> float:
     """Train a block to make ``target`` of ``stream``; returns its relative error in the last epoch."""
-    parameters = [p for p in block.parameters() if p.requires_grad]
+    parameters = list(block.parameters())
     device = parameters[0].device
     per_epoch = sum(-(-len(batch) // settings.batch_size) for batch in stream)
     steps = max(settings.epochs * per_epoch, 3)  # of fewer there is no schedule, whose warm-up is divided by

@@ -168,11 +168,11 @@ def make_accelerator(precision: Precision, device: str | None = None) -> Acceler
 
 
 def resolve_precision(precision: Precision, *, cpu: bool) -> Literal["no", "bf16", "fp16"]:
-    """What ``auto`` means here: bf16 on a CPU with matrix units for it and on a GPU that has it."""
+    """What ``auto`` means here: bf16 on a CPU with units for it and on a GPU that has it."""
     if precision != "auto":
         return precision
     if cpu:
-        # Without such units bf16 on a CPU is emulated and slower than float32; with either, about twice as fast.
+        # Without such units bf16 on a CPU is emulated and slower than float32.
         units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return "bf16" if any(getattr(torch.cpu, has, lambda: False)() for has in units) else "no"
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

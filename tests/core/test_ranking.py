@@ -252,3 +252,13 @@ def test_default_ranking_reads_what_zeroing_a_head_of_deit_tiny_costs(assets: Pa
     )
     ranking = rank_heads(model, describe(model), batches, RankingSettings())
     assert spearmanr(flat(ranking.scores), record["truth"]["evaluation"]["loss"]).statistic > 0.45
+
+
+def test_a_lower_precision_ranks_nearly_alike(make_model: Callable[..., nn.Module], images: Tensor) -> None:
+    model = make_model()
+    exact, mixed = (
+        flat(rank_heads(model, describe(model), [images], RankingSettings(), precision=given).scores)
+        for given in (torch.float32, torch.bfloat16)
+    )
+    assert not torch.equal(exact, mixed)
+    torch.testing.assert_close(exact, mixed, atol=0.05 * float(exact.max()), rtol=0.1)

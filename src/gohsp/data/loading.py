@@ -193,9 +193,10 @@ def calibration_images(
     if count < 1 or batch_size < 1:
         raise DataError(f"count={count}, batch_size={batch_size}: both must be at least 1")
     images = open_split(source, split)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches, pending, found = store(), [], 0
     with _seeded(seed % 2**32):
-        for index in _draw(images, seed)[skip:]:
+        for index in order[skip:].tolist():
             if found == count:
                 break
             try:
@@ -215,8 +216,3 @@ def calibration_images(
     if found < count:
         logger.warning("%s has %d readable images, %d were asked for", images.name, found, count)
     return batches
-
-
-def _draw(images: Split, seed: int) -> list[int]:
-    """All indices, in the order in which calibration draws them."""
-    return torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
