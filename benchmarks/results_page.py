@@ -161,7 +161,7 @@ def deep() -> str | None:
             f"    {what} --results benchmarks/results/own_data_deep.json\n"
             f"    {what} --recipe recipes/own_data_long.toml --dense runs/own_data/dense "
             "--results benchmarks/results/own_data_long.json",
-            "One dense model (84.60 %), one seed, 2,000 validation images (standard error 1.0); without it, ADMM's epochs "
+            "One dense model (84.60 %), one seed, 2,000 validation images (standard error 1.0); without it, its epochs "
             "go to fine-tuning. Both lengths ran with ADMM beginning at the repaired network.",
             table(["epochs", "dense, trained as long", "gohsp", "gohsp without ADMM"], rows),
         ]
