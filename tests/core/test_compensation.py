@@ -161,7 +161,7 @@ def test_half_precision_activations_are_accumulated_in_full() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fitter.update(x)
     value = float(x[0].double())
-    # Equal terms round alike, so that a float32 sum may err by 2e-5 of itself in some BLAS; in bfloat16 by 1e-3 or more.
+    # Equal terms round alike, so that a float32 sum may err by 2e-5 in some BLAS; bfloat16 by 1e-3 or more.
     assert float(fitter.moment[0, 0]) == pytest.approx(value**2, rel=1e-4)
     assert float(fitter.moment[0, 1]) == pytest.approx(value, rel=1e-4)
 
