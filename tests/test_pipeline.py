@@ -212,7 +212,7 @@ def test_a_given_plan_is_used_and_a_given_model_is_left_alone(tmp_path: Path):
     assert Plan.from_json(result.report["plan"]["kept"]).shapes == SHAPES
     assert json.loads((tmp_path / "run" / "plan.json").read_text())[0] == {"heads": 3, "qk": 4, "vo": 6, "ffn": 50}
     assert "allocate" not in result.report["timings"]
-    assert result.report["admm"]["status"] == "projected once"
+    assert "admm" not in result.report  # no such stage was run
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert set(vars(model)) == attributes
     assert model.training

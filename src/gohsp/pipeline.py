@@ -194,10 +194,10 @@ def _prune(
     allocated = choose_widths(bench, basis, dense, goal, given)
     shapes = shapes_from_json(allocated["shapes"])
     checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
-    soft = _soft_pruned(bench, basis, dense, shapes)
-    if soft["curve"]:
+    soft = _soft_pruned(bench, basis, dense, shapes) if trains and recipe.admm_stage.epochs > 0 else None
+    if soft:
         curves["admm"] = soft["curve"]
-    cut = _cut(bench, basis, dense, shapes, soft["support"])
+    cut = _cut(bench, basis, dense, shapes, soft["support"] if soft else None)
     with bench.timed("compact"):
         compaction = models.compact(basis.model, Plan.from_json(cut["plan"]), bench.probe)
     small = compaction.model
@@ -228,7 +228,7 @@ def _prune(
     }
     if polished is not None:
         content["polish"] = polished
-    if trains:
+    if soft:
         content["admm"] = {
             **{k: soft[k] for k in ("status", "metric", "penalty", "trace")},
             "loss_before_cut": cut["loss_before"],
@@ -310,18 +310,8 @@ def _ranked(bench: Bench, dense: nn.Module, structure: ModelStructure) -> dict[s
 
 
 def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> dict[str, Any]:
-    """ADMM stage, where the route has one: the basis' model is trained towards the sparsity set."""
+    """ADMM stage: the basis' model is trained towards the sparsity set."""
     recipe, work = bench.recipe, basis.model
-    record: dict[str, Any] = {
-        "status": "projected once",
-        "metric": recipe.admm.projection.metric,
-        "penalty": recipe.admm.penalty,
-        "trace": [],
-        "curve": [],
-        "support": None,
-    }
-    if recipe.route == "oneshot" or recipe.admm_stage.epochs == 0:
-        return record
     if done := bench.folder.done("admm"):
         bench.folder.restore("admm", work)
         bench.timings["admm"] = done["seconds"]
@@ -351,8 +341,10 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
         )
     state = result.admm
     assert state is not None
-    record |= {
+    record = {
         "status": state.status,
+        "metric": recipe.admm.projection.metric,
+        "penalty": recipe.admm.penalty,
         "trace": _trace(state, len(bench.labelled.train)),
         "curve": [e.to_json() for e in result.curve],
         "support": state.plan.to_json(),
@@ -380,16 +372,17 @@ def _cut(
     shapes: Sequence[BlockShape],
     support: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Put the basis' model on the sparsity set of ``shapes``, repaired; returns the plan and the loss around it."""
+    """Put the basis' model on the sparsity set of ``shapes``, repaired; returns the plan, and ADMM's loss around it."""
     work = basis.model
     if record := bench.folder.done("cut"):
         bench.folder.restore("cut", work)
         return record
-    before = _training_loss(bench, work)
+    before = _training_loss(bench, work) if support else None
     plan = Plan.from_json(support) if support else None
     with bench.timed("reconstruct"):
         plan = put_on_set(bench, basis, dense, shapes, plan)
-    record = {"plan": plan.to_json(), "loss_before": before, "loss_after": _training_loss(bench, work)}
+    after = _training_loss(bench, work) if support else None
+    record = {"plan": plan.to_json(), "loss_before": before, "loss_after": after}
     bench.folder.record("cut", record, work)
     return record
 
@@ -451,12 +444,10 @@ def _trace(state: admm.AdmmState, updates: int) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(r), "epoch": r.step / updates} for r in state.trace]
 
 
-def _training_loss(bench: Bench, model: nn.Module) -> float | None:
-    """Cross entropy on a fixed sample of training images, as in evaluation; None on the route without labels."""
-    if bench.loaders is None:
-        return None
+def _training_loss(bench: Bench, model: nn.Module) -> float:
+    """Cross entropy on a fixed sample of training images, as in evaluation."""
     batches = max(1, LOSS_IMAGES // bench.recipe.training.batch_size)
-    return bench.score(model, itertools.islice(bench.loaders.sample(), batches)).loss
+    return bench.score(model, itertools.islice(bench.labelled.sample(), batches)).loss
 
 
 def _metrics_record(structure: ModelStructure, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class Recipe:
     """A whole run.
 
     Attributes:
-        route: ``train``: ADMM and fine-tuning; ``oneshot``: closed-form repair alone, which reads no label and
-            takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses ADMM's projection and
-            the precision.
+        route: ``train``: ADMM, where it is asked for, and fine-tuning; ``oneshot``: closed-form repair alone, which
+            reads no label and takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses
+            ADMM's projection and the precision.
         seed: Of everything that is drawn.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.
@@ -81,7 +81,8 @@ class Recipe:
         polish: Tuning of the blocks after a one-shot cut.
         dense: Training of the dense model on this data before anything else; 0 epochs where it is trained.
         admm: Penalty, schedule and metric.
-        admm_stage: Length and rate of the ADMM stage; 0 epochs project once instead.
+        admm_stage: Length and rate of the ADMM stage. 0 epochs, the default, cut and repair at once: with the same
+            epochs in all that measured as good or better (``docs/admm.md``).
         finetune: Fine-tuning after the cut.
         training: What all stages have in common.
         retrain_dense: Whether to train the dense model for as many epochs, for an honest comparison.
@@ -100,8 +101,8 @@ class Recipe:
     polish: PolishSettings = field(default_factory=PolishSettings)
     dense: StageSettings = field(default_factory=StageSettings)
     admm: AdmmSettings = field(default_factory=AdmmSettings)
-    admm_stage: StageSettings = field(default_factory=lambda: StageSettings(epochs=2, schedule="constant"))
-    finetune: StageSettings = field(default_factory=lambda: StageSettings(epochs=6))
+    admm_stage: StageSettings = field(default_factory=lambda: StageSettings(schedule="constant"))
+    finetune: StageSettings = field(default_factory=lambda: StageSettings(epochs=8))
     training: TrainingSettings = field(default_factory=TrainingSettings)
     retrain_dense: bool = True
 
