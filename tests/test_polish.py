@@ -178,6 +178,36 @@ def test_lower_precision_ends_nearby(precision: torch.dtype) -> None:
     assert min(s.kl for s in curves[1]) == pytest.approx(min(s.kl for s in curves[0]), rel=0.3)
 
 
+class Listening(Shift):
+    """Notes the data type that it is told to compute in, apart for passes with and without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.heard: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        enabled = torch.is_autocast_enabled("cpu")
+        self.heard[torch.is_grad_enabled()].add(torch.get_autocast_dtype("cpu") if enabled else torch.float32)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_blocks_are_trained_and_passed_in_the_precision_asked_for(precision: torch.dtype) -> None:
+    student, teacher = (Listening(), Listening()), (Listening(), Listening())
+    polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), teacher, nn.Identity()),
+        [torch.randn(8, 2, 3)],
+        [None, None],
+        replace(SETTINGS, epochs=3),
+        divergence=iter([3.0, 2.0, 1.0]).__next__,
+        precision=precision,
+    )
+    assert student[0].heard == {True: {precision}, False: {precision}}
+    assert student[1].heard == {True: {precision}, False: set()}  # nothing reads what the last block sends
+    assert teacher[1].heard == {True: set(), False: {precision}}
+
+
 @pytest.mark.parametrize(("divergence", "best"), [([1.0, 2.0, 3.0, 4.0], 0), ([4.0, 3.0, 1.0, 2.0], 2)])
 def test_as_many_blocks_are_kept_tuned_as_help(divergence: list[float], best: int) -> None:
     pairing = pair()
