@@ -239,17 +239,15 @@ class HeadStatisticsFitter:
             raise DataError("no images to rank heads on; give at least one batch, better 500 images or more")
         weights = [_readout_weights(self._model, b) for b in self._blocks]
         fisher = self._square / (2 * self._images)
-        found = {
-            "contribution": lambda: self._contribution(weights),
-            "fisher": lambda: fisher,
-            "taylor": lambda: self._slope / self._images + fisher,
-            "fisher_residual": self._fisher_residual,
-        }
+        wanted = self._wanted
         return HeadStatistics(
             heads=tuple(b.shape.heads for b in self._blocks),
             images=self._images,
             edges=tuple(self._edges(weights)),
-            **{name: compute() if name in self._wanted else None for name, compute in found.items()},
+            contribution=self._contribution(weights) if "contribution" in wanted else None,
+            fisher=fisher if "fisher" in wanted else None,
+            taylor=self._slope / self._images + fisher if "taylor" in wanted else None,
+            fisher_residual=self._fisher_residual() if "fisher_residual" in wanted else None,
         )
 
     def _contribution(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
