@@ -6,8 +6,10 @@
 
 Random images; the weights do not matter to the clock. Ranking, moments (with token weights), damage curves and
 reconstruction (without mirror images, which double its streams) are each timed once, after two forward passes of the
-model over the same images in the same precision, and given in units of the faster of them; the ranking in units of
-float32 passes, too.
+model over the same images in the same precision, and given in units of the faster of them. The ranking is short enough
+to be timed as these passes are, the faster of two after one that is not counted; it is given in float32 passes, too.
+Reconstruction is timed with four times as many images as well, to tell its solves, which are as
+many whatever the number of images, from what every image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -98,17 +100,21 @@ def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
     return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
 
 
+def best_seconds(subject: Subject, work: Callable[[], object]) -> float:
+    """The faster of two runs after one that is not counted."""
+    work()
+    return min(subject.seconds(work) for _ in range(2))
+
+
 def pass_seconds(subject: Subject, *, mixed: bool) -> float:
-    """Seconds of a forward pass over the images, the faster of two after one that is not counted."""
-    forward = partial(subject.forward, mixed=mixed)
-    forward()
-    return min(subject.seconds(forward) for _ in range(2))
+    """Seconds of a forward pass over the images."""
+    return best_seconds(subject, partial(subject.forward, mixed=mixed))
 
 
-def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
+def cost(subject: Subject, work: Callable[[], object], timed: Callable[..., float]) -> dict[str, float]:
     """Seconds of ``work``, and as forward passes over the same images."""
     once = pass_seconds(subject, mixed=True)
-    seconds = subject.seconds(work)
+    seconds = timed(subject, work)
     return {"seconds": round(seconds, 3), "forward_passes": round(seconds / once, 2)}
 
 
@@ -140,8 +146,8 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
             precision=subject.precision,
         )
 
-    def reconstruct() -> object:
-        embedded = [stages.embed(batch).detach().float() for batch in images]
+    def reconstruct(times: int = 1) -> object:
+        embedded = [stages.embed(batch).detach().float() for batch in images] * times
         copy = models.resized(model, structure.shapes).to(subject.device)
         copy.load_state_dict(model.state_dict())
         return reconstruction.reconstruct(
@@ -168,9 +174,14 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
     record: dict[str, Any] = {}
     for name, work in works.items():
         if name in wanted or name == "moments":
-            record[name] = cost(subject, work)
-        if name == "ranking" and name in wanted:
-            record[name]["float32_passes"] = round(record[name]["seconds"] / pass_seconds(subject, mixed=False), 2)
+            record[name] = cost(subject, work, best_seconds if name == "ranking" else Subject.seconds)
+    if "ranking" in record:
+        passes = record["ranking"]["seconds"] / pass_seconds(subject, mixed=False)
+        record["ranking"]["float32_passes"] = round(passes, 2)
+    if "reconstruction" in record:
+        once, count = record["reconstruction"]["seconds"], sum(map(len, images))
+        an_image = (subject.seconds(partial(reconstruct, 4)) - once) / (3 * count)
+        record["reconstruction"] |= {"an_image": round(an_image, 5), "solves": round(once - count * an_image, 3)}
     return record, found["moments"]
 
 

@@ -479,7 +479,33 @@ def overhead() -> str | None:
         ]
         if growth := grown(sizes):
             text.append(growth)
+        if any("solves" in of.get("reconstruction", {}) for of in sizes.values()):
+            text += reconstruction(sizes)
     return "\n\n".join(text)
+
+
+VIEWS = 2048
+"""What a run reconstructs on by default: 1,024 images and their mirror images."""
+
+
+def reconstruction(sizes: Json) -> list[str]:
+    """What reconstruction costs at a run's size, from its cost at two small numbers of images."""
+    known = {model: of for model, of in sizes.items() if "solves" in of.get("reconstruction", {})}
+    whole = [of["reconstruction"]["solves"] + VIEWS * of["reconstruction"]["an_image"] for of in known.values()]
+    rows = [
+        [model, f"{part['solves']:.1f} s", f"{1e3 * part['an_image']:.0f} ms", f"{seconds:,.0f} s"]
+        for model, part, seconds in zip(known, (of["reconstruction"] for of in known.values()), whole, strict=True)
+    ]
+    text = [
+        "Reconstruction, timed with as many images and with four times as many, is solves, whatever their number, and "
+        f"a cost an image. By these it takes, at a run's {VIEWS:,} views (extrapolated):",
+        table(["model", "solves", "an image", f"{VIEWS:,} views"], rows),
+    ]
+    if len(whole) > 1:
+        params = [of["params"] for of in known.values()]
+        power = math.log(whole[-1] / whole[0]) / math.log(params[-1] / params[0])
+        text.append(f"Power of the number of parameters by which that grows: {power:.2f}.")
+    return text
 
 
 PARTS = ("ranking", "moments", "curves", "reconstruction")
