@@ -83,8 +83,8 @@ def record_of(report: dict[str, Any]) -> dict[str, Any]:
     keep = ("seed", "budget", "dense", "dense_retrained", "pruned", "timings", "machine", "versions", "equality")
     record = {key: report[key] for key in keep if key in report}
     record["plan"] = report["plan"]["pruned"]
-    record["admm"] = {k: v for k, v in report["admm"].items() if k != "trace"}
-    record["admm"]["last"] = report["admm"]["trace"][-1] if report["admm"]["trace"] else None
+    if admm := report.get("admm"):
+        record["admm"] = {k: v for k, v in admm.items() if k != "trace"} | {"last": admm["trace"][-1]}
     record["after_cut_top1"] = (report["curves"].get("admm") or [{"top1": None}])[-1]["top1"]
     return record
 

@@ -36,7 +36,7 @@ EVEN = ProjectionSettings(attention_fisher=0.0)
 """All tokens weigh alike."""
 
 HELD_OUT = 50
-"""Images behind the calibration images that choose the polish's length."""
+"""Images behind the calibration images that choose which tuned blocks to keep."""
 
 
 @dataclass(frozen=True)

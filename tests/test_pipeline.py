@@ -185,6 +185,7 @@ def test_a_run_interrupted_between_stages_ends_as_the_uninterrupted_one(
         prune(out, recipe=dataclasses.replace(recipe, seed=4), resume=True)
     result = prune(out, recipe=recipe, resume=True, command=["gohsp", "prune"])
     assert trained == ["dense", "admm", "finetune", "dense_retrained"]  # no stage twice
+    assert result.report["timings"].keys() == finished.report["timings"].keys()  # those of earlier attempts stand
     assert not (out / "state").exists()
     whole, again = finished.model.state_dict(), result.model.state_dict()
     for name, tensor in whole.items():
@@ -663,6 +664,43 @@ def test_a_polish_on_the_training_route_is_refused():
 def test_oneshot_with_training_of_the_dense_model_is_refused():
     with pytest.raises(GohspError, match=r"dense\.epochs"):
         recipe_with(route="oneshot")
+
+
+def test_a_run_goes_on_with_the_weights_it_began_with_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A module has no name to tell it from another, and a file can be overwritten."""
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    model, recipe = tiny(), recipe_with(**NO_TRAINING)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.ranking, "rank_heads", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "run", model=model, shapes=SHAPES, recipe=recipe)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    with pytest.raises(RunError, match="weights_hash"):
+        prune(tmp_path / "run", model=other, shapes=SHAPES, recipe=recipe, resume=True)
+    assert prune(tmp_path / "run", model=model, shapes=SHAPES, recipe=recipe, resume=True).folder == tmp_path / "run"
+
+
+@pytest.mark.parametrize("given", ["image_key", "label_key"])
+def test_a_recipe_that_names_one_column_leaves_the_other_as_the_source_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+):
+    opened: list[DataSource] = []
+    keys = {"image_key": "a", "label_key": "b"}
+
+    def spy(source: DataSource, split: str) -> Any:
+        opened.append(source)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.data, "open_split", spy)
+    source = DataSource(source="digits", **keys)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.prune(tiny(), source, "params=-40%", tmp_path / "run", recipe=recipe_with(data={given: "c"}))
+    assert opened == [DataSource(source="digits", **keys | {given: "c"})]
 
 
 @pytest.mark.parametrize("metric", ["data", "euclidean"])

@@ -58,12 +58,12 @@ class Bench:
         folder: Where results and unfinished work are kept.
         accelerator: Device and precision.
         calibration: Images, in batches; no label is read.
-        holdout: Further ones, which nothing is measured or chosen by but how close the result is to the dense model.
+        holdout: Further ones, on which the result is compared with the dense model, and a polish chooses what to keep.
         mirror: Whether mirror images are as good.
         num_classes: Of the model.
         loaders: Labelled images, on the training route.
         quiet: Whether to draw no progress.
-        timings: Seconds by stage, so far.
+        timings: Seconds by stage, so far; of an interrupted stage, those of its last attempt.
     """
 
     recipe: Recipe
@@ -141,11 +141,12 @@ class Bench:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent to the stage's."""
+        """Add the time spent to the stage's, for later attempts at the run, too."""
         began = time.perf_counter()
         logger.info("%s: begins", stage)
         yield
         self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - began, 3)
+        self.folder.record("timings", self.timings)
         logger.info("%s: %.1f s", stage, self.timings[stage])
 
 
@@ -192,6 +193,7 @@ def open_bench(
         num_classes=num_classes(model),
         loaders=_loaders(model, recipe, splits[0], splits[1], accelerator) if recipe.route == "train" else None,
         quiet=quiet,
+        timings=folder.done("timings") or {},
     )
 
 

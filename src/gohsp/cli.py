@@ -143,8 +143,9 @@ class Rank:
 class Prune:
     """Prune a model to a budget.
 
-    The training route ranks heads, allocates, trains with ADMM's pull, cuts, repairs, fine-tunes and reports;
-    --route oneshot ranks, allocates, cuts and repairs in closed form, without labels or training.
+    The training route ranks heads, allocates, cuts, repairs in closed form, fine-tunes and reports; with
+    --admm-stage.epochs it trains with ADMM's pull before the cut. --route oneshot ends with the repair, and needs
+    neither labels nor training.
     """
 
     model: Positional[str]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gohsp import checkpoint, data, latency, models, polish, report, run, training
+from gohsp import cache, checkpoint, data, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, num_classes, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
@@ -102,8 +102,11 @@ def prune(
     """
     recipe = recipe or Recipe()
     source = data.DataSource(source=source) if isinstance(source, str) else source
-    if recipe.data.image_key or recipe.data.label_key:
-        source = dataclasses.replace(source, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
+    source = dataclasses.replace(
+        source,
+        image_key=recipe.data.image_key or source.image_key,
+        label_key=recipe.data.label_key or source.label_key,
+    )
     train_split = data.open_split(source, recipe.data.train_split)
     splits = [train_split]
     if recipe.route == "train":
@@ -132,6 +135,7 @@ def prune(
     request = {
         "model": type(model).__name__ if isinstance(model, nn.Module) else str(model),
         "weights": str(weights) if weights else None,
+        "weights_hash": cache.key_of(dense.state_dict().values(), None),
         "data": source.source,
         "budget": budget,
         "plan": shapes_to_json(shapes) if shapes else None,
@@ -259,7 +263,6 @@ def _trained(
     """Train in place, or take up the result of an earlier attempt."""
     if record := bench.folder.done(name):
         bench.folder.restore(name, model)
-        bench.timings[name] = record["seconds"]
         return record
     with bench.timed(name):
         result = training.train(
@@ -276,7 +279,7 @@ def _trained(
             checkpoint=bench.folder.epochs_file(name),
             show_progress=not bench.quiet,
         )
-    record = {"curve": [e.to_json() for e in result.curve], "seconds": bench.timings[name]}
+    record = {"curve": [e.to_json() for e in result.curve]}
     bench.folder.record(name, record, model)
     return record
 
@@ -314,7 +317,6 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
     recipe, work = bench.recipe, basis.model
     if done := bench.folder.done("admm"):
         bench.folder.restore("admm", work)
-        bench.timings["admm"] = done["seconds"]
         return done
     support = None
     if recipe.admm.projection.metric == "data":
@@ -348,7 +350,6 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
         "trace": _trace(state, len(bench.labelled.train)),
         "curve": [e.to_json() for e in result.curve],
         "support": state.plan.to_json(),
-        "seconds": bench.timings["admm"],
     }
     bench.folder.record("admm", record, work)
     return record
@@ -429,7 +430,7 @@ def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: 
 
 
 def _compared(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """How close the cut model is to the dense one on held-out images; at most a polish's length is chosen by them."""
+    """How close the cut model is to the dense one on held-out images; at most what a polish keeps is chosen by them."""
     sides = [bench.predictions(model, bench.holdout) for model in (dense, small)]
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(*sides, strict=True))
     images = sum(len(batch) for batch in sides[0])

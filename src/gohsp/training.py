@@ -61,7 +61,8 @@ class TrainingSettings:
         mixup: timm's mixup alpha; 0 for none.
         cutmix: timm's cutmix alpha; 0 for none.
         augment: Augmentation of training images: none, light or strong.
-        ema: Decay of the moving average of weights that fine-tuning returns; 0 for none.
+        ema: Decay of the moving average of weights that a stage returns (not ADMM's, whose weights are pulled); 0 for
+            none.
         precision: Mixed precision of the forward pass; auto takes bf16 where the device has units for it.
         workers: Processes that read images.
         compile: Whether to train through ``torch.compile``; it takes a minute a stage before it pays.
@@ -142,11 +143,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage: its curve, the ADMM state it ended in, and its mean time per optimiser step in seconds."""
+    """A finished stage: its curve, and the ADMM state it ended in."""
 
     curve: tuple[Epoch, ...]
     admm: admm.AdmmState | None
-    step_seconds: float
 
 
 def make_accelerator(precision: Precision, device: str | None = None) -> Accelerator:
@@ -241,7 +241,6 @@ def train(
     first, curve = 0, []
     if checkpoint is not None and checkpoint.exists():
         first, curve, state = run.restore(checkpoint, state)
-    seconds = steps = 0
     with plain_attention(model, accelerator.device), progress_bar(disable=not show_progress) as bar:
         task = bar.add_task(name, total=stage.epochs * len(run.loader), completed=first * len(run.loader), rate="")
         for epoch in range(first, stage.epochs):
@@ -250,7 +249,6 @@ def train(
                 state = refresh(state)
             began = time.perf_counter()
             loss, state = run.epoch(epoch, state, name, lambda rate: bar.update(task, advance=1, rate=rate))
-            seconds, steps = seconds + time.perf_counter() - began, steps + len(run.loader)
             due = (epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == stage.epochs
             scores = evaluate(run.evaluated) if evaluate and due else None
             curve.append(
@@ -266,7 +264,7 @@ def train(
             if checkpoint is not None and accelerator.is_main_process:
                 run.save(checkpoint, epoch + 1, curve, state)
     run.close()
-    return StageResult(tuple(curve), state, seconds / max(steps, 1))
+    return StageResult(tuple(curve), state)
 
 
 @contextmanager

@@ -492,7 +492,7 @@ def test_every_picture_is_there(page: Page) -> None:
     labels = page.labels()
     assert "Kept widths by block and kind" in labels
     assert "Importance of every head" in labels
-    assert "Residuals, accuracy and loss over the epochs" in labels
+    assert "The course of training over the epochs" in labels
     assert [label for label in labels if label and "Markov" in label] == [
         f"Markov chain on the heads of block {block}" for block in range(12)
     ]
@@ -513,7 +513,7 @@ def test_page_shows_the_table_and_the_checks(page: Page) -> None:
 
 def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
     page = Page(render_html(one_shot(small)))
-    assert "Residuals, accuracy and loss over the epochs" not in page.labels()
+    assert "The course of training over the epochs" not in page.labels()
     assert "ADMM" not in page.text
     assert "trained longer" not in page.text
 
@@ -565,7 +565,7 @@ def test_the_polish_is_told(small: dict[str, Any], kept: int, told: str) -> None
 def test_page_with_curves_but_no_admm(small: dict[str, Any]) -> None:
     report = {key: value for key, value in small.items() if key != "admm"}
     page = Page(render_html(report | {"curves": {"finetune": small["curves"]["finetune"]}}))
-    assert "Residuals, accuracy and loss over the epochs" in page.labels()
+    assert "The course of training over the epochs" in page.labels()
 
 
 def test_large_model_renders(large: dict[str, Any]) -> None:

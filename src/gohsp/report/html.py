@@ -125,7 +125,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         importance=_svg(plots.head_importance(report), "importance", "Importance of every head"),
         graphs=graphs,
         training=(
-            _svg(plots.training(report), "training", "Residuals, accuracy and loss over the epochs")
+            _svg(plots.training(report), "training", "The course of training over the epochs")
             if plots.has_training(report)
             else None
         ),
