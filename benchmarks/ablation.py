@@ -6,10 +6,10 @@
     python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --budgets params=-85%
     python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --fewer-heads 1
 
-``default`` is the recipe as it stands. ``no ADMM`` gives its epochs to fine-tuning; every other arm changes the
-settings that it is named after. Where the budget takes no whole head, rankings have no say; so ``--fewer-heads``
-compares them, with plans that take so many heads of every block and nothing else. Scores on held-out training
-images are what a default may be chosen by; the test split is read for the record only.
+``ADMM`` is the recipe as it stands. ``no ADMM`` gives its epochs to fine-tuning, which is gohsp's default; every other
+arm changes the settings that it is named after. Where the budget takes no whole head, rankings have no say; so
+``--fewer-heads`` compares them, with plans that take so many heads of every block and nothing else. Scores on held-out
+training images are what a default may be chosen by; the test split is read for the record only.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from comparison import (  # pyrefly: ignore[missing-import] (it lies beside this
 
 EUCLIDEAN = {"admm.projection.metric": "euclidean"}
 ARMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no ADMM": {},
+    "ADMM": {},
+    "no ADMM (default)": {},
     "no ADMM, no compensation, strength: norm": EUCLIDEAN | {"admm.projection.strength": "norm"},
     "one stage of allocation": {"allocation_stages": 1},
     "coupled penalty": {"admm.penalty": "coupled"},
@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "no distillation": {"training.distillation": 0.0},
 }
 HEAD_ARMS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "ADMM": {},
     "no guidance": {"admm.projection.guidance": 0.0},
     "ranking alone": {"admm.projection.guidance": 1.0},
     "random ranking alone": {"admm.projection.guidance": 1.0, "ranking.method": "random"},
@@ -100,7 +100,7 @@ def main() -> None:
     bench, dense = opened(options)
     file = results_file(options, "ablation_")
     results = opened_results(file, options, bench, "ablation")
-    if options.fewer_heads:
+    if options.fewer_heads is not None:
         budget, shapes = with_fewer_heads(dense, options.fewer_heads)
         cuts, arms = [(f"{options.fewer_heads} head(s) a block less", budget, shapes)], HEAD_ARMS
     else:

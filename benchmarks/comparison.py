@@ -3,8 +3,8 @@
 Every method starts from one dense model and gets as many epochs as gohsp's ADMM and fine-tuning together, with the
 dense model as teacher:
 
-- ``gohsp``: the recipe as it stands; ``random``: its heads ranked at random; ``no-ADMM``: ADMM's epochs given to
-  fine-tuning;
+- ``gohsp``: the recipe as it stands, with ADMM; ``random``: its heads ranked at random; ``no-ADMM``, gohsp's default
+  and its name in tables: ADMM's epochs given to fine-tuning;
 - ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``, with the
   attention's scale that of the pruned dimension. What may be cut besides hidden units is chosen by the accuracy on
   held-out images right after the cut. Deep cuts leave little accuracy to choose by; a third part that ``peers.py``
@@ -293,14 +293,14 @@ def results_file(options: argparse.Namespace, prefix: str = "") -> Path:
 
 
 def settings_of(options: argparse.Namespace, recipe: gohsp.Recipe) -> dict[str, Any]:
-    """What all methods of a folder and of a results file share."""
+    """What all methods of a folder and of a results file share; only latency budgets and one-shot runs use the rest."""
     return {
         "model": options.model,
         "weights": options.weights.name if options.weights else None,
         "dense": options.dense.name if options.dense else None,
         "data": Path(options.data).name,
         "test_split": options.test_split,
-        "recipe": recipes.to_mapping(recipe),
+        "recipe": {k: v for k, v in recipes.to_mapping(recipe).items() if k not in ("polish", "latency")},
     }
 
 

@@ -4,12 +4,11 @@
     python benchmarks/overhead.py --device cuda --images 256 --batch 64                    # one GPU
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
-Random images; the weights do not matter to the clock. Ranking, moments (with token weights), damage curves and
-reconstruction (without mirror images, which double its streams) are each timed once, after two forward passes of the
-model over the same images in the same precision, and given in units of the faster of them. The ranking is short enough
-to be timed as these passes are, the faster of two after one that is not counted; it is given in float32 passes, too.
-Reconstruction is timed with four times as many images as well, to tell its solves, which are as
-many whatever the number of images, from what every image costs.
+Random images; the weights do not matter to the clock. Moments (with token weights), damage curves and reconstruction
+(without mirror images, which double its streams) are timed once, the ranking as forward passes over the same images
+are: the faster of two after one that is not counted. All are given in units of such a pass in the same precision, the
+ranking in float32 passes, too. Solves are as many whatever the number of images; so ``--solves`` times reconstruction
+at that many images and at four times as many, the faster of two each, and tells solves from what an image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -37,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import models, training
+from gohsp import data, models, training
 from gohsp.core import admm, compensation, fisher, ranking, reconstruction, rotation, sensitivity
 from gohsp.core.admm import AdmmSettings, AdmmState
 from gohsp.core.allocation import WidthSettings
@@ -118,7 +117,7 @@ def cost(subject: Subject, work: Callable[[], object], timed: Callable[..., floa
     return {"seconds": round(seconds, 3), "forward_passes": round(seconds / once, 2)}
 
 
-def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
+def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
     """What the parts before ADMM cost, and the moments that all but the ranking need."""
     model, structure, images = subject.model, subject.structure, subject.images
     stages, projection = models.stages(model), ProjectionSettings()
@@ -146,8 +145,8 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
             precision=subject.precision,
         )
 
-    def reconstruct(times: int = 1) -> object:
-        embedded = [stages.embed(batch).detach().float() for batch in images] * times
+    def reconstruct(batches: Sequence[Tensor] = images) -> object:
+        embedded = [stages.embed(batch).detach().float() for batch in batches]
         copy = models.resized(model, structure.shapes).to(subject.device)
         copy.load_state_dict(model.state_dict())
         return reconstruction.reconstruct(
@@ -161,6 +160,7 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
             projection,
             weights=found["weights"],
             precision=subject.precision,
+            store=data.Spool,
         )
 
     works: dict[str, Callable[[], object]] = {
@@ -175,13 +175,20 @@ def parts(subject: Subject, wanted: Sequence[str]) -> tuple[dict[str, Any], tupl
     for name, work in works.items():
         if name in wanted or name == "moments":
             record[name] = cost(subject, work, best_seconds if name == "ranking" else Subject.seconds)
-    if "ranking" in record:
-        passes = record["ranking"]["seconds"] / pass_seconds(subject, mixed=False)
-        record["ranking"]["float32_passes"] = round(passes, 2)
-    if "reconstruction" in record:
-        once, count = record["reconstruction"]["seconds"], sum(map(len, images))
-        an_image = (subject.seconds(partial(reconstruct, 4)) - once) / (3 * count)
-        record["reconstruction"] |= {"an_image": round(an_image, 5), "solves": round(once - count * an_image, 3)}
+        if name == "ranking" and name in wanted:
+            record[name]["float32_passes"] = round(record[name]["seconds"] / pass_seconds(subject, mixed=False), 2)
+    if solves:
+        views = torch.randn(4 * solves, *images[0].shape[1:], device=subject.device)
+        few, many = (
+            min(subject.seconds(partial(reconstruct, views[:count].split(64))) for _ in range(2))
+            for count in (solves, 4 * solves)
+        )
+        an_image = (many - few) / (3 * solves)
+        record["solves"] = {
+            "images": solves,
+            "an_image": round(an_image, 5),
+            "seconds": round(few - solves * an_image, 3),
+        }
     return record, found["moments"]
 
 
@@ -234,18 +241,19 @@ def size_of(tensor: Tensor) -> int:
 
 
 def state_size(state: AdmmState) -> int:
-    """Bytes that ADMM holds: anchors, duals, moments and their copy in float32."""
+    """Bytes that ADMM holds: anchors, duals, moments and their copy in float32, and the projections' matrices."""
     values = [t for side in (state.anchors, state.duals) for block in side for t in block.values()]
     moments = [t for side in (state.moments, state.norms) for m in side for t in compensation.tensors_of(m)]
-    return sum(map(size_of, values + moments))
+    takeovers = [matrix for p in state.projections for *_, matrix in p.takeovers]
+    return sum(map(size_of, values + moments + takeovers))
 
 
 def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The wanted costs of one model; to be run in a process of its own."""
     subject = opened(options, name)
-    record, moments = parts(subject, options.parts)
+    record, moments = parts(subject, options.parts, options.solves)
     for part in record.values():
-        part["images"] = options.images
+        part.setdefault("images", options.images)
     if "admm" in options.parts:
         record["admm"] = admm_cost(subject, moments, options)
     return {"params": sum(p.numel() for p in subject.model.parameters())} | record
@@ -257,6 +265,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=SIZES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--images", type=int, default=16, help="that parts are measured on")
+    parser.add_argument("--solves", type=int, default=0, help="images to tell reconstruction's solves at; 0: not told")
     parser.add_argument("--batch", type=int, default=8, help="of the training step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -265,18 +274,18 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     record = results.setdefault(options.device, {"models": {}})
-    names = " ".join(dict.fromkeys([*record["models"], *options.models]))
     record |= {
-        "command": f"python benchmarks/overhead.py --models {names} --images {options.images} "
-        f"--batch {options.batch} --device {options.device}",
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    command = f"python benchmarks/overhead.py --models {' '.join(options.models)} --parts {' '.join(options.parts)} "
+    command += f"--images {options.images} --solves {options.solves} --batch {options.batch} --device {options.device}"
     for name in options.models:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             found = pool.apply(measured, (options, name))
-        record["models"].setdefault(name, {}).update(found)
+        commands = record["models"].setdefault(name, {}).pop("commands", [])
+        record["models"][name] |= found | {"commands": [*(c for c in commands if c != command), command]}
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         sys.stdout.write(f"{name}: {json.dumps(found)}\n")
         sys.stdout.flush()

@@ -16,9 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+import gohsp
+from gohsp.report import plots
+from gohsp.structure import shapes_to_json
 
 RESULTS, DOCS, README = Path("benchmarks/results"), Path("docs"), Path("README.md")
 BEGIN, END = "<!-- benchmarks/results_page.py: begin -->", "<!-- benchmarks/results_page.py: end -->"
@@ -145,25 +150,29 @@ def polish() -> str | None:
 
 def deep() -> str | None:
     """ADMM against its absence where most is cut, at two lengths of training."""
-    rows = []
+    rows, commands = [], []
     for name in ("own_data_deep", "own_data_long"):
         if (found := read(name)) is None:
             return None
+        commands.append(
+            f"    {found['command']} --budgets params=-75% --methods start dense no-ADMM gohsp "
+            f"--results benchmarks/results/{name}.json"
+        )
         stages = [found["recipe"][stage]["epochs"] for stage in ("admm_stage", "finetune")]
-        top1 = {key.split(" ")[0]: run["top1"] for key, run in found["runs"].items()}
-        row = [top1[method] for method in ("dense", "gohsp", "no-ADMM")]
-        rows.append([f"{stages[0]} of ADMM, {stages[1]} of fine-tuning", *(f"{value:.2f} %" for value in row)])
-    options = "--data hfds/imagewoof-160 --weights deit_tiny_patch16_224.safetensors --budgets params=-75%"
-    what = f"python benchmarks/own_data.py {options} --methods start dense no-ADMM gohsp"
+        methods = by_method(found["runs"])
+        for budget, runs in methods["gohsp"].items():
+            row = [mean_top1(of) for of in (methods["dense"][""], methods["no-ADMM"][budget], runs)]
+            epochs = f"{stages[0]} of ADMM, {stages[1]} of fine-tuning"
+            rows.append([budget, epochs, *(f"{value:.2f} %" for value in row)])
+    start = mean_top1(by_method((read("own_data_deep") or {"runs": {}})["runs"])["start"][""])
     return "\n\n".join(
         [
-            "## imagewoof-160 at 112 px, DeiT-Tiny, -75 %: ADMM and its absence",
-            f"    {what} --results benchmarks/results/own_data_deep.json\n"
-            f"    {what} --recipe recipes/own_data_long.toml --dense runs/own_data/dense "
-            "--results benchmarks/results/own_data_long.json",
-            "One dense model (84.60 %), one seed, 2,000 validation images (standard error 1.0); without it, its epochs "
-            "go to fine-tuning. Both lengths ran with ADMM beginning at the repaired network.",
-            table(["epochs", "dense, trained as long", "gohsp", "gohsp without ADMM"], rows),
+            "## imagewoof-160 at 112 px, DeiT-Tiny: ADMM and its absence where most is cut",
+            "\n".join(commands),
+            f"One dense model ({start:.2f} %; the second command took it by `--dense`), one seed, 2,000 validation "
+            "images (standard errors 0.8 and 1.0). Without ADMM its epochs go to fine-tuning. ADMM begins with the "
+            "repaired network.",
+            table(["budget", "epochs", "dense, trained as long", "gohsp", "gohsp with ADMM"], rows),
         ]
     )
 
@@ -235,12 +244,12 @@ def imagewoof() -> str | None:
     if found[0][1] is None:
         return None
     names = {
-        "gohsp": "**gohsp**",
-        "random": "heads ranked at random",
-        "oneshot": "no ADMM: cut and repaired, then fine-tuned",
-        "uniform": "uniform widths",
+        "gohsp": "gohsp with ADMM",
+        "random": "gohsp with ADMM, heads ranked at random",
+        "oneshot": "**gohsp**",
+        "uniform": "gohsp with ADMM, uniform widths",
         "plain": "uniform widths, Euclidean ADMM, no repair",
-        "magnitude": "no ADMM, uniform widths, weakest weight norms, no repair",
+        "magnitude": "uniform widths, weakest weight norms, no repair, no ADMM",
     }
     text = ["## imagewoof-160 at 112 px, DeiT-Tiny, two CPU cores, 2,000 validation images, standard error 0.8"]
     for _, result in found:
@@ -269,7 +278,7 @@ def imagewoof() -> str | None:
 
 def notes(found: Json) -> list[str]:
     """What a reader of a file's results must know beside them, such as which were measured before a change."""
-    return [found["note"]] if "note" in found else []
+    return [found["notes"]] if "notes" in found else []
 
 
 def by_method(runs: Json) -> dict[str, dict[str, list[Json]]]:
@@ -288,7 +297,7 @@ def mean_top1(runs: Sequence[Json]) -> float:
 
 def comparison_row(method: str, runs: dict[str, list[Json]], budgets: Sequence[str]) -> list[str]:
     """A method's name and its accuracy at every budget; a dense model's stands under all of them."""
-    mark = "**" if method == "gohsp" else ""
+    mark = "**" if method == "no-ADMM" else ""
     cells = {
         budget: f"{mean_top1(of):.2f} %" + (f" ({len(of)} seeds)" if len(of) > 1 else "") for budget, of in runs.items()
     }
@@ -303,21 +312,21 @@ def comparison(name: str, title: str) -> list[str]:
     recipe = found["recipe"]
     budgets = sorted({b for of in methods.values() for b in of if b}, key=lambda b: -float(b[len("params=") : -1]))
     dense = methods["dense"][""]
-    rows = [comparison_row(method, of, budgets) for method, of in methods.items() if method != "start"]
+    order = [*METHODS, *methods]  # ours first
+    rows = [comparison_row(method, methods[method], budgets) for method in dict.fromkeys(order) if method in methods]
     epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     from_scratch = (
         f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model had, with that "
         "model as teacher."
     )
     n = dense[0]["n"]
-    start = f"; dense, before them: {mean_top1(methods['start']['']):.2f} %" if "start" in methods else ""
     top1 = mean_top1(dense) / 100
     error = 100 * (top1 * (1 - top1) / n) ** 0.5
     return [
         f"## {title}",
         f"    {found['command']}",
-        f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or as many of fine-tuning "
-        f"alone{start}; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); "
+        f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or without ADMM as many of "
+        f"fine-tuning alone; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); "
         f"{found['machine']}.",
         table(["", *budgets], rows),
         *([from_scratch] if "scratch" in methods else []),
@@ -334,12 +343,13 @@ COMPARISONS = {
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
 METHODS = {
+    "start": "dense",
     "dense": "dense, trained as long",
     "dense-long": "dense, as many epochs as from scratch",
-    "gohsp": "gohsp",
-    "gohsp-long": "gohsp, as many epochs as from scratch",
-    "no-ADMM": "gohsp without ADMM",
-    "random": "gohsp, heads ranked at random",
+    "no-ADMM": "gohsp",
+    "gohsp": "gohsp with ADMM",
+    "gohsp-long": "gohsp with ADMM, as many epochs as from scratch",
+    "random": "gohsp with ADMM, heads ranked at random",
     "scratch": "gohsp's shape trained from scratch",
 }
 WIDTHS = {
@@ -388,9 +398,10 @@ def ablations() -> str | None:
         text += [
             f"## What each choice is worth: {title}",
             f"    {found['command']}",
-            "One setting changed a line, the same dense model and epochs. Held-out training images are what a default "
-            f"may be chosen by; {run['n']:,} test images (standard error {error:.1f}) are for the record. A budget "
-            "stands for `--budgets`, heads a block for `--fewer-heads`.",
+            "One choice changed a line, the same dense model and epochs; *no compensation* is the Euclidean metric, in "
+            "which damage curves, ADMM's start and the cut do without repairs. Held-out training images are what a "
+            f"default may be chosen by; {run['n']:,} test images (standard error {error:.1f}) are for the record. A "
+            "budget stands for `--budgets`, heads a block for `--fewer-heads`.",
             table(header, rows),
             *notes(found),
         ]
@@ -444,6 +455,7 @@ def overhead() -> str | None:
     text = ["## What the parts cost"]
     for record in found.values():
         sizes = record["models"]
+        commands = [command for of in sizes.values() for command in of["commands"]]
         rows, steps = [], []
         for model, of in sizes.items():
             cells = [
@@ -468,18 +480,19 @@ def overhead() -> str | None:
                     ]
                 )
         text += [
-            f"    {record['command']}",
+            "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
             f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
             "the same images in the same precision, for the ranking also such passes in float32; with few images the "
             "solves, which do not depend on their number, weigh most.",
             table(["model", "parameters", "images", *PARTS], rows),
             "An ADMM step over a plain one, at the default interval; *in images*: how many images a plain step trains "
-            "on in the time that ADMM adds, whatever the batch. State: anchors, duals and moments (over the weights).",
+            "on in the time that ADMM adds, whatever the batch. State: anchors, duals, moments, projections (over the "
+            "weights).",
             table(["model", "batch", "plain step", "in images", "slower", "at batch 64", "state"], steps),
         ]
         if growth := grown(sizes):
             text.append(growth)
-        if any("solves" in of.get("reconstruction", {}) for of in sizes.values()):
+        if any("solves" in of for of in sizes.values()):
             text += reconstruction(sizes)
     return "\n\n".join(text)
 
@@ -490,19 +503,19 @@ VIEWS = 2048
 
 def reconstruction(sizes: Json) -> list[str]:
     """What reconstruction costs at a run's size, from its cost at two small numbers of images."""
-    known = {model: of for model, of in sizes.items() if "solves" in of.get("reconstruction", {})}
-    whole = [of["reconstruction"]["solves"] + VIEWS * of["reconstruction"]["an_image"] for of in known.values()]
+    known = {model: of["solves"] for model, of in sizes.items() if "solves" in of}
+    whole = [of["seconds"] + VIEWS * of["an_image"] for of in known.values()]
     rows = [
-        [model, f"{part['solves']:.1f} s", f"{1e3 * part['an_image']:.0f} ms", f"{seconds:,.0f} s"]
-        for model, part, seconds in zip(known, (of["reconstruction"] for of in known.values()), whole, strict=True)
+        [model, str(of["images"]), f"{of['seconds']:.1f} s", f"{1e3 * of['an_image']:.0f} ms", f"{seconds:,.0f} s"]
+        for (model, of), seconds in zip(known.items(), whole, strict=True)
     ]
     text = [
-        "Reconstruction, timed with as many images and with four times as many, is solves, whatever their number, and "
+        "Reconstruction, timed with so many images and with four times as many, is solves, whatever their number, and "
         f"a cost an image. By these it takes, at a run's {VIEWS:,} views (extrapolated):",
-        table(["model", "solves", "an image", f"{VIEWS:,} views"], rows),
+        table(["model", "images", "solves", "an image", f"{VIEWS:,} views"], rows),
     ]
-    if len(whole) > 1:
-        params = [of["params"] for of in known.values()]
+    if len(whole) > 1 and min(whole) > 0:
+        params = [sizes[model]["params"] for model in known]
         power = math.log(whole[-1] / whole[0]) / math.log(params[-1] / params[0])
         text.append(f"Power of the number of parameters by which that grows: {power:.2f}.")
     return text
@@ -559,22 +572,23 @@ def readme_table() -> str:
     header = ["model and data", "dense", "dense, trained as long", "pruned", "cut"]
     rows = []
     if found := read("imagewoof"):
-        run = found["runs"]["params=-40% seed=0"]["gohsp"]
+        arms = found["runs"]["params=-40% seed=0"]
+        run = arms["oneshot"]
         rows.append(
             [
                 "DeiT-Tiny, imagewoof-160 at 112 px (2,000 validation images): "
                 "[`benchmarks/imagewoof.py`](benchmarks/imagewoof.py), seed 0",
                 f"{run['dense']['top1']:.2f} %",
-                f"{run['dense_retrained']['top1']:.2f} %",
+                f"{arms['gohsp']['dense_retrained']['top1']:.2f} %",
                 f"**{run['pruned']['top1']:.2f} %**",
                 f"parameters {share(run['pruned']['params'], run['dense']['params'])}, "
                 f"MACs {share(run['pruned']['macs'], run['dense']['macs'])}",
             ]
         )
     methods = by_method((read("own_data") or {"runs": {}})["runs"])
-    if {"start", "dense", "gohsp"} <= methods.keys():
+    if {"start", "dense", "no-ADMM"} <= methods.keys():
         dense = methods["dense"][""]
-        for budget, runs in methods["gohsp"].items():
+        for budget, runs in methods["no-ADMM"].items():
             peers = [mean_top1(of[budget]) for method, of in methods.items() if "/" in method and budget in of]
             best = f"; the best of {len(peers)} of Torch-Pruning's: {max(peers):.2f} %" if peers else ""
             seeds = "one seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
@@ -656,7 +670,7 @@ def draw_comparison(name: str) -> None:
             elif method in ("gohsp", "no-ADMM"):
                 axes.plot(
                     *zip(*points, strict=True),
-                    "o-" if method == "gohsp" else "s--",
+                    "o-" if method == "no-ADMM" else "s--",
                     color=OURS,
                     lw=2,
                     ms=5,
@@ -671,8 +685,20 @@ def draw_comparison(name: str) -> None:
     figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
 
 
+def draw_widths() -> None:
+    """What a cut to 60 % of the parameters leaves of every block, as a report shows it."""
+    if (found := read("imagewoof")) is None:
+        return
+    dense = shapes_to_json(gohsp.describe(timm.create_model("deit_tiny_patch16_224", img_size=112)).shapes)
+    pruned = found["runs"]["params=-40% seed=0"]["oneshot"]["plan"]
+    figure = plots.kept_widths({"plan": {"dense": dense, "pruned": pruned}})
+    figure.savefig(DOCS / "kept_widths.svg", metadata={"Date": None})
+
+
 def draw() -> None:
     """Draw all plots."""
+    with rc_context({"svg.hashsalt": "gohsp"}):
+        draw_widths()
     with rc_context(STYLE):
         for name in COMPARISONS:
             draw_comparison(name)
