@@ -114,7 +114,6 @@ def rebuilt(setting: Setting, start: Start, shapes: tuple[BlockShape, ...], how:
         start.model,
         start.structure,
         shapes,
-        start.moments,
         setting.embedded(),
         setting.scores,
         how,

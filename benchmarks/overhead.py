@@ -154,7 +154,6 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
             copy,
             structure,
             halved(structure),
-            found["moments"],
             embedded,
             None,
             projection,

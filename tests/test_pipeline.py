@@ -108,7 +108,7 @@ def test_the_report_is_valid_and_complete(finished: gohsp.Result):
         "unreadable_images": 0,
     }
     assert content["admm"]["trace"]
-    assert {"dense", "rank", "moments", "allocate", "admm", "compact", "finetune"} <= set(content["timings"])
+    assert {"dense", "rank", "weigh", "allocate", "admm", "compact", "finetune"} <= set(content["timings"])
     assert content["curves"]["finetune"][-1]["top1"] == content["pruned"]["top1"]
     assert content["curves"]["dense"][-1]["top1"] == content["dense"]["top1"]
     assert content["dense_retrained"]["params"] == content["dense"]["params"]
@@ -381,7 +381,7 @@ def test_oneshot_reads_no_label_and_trains_nothing(tmp_path: Path, monkeypatch: 
     assert content["curves"] == {}
     assert content["fidelity"]["images"] == 63  # a twentieth of the 1,258 training images
     assert content["fidelity"]["predicted_kl"] > 0
-    assert {"rank", "moments", "allocate", "reconstruct", "compact"} <= set(content["timings"])
+    assert {"rank", "weigh", "allocate", "reconstruct", "compact"} <= set(content["timings"])
     again = gohsp.load(tmp_path / "run")
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(again(images), result.model(images))

@@ -1,4 +1,4 @@
-"""From a model and a shape to a cut and repaired network: basis, moments and reconstruction with a run's settings."""
+"""From a model and a shape to a cut and repaired network: moments and reconstruction with a run's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from gohsp import data, models
 from gohsp.bench import Bench
-from gohsp.core import compensation, fisher, projection, reconstruction, rotation, surgery
+from gohsp.core import compensation, fisher, projection, reconstruction, surgery
 from gohsp.structure import BlockShape, ModelStructure, Plan
 
 logger = logging.getLogger(__name__)
@@ -19,21 +19,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Basis:
-    """A copy of a model that is going to be cut, in the basis that cuts are made in, and what was measured on it.
+    """A copy of a model that is going to be cut, and what was measured on the model.
 
     Attributes:
         model: The copy.
         structure: Its structure.
         scores: Graph scores by block and head.
         weights: How much tokens count, by block.
-        moments: Second moments by block.
     """
 
     model: nn.Module
     structure: ModelStructure
     scores: list[list[float]]
     weights: tuple[fisher.TokenWeights, ...]
-    moments: tuple[compensation.BlockMoments, ...]
 
 
 def based(bench: Bench, dense: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> Basis:
@@ -47,29 +45,26 @@ def based(bench: Bench, dense: nn.Module, structure: ModelStructure, scores: lis
             structure.embed_dim,
             4 * structure.embed_dim,
         )
-    with bench.timed("moments"):
+    with bench.timed("weigh"):
         return basis_of(bench, dense, structure, scores)
 
 
 def basis_of(bench: Bench, model: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> Basis:
-    """A rotated copy of ``model`` with token weights and second moments."""
-    work, settings = copy.deepcopy(model), bench.recipe.admm.projection
+    """A copy of ``model`` with token weights."""
+    settings = bench.recipe.admm.projection
     with bench.autocast():
         weights = fisher.token_weights(
-            work,
+            model,
             structure,
             bench.images(bench.recipe.data.ranking_images),
             attention=settings.attention_fisher,
             ffn=settings.ffn_fisher,
             seed=bench.recipe.seed,
         )
-        moments = compensation.collect_moments(work, structure, bench.calibration, weights)
-    if settings.metric == "data":
-        moments = rotation.rotate(work, structure, moments)
-    return Basis(work, structure, scores, weights, moments)
+    return Basis(copy.deepcopy(model), structure, scores, weights)
 
 
-def remeasured(bench: Bench, basis: Basis) -> tuple[compensation.BlockMoments, ...]:
+def measured(bench: Bench, basis: Basis) -> tuple[compensation.BlockMoments, ...]:
     """Second moments of the basis' model as it is now."""
     with bench.autocast():
         return compensation.collect_moments(basis.model, basis.structure, bench.calibration, basis.weights)
@@ -95,7 +90,8 @@ def put_on_set(
         return _reconstructed(bench, basis, dense, shapes, support)
     if support is None:
         values = [projection.constrained(work, block, settings.metric) for block in structure.blocks]
-        support = projection.select_plan(work, structure, values, basis.moments, shapes, settings, scores=basis.scores)
+        moments = measured(bench, basis)
+        support = projection.select_plan(work, structure, values, moments, shapes, settings, scores=basis.scores)
     # In the Euclidean metric the projection is the mask, and nothing takes over.
     surgery.mask(work, structure, support)
     return support
@@ -113,7 +109,6 @@ def _reconstructed(
             basis.model,
             basis.structure,
             shapes,
-            basis.moments,
             embedded,
             basis.scores,
             bench.recipe.admm.projection,

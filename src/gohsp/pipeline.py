@@ -23,7 +23,7 @@ from gohsp import cache, checkpoint, data, latency, models, polish, report, run,
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, num_classes, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
-from gohsp.cutting import Basis, based, put_on_set, remeasured
+from gohsp.cutting import Basis, based, measured, put_on_set
 from gohsp.errors import DataError, PlanError
 from gohsp.planning import choose_widths
 from gohsp.recipe import Recipe
@@ -323,7 +323,7 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
         # Cut and repaired first: what ADMM then pulls to is a network that works. Units outside the support are alive
         # through what they read, and may come back. (Masked in the Euclidean metric they would be dead.)
         support = _repaired(bench, basis, dense, shapes)
-        basis = dataclasses.replace(basis, moments=remeasured(bench, basis))
+    moments = measured(bench, basis)
     with bench.timed("admm"):
         result = training.train(
             work,
@@ -336,8 +336,8 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
             num_classes=bench.num_classes,
             evaluate=bench.score,
             teacher=dense,
-            state=admm.start(work, basis.structure, shapes, basis.moments, basis.scores, recipe.admm, support=support),
-            refresh=lambda state: admm.refresh(state, remeasured(bench, basis)),
+            state=admm.start(work, basis.structure, shapes, moments, basis.scores, recipe.admm, support=support),
+            refresh=lambda state: admm.refresh(state, measured(bench, basis)),
             checkpoint=bench.folder.epochs_file("admm"),
             show_progress=not bench.quiet,
         )

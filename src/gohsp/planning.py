@@ -16,8 +16,8 @@ from torch import nn
 
 from gohsp import cache, latency, models
 from gohsp.bench import Bench
-from gohsp.core import allocation, sensitivity
-from gohsp.cutting import Basis, basis_of, put_on_set
+from gohsp.core import allocation, rotation, sensitivity
+from gohsp.cutting import Basis, basis_of, measured, put_on_set
 from gohsp.errors import BudgetError, PlanError
 from gohsp.structure import (
     BlockShape,
@@ -149,9 +149,8 @@ def _cut_so_far(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[B
 
 def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
     """Damage curves of ``model``, which ``basis`` was made of; measured or from the cache."""
-    recipe, structure, stages = bench.recipe, basis.structure, models.stages(basis.model)
+    recipe, structure = bench.recipe, basis.structure
     images = bench.images(recipe.data.allocation_images)
-    embedded = list(bench.embedded(stages, images))
     # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
     settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
     counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
@@ -163,13 +162,19 @@ def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
     if found := cache.load("curves", key):
         return allocation.curves_from_json(found)
     points = sensitivity.count_points(structure, recipe.widths)
+    # On a copy, in the basis that cuts are made in: what is cut later does not depend on where its curves came from.
+    work = dataclasses.replace(basis, model=copy.deepcopy(basis.model))
+    moments = measured(bench, work)
+    if recipe.admm.projection.metric == "data":
+        moments = rotation.rotate(work.model, structure, moments)
+    stages = models.stages(work.model)
     with bench.progress("damage curves", points) as advance:
         curves = sensitivity.measure_curves(
-            basis.model,
+            work.model,
             stages,
             structure,
-            basis.moments,
-            embedded,
+            moments,
+            list(bench.embedded(stages, images)),
             basis.scores,
             recipe.widths,
             recipe.admm.projection,

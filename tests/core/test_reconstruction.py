@@ -47,12 +47,9 @@ def cut(
     """``model`` (a copy of ``dense``) reconstructed at ``shapes``, on batches of 12 images."""
     model = copy.deepcopy(dense if model is None else model)
     structure = structure or describe(model)
-    moments = collect_moments(model, structure, [images])
     with torch.no_grad():
         embedded = [stages(dense).embed(batch) for batch in images.split(12)]
-    return Cut(
-        dense, model, structure, reconstruct(dense, model, structure, shapes, moments, embedded, scores, how, **rest)
-    )
+    return Cut(dense, model, structure, reconstruct(dense, model, structure, shapes, embedded, scores, how, **rest))
 
 
 def streams(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -385,12 +382,11 @@ def test_streams_may_come_one_by_one_and_are_left_alone(model: nn.Module, images
     before = [batch.clone() for batch in embedded]
     other = copy.deepcopy(model)
     structure = describe(model)
-    moments = collect_moments(model, structure, [images])
 
     def batches() -> Iterator[Tensor]:
         yield from embedded
 
-    plan = reconstruct(model, other, structure, (SMALL, SMALL), moments, batches(), None, HOW)
+    plan = reconstruct(model, other, structure, (SMALL, SMALL), batches(), None, HOW)
     assert plan == expected.plan
     assert relative_difference(expected.model, other, images) == 0
     assert all(torch.equal(a, b) for a, b in zip(embedded, before, strict=True))
@@ -447,10 +443,9 @@ def test_the_dense_model_and_both_modes_are_left_alone(training: bool, model: nn
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         embedded = [stages(model).embed(batch) for batch in images.split(12)]
-    moments = collect_moments(model, expected.structure, [images])
     dense = copy.deepcopy(model).train(training)
     calls = []
-    arguments = (expected.structure, (SMALL, SMALL), moments, embedded, None, HOW)
+    arguments = (expected.structure, (SMALL, SMALL), embedded, None, HOW)
     reconstruct(dense, model.train(not training), *arguments, advance=lambda: calls.append(1))
     assert (dense.training, model.training) == (training, not training)
     assert len(calls) == 2
@@ -487,7 +482,6 @@ def test_non_finite_activations_are_named(
     module: str,
     model: nn.Module,
     structure: ModelStructure,
-    moments: tuple,
     images: Tensor,
     embedded: Tensor,
 ) -> None:
@@ -495,4 +489,4 @@ def test_non_finite_activations_are_named(
     with torch.no_grad():
         other.blocks[1].get_submodule(rows).bias[-1] = torch.nan
     with pytest.raises(NonFiniteError, match=rf"input of module 'blocks\.1\.{module}' holds NaN"):
-        reconstruct(model, other, structure, (SMALL, SMALL), moments, [embedded], None, HOW)
+        reconstruct(model, other, structure, (SMALL, SMALL), [embedded], None, HOW)

@@ -226,11 +226,10 @@ def test_reconstruction_repairs_a_cut_of_everything(
     small = copy.deepcopy(dense)
     shapes = [narrowed(b.shape, "all", family.held) for b in structure.blocks]
     weights = token_weights(dense, structure, [images], attention=0.5, ffn=0.5)
-    moments = collect_moments(small, structure, [images], weights)
     network, how = stages(dense), ProjectionSettings(guidance=0.0, ridge=0.1)
     with torch.no_grad():
         embedded = network.embed(images)
-        plan = reconstruct(dense, small, structure, shapes, moments, [embedded], None, how, weights=weights)
+        plan = reconstruct(dense, small, structure, shapes, [embedded], None, how, weights=weights)
         check_finite(small)
         assert plan.shapes == tuple(shapes)
         assert relative_difference(small, masked_by_hand(small, plan), images) <= 1e-6
@@ -238,7 +237,7 @@ def test_reconstruction_repairs_a_cut_of_everything(
 
         # closer to the dense stream than blocks that are masked alone, in the same basis
         apart, goal = copy.deepcopy(dense), embedded
-        rotate(apart, structure, moments)
+        rotate(apart, structure, collect_moments(apart, structure, [images], weights))
         surgery.mask(apart, structure, plan)
         streams = [embedded, embedded]
         for i, block in enumerate(network.blocks):

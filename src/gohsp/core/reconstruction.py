@@ -53,7 +53,6 @@ def reconstruct(
     model: nn.Module,
     structure: ModelStructure,
     shapes: Sequence[BlockShape],
-    moments: Sequence[BlockMoments],
     embedded: Iterable[Tensor],
     scores: Sequence[Sequence[float]] | None,
     settings: ProjectionSettings,
@@ -74,7 +73,6 @@ def reconstruct(
         model: A copy of it; changed in place, its shapes stay.
         structure: Structure of both.
         shapes: Widths to reach.
-        moments: The model's second moments.
         embedded: What enters the first block, in batches ``[B, tokens, D]``; the same for both models.
         scores: Graph scores by block and head; None for no guidance.
         settings: Guidance, ridge; the metric is the data's, whatever they say.
@@ -106,9 +104,7 @@ def reconstruct(
             kept = support.blocks[i] if support else None
             work = _Block(dense, model, block, settings, precision, ranking, kept)
             plans.append(
-                work.reconstruct(
-                    shapes[i], moments[i], weights[i] if weights else TokenWeights(None, None), target, middle, stream
-                )
+                work.reconstruct(shapes[i], weights[i] if weights else TokenWeights(None, None), target, middle, stream)
             )
             advance()
     return Plan(tuple(plans))
@@ -137,7 +133,6 @@ class _Block:
     def reconstruct(
         self,
         shape: BlockShape,
-        moments: BlockMoments,
         weights: TokenWeights,
         target: MutableSequence[Tensor],
         middle: MutableSequence[Tensor],
@@ -154,7 +149,9 @@ class _Block:
             (x,) = self.inputs(self.model, stream[b].to(self.device), self.block.attention)
             inputs.update(x)
         require_finite(self.block.attention, inputs.moment)
-        moments = replace(moments, attention_input=inputs.moment, key_input=inputs.within)
+        moments = BlockMoments(
+            inputs.moment, inputs.within, self.unmeasured(have.heads * have.vo), self.unmeasured(have.ffn)
+        )
         if shape.qk < have.qk and self.support is None:
             rotate_queries_keys(self.model, self.block, moments)
         by_query = self.selected(moments, replace(have, qk=shape.qk), "qk", self.settings.ridge)
@@ -192,6 +189,10 @@ class _Block:
         return BlockPlan(
             heads=by_value.heads, qk=tuple(queries[h] for h in by_value.heads), vo=by_value.vo, ffn=by_unit.ffn
         )
+
+    def unmeasured(self, width: int) -> Tensor:
+        """Stands for a moment that is measured further on and not read before."""
+        return torch.zeros((), dtype=torch.float64, device=self.device).expand(width + 1, width + 1)
 
     def inputs(self, model: nn.Module, x: Tensor, *of: Readout | str) -> tuple[Tensor, ...]:
         """What the named modules read when the block is given ``x``; nothing behind the last of them is computed."""
