@@ -111,6 +111,13 @@ def oneshot() -> str | None:
         ),
         "![Top-1 against the number of calibration images](oneshot_images.svg)",
     ]
+    if second := read("oneshot_second_machine"):
+        times = [
+            f"`{key.split(' ')[0]}` {run['top1']:.1f} % in {run['seconds']:.0f} s (curves "
+            f"{run['timings']['allocate']:.0f}, cut and repair {run['timings']['reconstruct']:.0f})"
+            for key, run in second["runs"].items()
+        ]
+        text.append(f"On a second machine ({second['notes']}): {'; '.join(times)}.")
     if speed := latency_text(runs):
         text.append(speed)
     if ablation := read("oneshot_ablation_deit_tiny"):
