@@ -457,10 +457,11 @@ def profiles(cases: Sequence[Json]) -> list[str]:
 
 def overhead() -> str | None:
     """What gohsp's parts cost by model size."""
-    if (found := read("overhead")) is None:
+    found = [record for name in ("overhead", "overhead_ranking") for record in (read(name) or {}).values()]
+    if not found:
         return None
     text = ["## What the parts cost"]
-    for record in found.values():
+    for record in found:
         sizes = record["models"]
         commands = [command for of in sizes.values() for command in of["commands"]]
         rows, steps = [], []
@@ -489,19 +490,29 @@ def overhead() -> str | None:
         text += [
             "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
             f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
-            "the same images in the same precision, for the ranking also such passes in float32; with few images the "
+            "the same images in the same precision, for the ranking, where they were timed, also such passes in float32; "
+            "with few images the "
             "solves, which do not depend on their number, weigh most.",
             table(["model", "parameters", "images", *PARTS], rows),
-            "An ADMM step over a plain one, at the default interval; *in images*: how many images a plain step trains "
-            "on in the time that ADMM adds, whatever the batch. State: anchors, duals, moments, projections (over the "
-            "weights).",
-            table(["model", "batch", "plain step", "in images", "slower", "at batch 64", "state"], steps),
+            *steps_of(steps),
         ]
         if growth := grown(sizes):
             text.append(growth)
         if any("solves" in of for of in sizes.values()):
             text += reconstruction(sizes)
     return "\n\n".join(text)
+
+
+def steps_of(steps: Sequence[Sequence[str]]) -> list[str]:
+    """ADMM's steps, where they were timed."""
+    if not steps:
+        return []
+    return [
+        "An ADMM step over a plain one, at the default interval; *in images*: how many images a plain step trains "
+        "on in the time that ADMM adds, whatever the batch. State: anchors, duals, moments, projections (over the "
+        "weights).",
+        table(["model", "batch", "plain step", "in images", "slower", "at batch 64", "state"], steps),
+    ]
 
 
 VIEWS = 2048
