@@ -490,9 +490,8 @@ def overhead() -> str | None:
         text += [
             "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
             f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
-            "the same images in the same precision, for the ranking, where they were timed, also such passes in float32; "
-            "with few images the "
-            "solves, which do not depend on their number, weigh most.",
+            "the same images in the same precision, for the ranking, where they were timed, also such passes in "
+            "float32; with few images the solves, which do not depend on their number, weigh most.",
             table(["model", "parameters", "images", *PARTS], rows),
             *steps_of(steps),
         ]
