@@ -703,6 +703,21 @@ def test_a_recipe_that_names_one_column_leaves_the_other_as_the_source_has_it(
     assert opened == [DataSource(source="digits", **keys | {given: "c"})]
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(0, True), (1, False)])
+def test_settings_of_a_stage_that_is_not_run_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, epochs: int, warned: bool
+):
+    stage = {"epochs": epochs, "schedule": "constant"}
+    settings = {"interval": 3, "rho_end": 0.2, "projection": {"guidance": 0.1}}
+    prune(
+        tmp_path / "run",
+        model=tiny(),
+        shapes=SHAPES,
+        recipe=recipe_with(**NO_TRAINING | {"admm_stage": stage, "admm": settings}),
+    )
+    assert ("admm.rho_end, admm.interval has no effect without an ADMM stage" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("metric", ["data", "euclidean"])
 def test_admm_begins_with_the_repaired_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str):
     """And with the dense one in the Euclidean metric, where a masked unit would have no gradient to come back by."""

@@ -144,6 +144,7 @@ def prune(
     folder = run.begin(Path(out), request, resume=resume, overwrite=overwrite)
     with run.log_to(folder.path / "run.log"):
         checkpoint.write_atomic(folder.path / "recipe.toml", recipes.to_toml(recipe))
+        _warn_of_idle_settings(recipe)
         bench = open_bench(dense, recipe, folder, source, splits, quiet)
         dense.to(bench.accelerator.device)
         return _prune(bench, dense, structure, goal, shapes, source, command)
@@ -168,6 +169,17 @@ def _open(
     return checkpoint.open_model(
         model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains
     )
+
+
+def _warn_of_idle_settings(recipe: Recipe) -> None:
+    """Warn of settings of ADMM where there is no such stage; its projection governs every cut."""
+    default = admm.AdmmSettings(projection=recipe.admm.projection)
+    idle = [f.name for f in dataclasses.fields(default) if getattr(default, f.name) != getattr(recipe.admm, f.name)]
+    if idle and (recipe.route == "oneshot" or recipe.admm_stage.epochs == 0):
+        logger.warning(
+            "%s has no effect without an ADMM stage; ask for one by route = 'train' and admm_stage.epochs = 2, say",
+            ", ".join(f"admm.{name}" for name in idle),
+        )
 
 
 def _require_met(goal: Budget, cost: float, limit: float) -> None:
