@@ -117,7 +117,7 @@ def oneshot() -> str | None:
             f"{run['timings']['allocate']:.0f}, cut and repair {run['timings']['reconstruct']:.0f})"
             for key, run in second["runs"].items()
         ]
-        text.append(f"On a second machine ({second['notes']}): {'; '.join(times)}.")
+        text += [f"    {second['command']}", f"On a second machine ({second['notes']}): {'; '.join(times)}."]
     if speed := latency_text(runs):
         text.append(speed)
     if ablation := read("oneshot_ablation_deit_tiny"):
@@ -157,26 +157,27 @@ def polish() -> str | None:
 
 def deep() -> str | None:
     """ADMM against its absence where most is cut, at two lengths of training."""
-    rows, commands = [], []
+    rows, commands, before = [], [], []
     for name in ("own_data_deep", "own_data_long"):
         if (found := read(name)) is None:
             return None
         commands.append(
             f"    {found['command']} --budgets params=-75% --methods start dense no-ADMM gohsp "
-            f"--results benchmarks/results/{name}.json"
+            + ("--dense runs/own_data/dense " if found["dense"] else "")
+            + f"--results benchmarks/results/{name}.json"
         )
         stages = [found["recipe"][stage]["epochs"] for stage in ("admm_stage", "finetune")]
         methods = by_method(found["runs"])
+        before += methods.get("start", {}).get("", [])
         for budget, runs in methods["gohsp"].items():
             row = [mean_top1(of) for of in (methods["dense"][""], methods["no-ADMM"][budget], runs)]
             epochs = f"{stages[0]} of ADMM, {stages[1]} of fine-tuning"
             rows.append([budget, epochs, *(f"{value:.2f} %" for value in row)])
-    start = mean_top1(by_method((read("own_data_deep") or {"runs": {}})["runs"])["start"][""])
     return "\n\n".join(
         [
             "## imagewoof-160 at 112 px, DeiT-Tiny: ADMM and its absence where most is cut",
             "\n".join(commands),
-            f"One dense model ({start:.2f} %; the second command took it by `--dense`), one seed, 2,000 validation "
+            f"One dense model ({mean_top1(before):.2f} %), one seed, 2,000 validation "
             "images (standard errors 0.8 and 1.0). Without ADMM its epochs go to fine-tuning. ADMM begins with the "
             "repaired network.",
             table(["budget", "epochs", "dense, trained as long", "gohsp", "gohsp with ADMM"], rows),
