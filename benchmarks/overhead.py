@@ -5,10 +5,11 @@
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
 Random images; the weights do not matter to the clock. Moments (with token weights), damage curves and reconstruction
-(without mirror images, which double its streams) are timed once, the ranking as forward passes over the same images
-are: the faster of two after one that is not counted. All are given in units of such a pass in the same precision, the
-ranking in float32 passes, too. Solves are as many whatever the number of images; so ``--solves`` times reconstruction
-at that many images and at four times as many, the faster of two each, and tells solves from what an image costs.
+(without mirror images, which double its streams) are timed once and given in units of a forward pass over the same
+images, in the same precision and with the same attention kernel: the faster of two after one that is not counted.
+Ranking and forward passes in its and in single precision take turns; it is given by the medians. Solves are as many
+whatever the number of images; so ``--solves`` times reconstruction at that many images and at four times as many, once
+each after one that is not counted, and tells solves from what an image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,11 +77,15 @@ class Subject:
         """Mixed precision as in a run, or float32."""
         return torch.autocast(self.device.type, self.precision, enabled=mixed and self.precision != torch.float32)
 
+    def fast(self, *, mixed: bool = True) -> AbstractContextManager[None]:
+        """The attention kernel of a run."""
+        return training.fast_attention(self.precision if mixed else torch.float32, self.model)
+
     @torch.no_grad()
-    def forward(self, *, mixed: bool) -> None:
+    def forward(self, *, mixed: bool = True) -> None:
         """One pass over the images."""
         for batch in self.images:
-            with self.autocast(mixed=mixed):
+            with self.autocast(mixed=mixed), self.fast(mixed=mixed):
                 self.model(batch)
 
 
@@ -99,32 +105,55 @@ def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
     return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
 
 
-def best_seconds(subject: Subject, work: Callable[[], object]) -> float:
-    """The faster of two runs after one that is not counted."""
-    work()
-    return min(subject.seconds(work) for _ in range(2))
-
-
-def pass_seconds(subject: Subject, *, mixed: bool) -> float:
-    """Seconds of a forward pass over the images."""
-    return best_seconds(subject, partial(subject.forward, mixed=mixed))
-
-
-def cost(subject: Subject, work: Callable[[], object], timed: Callable[..., float]) -> dict[str, float]:
+def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
     """Seconds of ``work``, and as forward passes over the same images."""
-    once = pass_seconds(subject, mixed=True)
-    seconds = timed(subject, work)
+    subject.forward()
+    once = min(subject.seconds(subject.forward) for _ in range(2))
+    seconds = subject.seconds(work)
     return {"seconds": round(seconds, 3), "forward_passes": round(seconds / once, 2)}
 
 
+def medians(subject: Subject, works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of pieces of work that take turns, after a turn that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            seconds = subject.seconds(work)
+            if turn:
+                times[name].append(seconds)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def ranking_cost(subject: Subject, rounds: int) -> dict[str, float]:
+    """Seconds of a ranking, and as forward passes over the same images in its and in single precision."""
+
+    def rank() -> object:
+        with subject.fast():
+            return ranking.rank_heads(
+                subject.model,
+                subject.structure,
+                subject.images,
+                ranking.RankingSettings(),
+                precision=subject.precision,
+            )
+
+    works = {"rank": rank, "mixed": subject.forward, "single": partial(subject.forward, mixed=False)}
+    times = medians(subject, works, rounds)
+    return {
+        "seconds": round(times["rank"], 3),
+        "forward_passes": round(times["rank"] / times["mixed"], 2),
+        "float32_passes": round(times["rank"] / times["single"], 2),
+    }
+
+
 def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
-    """What the parts before ADMM cost, and the moments that all but the ranking need."""
+    """What the parts between ranking and ADMM cost, and the moments that they need."""
     model, structure, images = subject.model, subject.structure, subject.images
     stages, projection = models.stages(model), ProjectionSettings()
     found: dict[str, Any] = {}
 
     def moments() -> None:
-        with subject.autocast():
+        with subject.autocast(), subject.fast():
             weights = fisher.token_weights(
                 model, structure, images, attention=projection.attention_fisher, ffn=projection.ffn_fisher
             )
@@ -133,55 +162,44 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
 
     def curves() -> object:
         embedded = [stages.embed(batch).detach().float() for batch in images]
-        return sensitivity.measure_curves(
-            model,
-            stages,
-            structure,
-            found["moments"],
-            embedded,
-            None,
-            WidthSettings(),
-            projection,
-            precision=subject.precision,
-        )
+        with subject.fast():
+            return sensitivity.measure_curves(
+                model,
+                stages,
+                structure,
+                found["moments"],
+                embedded,
+                None,
+                WidthSettings(),
+                projection,
+                precision=subject.precision,
+            )
 
     def reconstruct(batches: Sequence[Tensor] = images) -> object:
         embedded = [stages.embed(batch).detach().float() for batch in batches]
         copy = models.resized(model, structure.shapes).to(subject.device)
         copy.load_state_dict(model.state_dict())
-        return reconstruction.reconstruct(
-            model,
-            copy,
-            structure,
-            halved(structure),
-            embedded,
-            None,
-            projection,
-            weights=found["weights"],
-            precision=subject.precision,
-            store=data.Spool,
-        )
+        with training.fast_attention(subject.precision, model, copy):
+            return reconstruction.reconstruct(
+                model,
+                copy,
+                structure,
+                halved(structure),
+                embedded,
+                None,
+                projection,
+                weights=found["weights"],
+                precision=subject.precision,
+                store=data.Spool,
+            )
 
-    works: dict[str, Callable[[], object]] = {
-        "ranking": lambda: ranking.rank_heads(
-            model, structure, images, ranking.RankingSettings(), precision=subject.precision
-        ),
-        "moments": moments,
-        "curves": curves,
-        "reconstruction": reconstruct,
-    }
-    record: dict[str, Any] = {}
-    for name, work in works.items():
-        if name in wanted or name == "moments":
-            record[name] = cost(subject, work, best_seconds if name == "ranking" else Subject.seconds)
-        if name == "ranking" and name in wanted:
-            record[name]["float32_passes"] = round(record[name]["seconds"] / pass_seconds(subject, mixed=False), 2)
+    works: dict[str, Callable[[], object]] = {"moments": moments, "curves": curves, "reconstruction": reconstruct}
+    record = {name: cost(subject, work) for name, work in works.items() if name in wanted or name == "moments"}
     if solves:
         views = torch.randn(4 * solves, *images[0].shape[1:], device=subject.device)
-        few, many = (
-            min(subject.seconds(partial(reconstruct, views[:count].split(64))) for _ in range(2))
-            for count in (solves, 4 * solves)
-        )
+        if "reconstruction" not in wanted:
+            reconstruct()
+        few, many = (subject.seconds(partial(reconstruct, views[:count].split(64))) for count in (solves, 4 * solves))
         an_image = (many - few) / (3 * solves)
         record["solves"] = {
             "images": solves,
@@ -194,7 +212,6 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
 def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argparse.Namespace) -> dict[str, Any]:
     """What ADMM adds to a step, and what memory it takes."""
     model, settings = subject.model.train().requires_grad_(), AdmmSettings()
-    models.set_fused_attention(model, subject.device.type != "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.05, fused=True)
     size = subject.images[0].shape[1:]
     images = torch.randn(options.batch, *size, device=subject.device)
@@ -202,7 +219,7 @@ def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argpar
     state = admm.start(model, subject.structure, halved(subject.structure), moments, None, settings)
 
     def plain() -> None:
-        with subject.autocast():
+        with subject.autocast(), subject.fast():
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
@@ -215,13 +232,7 @@ def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argpar
         "z_step": lambda: admm.dual_update(replace(state, dual_updates=0), 0.0),
         "selecting_z_step": lambda: admm.dual_update(replace(state, dual_updates=settings.reselect - 1), 0.0),
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(options.rounds + 1):
-        for name, work in works.items():
-            seconds = subject.seconds(work)
-            if turn:
-                times[name].append(seconds)
-    middle = {name: statistics.median(t) for name, t in times.items()}
+    middle = medians(subject, works, options.rounds)
     rare = middle["selecting_z_step"] - middle["z_step"]
     added = middle["pull"] + (middle["z_step"] + settings.freeze * rare / settings.reselect) / settings.interval
     return {
@@ -250,7 +261,9 @@ def state_size(state: AdmmState) -> int:
 def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The wanted costs of one model; to be run in a process of its own."""
     subject = opened(options, name)
-    record, moments = parts(subject, options.parts, options.solves)
+    ranked = {"ranking": ranking_cost(subject, options.rounds)} if "ranking" in options.parts else {}
+    others, moments = parts(subject, options.parts, options.solves)
+    record: dict[str, Any] = ranked | others
     for part in record.values():
         part.setdefault("images", options.images)
     if "admm" in options.parts:

@@ -75,7 +75,7 @@ def line(
         teacher = models.stages(dense)
         with torch.no_grad():
             embedded = [teacher.embed(view) for x in calibration for view in (x, x.flip(-1))]
-        with training.plain_attention(cut, torch.device("cpu")):
+        with training.fast_attention(precision, dense, cut):
             # Falling numbers in the place of held-out images: every block is kept tuned.
             polish(
                 models.stages(cut),

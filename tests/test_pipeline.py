@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -620,6 +621,25 @@ def test_a_module_in_training_mode_half_precision_or_frozen_is_pruned_alike(tmp_
     assert odd.report["polish"] == plain.report["polish"]
     assert model.training
     assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_analysis_in_bf16_on_a_cpu_leaves_the_slow_fused_kernel_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mixed: list[bool] = []
+    fused = F.scaled_dot_product_attention
+
+    def watched(*given: Any, **options: Any) -> torch.Tensor:
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return fused(*given, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    half = {**RECIPE["training"], "precision": "bf16"}
+    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, polish={"epochs": 1}, training=half)
+    result = prune(tmp_path / "run", model=tiny(), recipe=recipe)
+    assert mixed  # by the clock, in float32
+    assert not any(mixed)
+    mixed.clear()
+    result.model(torch.randn(2, 1, 8, 8))
+    assert mixed == [False] * 2  # its blocks use the fused kernel again
 
 
 def test_curves_of_another_architecture_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import gohsp
-from gohsp import data, training
+from gohsp import data, models, training
 from gohsp.core import admm
 from gohsp.errors import CheckpointError, DataError, NonFiniteError
 from gohsp.measure import Metrics, evaluate
@@ -84,6 +84,11 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def fused(model: nn.Module) -> bool:
+    """Whether all blocks use the fused attention kernel."""
+    return all(b.attn.fused_attn for b in model.blocks)  # type: ignore[union-attr]
+
+
 def is_plain(model: nn.Module) -> bool:
     """Whether the forward pass is the class's own and not the one that Accelerate wraps around it, on a copy too."""
     other = copy.deepcopy(model)
@@ -125,15 +130,15 @@ def test_the_model_is_given_back_as_it_came(fails: bool):
             raise KeyboardInterrupt
         return Metrics(top1=1.0, top5=2.0, loss=3.0, n=4)
 
-    stage = dataclasses.replace(CONSTANT, epochs=1)
+    stage, half = dataclasses.replace(CONSTANT, epochs=1), dataclasses.replace(PLAIN, precision="bf16")
     if fails:
         with pytest.raises(KeyboardInterrupt):
-            train(model, batches(16), stage, evaluate=scored)
+            train(model, batches(16), stage, half, evaluate=scored)
     else:
-        train(model, batches(16), stage, evaluate=scored)
+        train(model, batches(16), stage, half, evaluate=scored)
         assert is_plain(model)
     assert during == [False, False]
-    assert all(b.attn.fused_attn for b in model.blocks)  # type: ignore[union-attr]
+    assert fused(model)
 
 
 @pytest.mark.parametrize(("schedule", "floor"), [("cosine", 1e-5), ("constant", 1e-3)])
@@ -403,6 +408,25 @@ def test_one_process_can_use_one_precision_after_another():
     assert result.curve[1].train_loss < result.curve[0].train_loss
     assert weights(model).dtype == torch.float32
     assert is_plain(model)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("before", [True, False])
+def test_attention_is_plain_on_a_cpu_in_bf16_and_then_as_it_was(before: bool, precision: torch.dtype):
+    first, second = tiny(), tiny()
+    models.set_fused_attention(first, before)
+    during = []
+
+    def interrupted() -> None:
+        with training.fast_attention(precision, first, second):
+            during.extend([fused(first), fused(second)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert during == ([before, True] if precision == torch.float32 else [False, False])
+    assert fused(first) == before
+    assert fused(second)
 
 
 # Unreadable images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -94,6 +94,10 @@ class Bench:
         enabled = self.precision != torch.float32
         return torch.autocast(self.accelerator.device.type, self.precision, enabled=enabled)
 
+    def fast(self, *of: nn.Module) -> AbstractContextManager[None]:
+        """The faster attention kernel for passes through these models in the run's precision."""
+        return training.fast_attention(self.precision, *of)
+
     def images(self, count: int) -> list[Tensor]:
         """The first ``count`` calibration images, in batches."""
         batches: list[Tensor] = []
@@ -130,7 +134,8 @@ class Bench:
     def predictions(self, model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
         """Log-probabilities ``[B, classes]`` of batches."""
         stages = models.stages(model)
-        return sensitivity.predictions(stages, list(self.embedded(stages, images)), self.precision)
+        with self.fast(model):
+            return sensitivity.predictions(stages, list(self.embedded(stages, images)), self.precision)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:

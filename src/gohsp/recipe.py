@@ -49,7 +49,7 @@ class DataSettings:
     resident: bool = False
     calibration_images: int = 1024
     mirror: bool = True
-    allocation_images: int = 256
+    allocation_images: int = 128
     ranking_images: int = 256
     holdout_images: int = 128
 

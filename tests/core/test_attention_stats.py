@@ -282,9 +282,39 @@ def test_attention_maps_of_few_images_live_at_a_time(
 
     real = attention_stats.attention_rows
     monkeypatch.setattr(attention_stats, "attention_rows", watched)
+    monkeypatch.setattr(attention_stats, "_MAPS", 2)  # of four in a batch that are compared
     collect(model, images.split(16), scope=scope, edge="jsd")
     assert len(living) == 2 * 2 * DEPTH  # two batches, in two parts each, all blocks
     assert 0 < most <= attention_stats._MAPS * HEADS * DEPTH
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 32])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_fourth_image_is_compared_whatever_the_batches(
+    model: nn.Module, images: Tensor, scope: Scope, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = collect(model, images.split(size), scope=scope, edge="jsd")
+    assert few.images == len(images)
+    monkeypatch.setattr(attention_stats, "_EVERY", 1)
+    fourths = collect(model, [images[::4]], scope=scope, edge="jsd")
+    for a, b in zip(few.edges, fourths.edges, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_rows_are_made_in_the_precision_asked_for(
+    model: nn.Module, images: Tensor, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def watched(model: nn.Module, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return real(model, block, x, tokens)
+
+    real = attention_stats.attention_rows
+    monkeypatch.setattr(attention_stats, "attention_rows", watched)
+    collect(model, [images], edge="jsd", precision=precision)
+    assert set(seen) == {precision}
 
 
 @pytest.mark.parametrize("scope", SCOPES)

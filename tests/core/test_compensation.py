@@ -23,6 +23,7 @@ from gohsp.core.compensation import (
     residual_refit,
     ridged,
     select_units,
+    signed_sums,
     tensors_of,
 )
 from gohsp.core.fisher import TokenWeights
@@ -237,6 +238,29 @@ def test_folds_are_disjoint_by_image_and_add_up() -> None:
             torch.testing.assert_close(part.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
             error = 2 * ((rows @ weight.T - targets).square().sum() - targets.square().sum())
             assert part.error(weight) == pytest.approx(float(error), rel=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_a_fit_to_sums_of_targets_is_that_sum_of_the_fits(ridge: float) -> None:
+    x, gram, weight = problem(4)
+    y = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(5)).double()
+    fit, sums = Regression(gram, y.T @ x / len(x), len(x)), torch.randn(2, 3)
+    keep = torch.tensor([True, False, True, True, False, True])
+
+    def cut(fit: Regression, weight: Tensor) -> Tensor:
+        return refit(gram, residual_refit(fit, weight, ridge), keep, ridge)
+
+    summed = cut(fit.mixed(sums), sums.double() @ weight)
+    torch.testing.assert_close(summed, sums.double() @ cut(fit, weight), rtol=1e-8, atol=1e-10)
+
+
+def test_signed_sums_keep_squared_norms() -> None:
+    sums = signed_sums(64, 500)
+    assert torch.equal(sums, signed_sums(64, 500))
+    torch.testing.assert_close(sums.square().sum(0), torch.ones(500))
+    matrix = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
+    assert float((sums @ matrix).square().sum()) == pytest.approx(float(matrix.square().sum()), rel=0.1)
+    assert torch.equal(signed_sums(64, 64), torch.eye(64))  # few rows are left as they are
 
 
 def test_one_image_cannot_be_split() -> None:

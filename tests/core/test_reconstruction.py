@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gohsp.core import reconstruction, surgery
 from gohsp.core.activations import observe_inputs, queries_keys
-from gohsp.core.compensation import collect_moments
+from gohsp.core.compensation import collect_moments, cross_validated_ridge
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
 from gohsp.core.reconstruction import reconstruct
@@ -201,6 +201,29 @@ def test_errors_of_earlier_blocks_are_repaired(seed: int, make_model: Callable[.
         goal = streams(dense, shown)[-1]
         errors = [float((streams(m, shown)[-1] - goal).square().mean()) for m in (joint, apart)]
         assert errors[0] < 0.9 * errors[1]
+
+
+def test_few_sums_of_outputs_tell_the_ridge(
+    make_model: Callable[..., nn.Module], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, chosen = make_model(mlp_ratio=2), []
+    outputs: set[int] = set()
+
+    def watched(splits: list, fitted: Callable[..., Tensor], start: float) -> float:
+        outputs.add(len(fitted(splits[0][0], start)))
+        chosen.append(cross_validated_ridge(splits, fitted, start))
+        return chosen[-1]
+
+    monkeypatch.setattr(reconstruction, "cross_validated_ridge", watched)
+    cut(dense, images, SMALL, SMALL)
+    assert outputs == {32}  # every output of a narrow model
+    whole, chosen = chosen, []
+    outputs.clear()
+    monkeypatch.setattr(reconstruction, "PROBES", 16)
+    cut(dense, images, SMALL, SMALL)
+    assert outputs == {16}
+    for few, all_of_them in zip(chosen, whole, strict=True):
+        assert 1 / 3.2 <= few / all_of_them <= 3.2  # at most a neighbour
 
 
 def test_repair_and_ffn_cut_take_the_ridge_that_folds_choose(

@@ -39,9 +39,10 @@ _RIDGE = 1e-6
 _CHUNK = 1 << 14
 # Images whose attention maps live at a time: with all heads of a ViT-B in one graph, 23 MB an image.
 _MAPS = 8
-# Queries of an image whose rows are compared. All pairs of heads are, which is what costs most in a large model, and a
-# mean over images needs few rows of each.
+# Rows that are compared: those of a few queries in every fourth image. All pairs of heads are, which is what
+# costs most in a large model, and a mean needs few rows.
 _QUERIES = 16
+_EVERY = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,11 +162,13 @@ class HeadStatisticsFitter:
                 for moments, z in zip(self._moments, flat, strict=True):
                     moments.update(z)
             if self._edge not in _OUTPUT_EDGES:
-                for i, graph in enumerate(self._graphs):
-                    for few in zip(*(x.split(_MAPS) for x in inputs), strict=True):
-                        maps = self._attention(graph, few)
-                        self._divergence[i] += attention_divergence(maps, self._edge)
-                        self._compared[i] += len(maps) * maps.shape[2]
+                compared = slice(-self._images % _EVERY, None, _EVERY)  # whatever the batches
+                for few in zip(*(x[compared].float().split(_MAPS) for x in inputs), strict=True):
+                    for i, graph in enumerate(self._graphs):
+                        if len(few[0]):
+                            maps = self._attention(graph, few)
+                            self._divergence[i] += attention_divergence(maps, self._edge)
+                            self._compared[i] += len(maps) * maps.shape[2]
             elif self._joint_moments is not self._moments:
                 self._joint_moments[0].update(torch.cat(flat, dim=1))
         self._images += len(images)
@@ -178,8 +181,7 @@ class HeadStatisticsFitter:
         # Through the images, so that frozen weights do not cut the graph.
         images.requires_grad_(self._backward)
         watch = {name: partial(seen.__setitem__, name) for pair in names for name in pair}
-        mixed = torch.autocast(images.device.type, self._precision, enabled=self._precision != torch.float32)
-        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), mixed:
+        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), self._mixed(images.device):
             logits = self._model(images)
         for name, x in seen.items():
             _require_finite(f"the input of module '{name}'", x)
@@ -188,7 +190,10 @@ class HeadStatisticsFitter:
         outputs = [seen[readout] for _, readout in names]
         if self._backward:
             self._add_gradients(logits, outputs)
-        return [seen[attention].detach().float() for attention, _ in names], outputs
+        return [seen[attention].detach() for attention, _ in names], outputs
+
+    def _mixed(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
 
     def _add_gradients(self, logits: Tensor, outputs: list[Tensor]) -> None:
         """Differentiate the predicted class's log-probability by the heads' outputs."""
@@ -223,7 +228,8 @@ class HeadStatisticsFitter:
             )
         first = inputs[graph[0]]
         queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
-        maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries).float() for i in graph]
+        with self._mixed(first.device):
+            maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries).float() for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
         return torch.cat(maps, dim=1)

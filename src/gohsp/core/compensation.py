@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,10 @@ class Regression:
         """The regression on the first ``n`` inputs alone."""
         return Regression(self.gram[:n, :n], self.cross[:, :n], self.count)
 
+    def mixed(self, rows: Tensor) -> Regression:
+        """The regression on ``rows`` ``[k, outputs]`` of weighted sums of the targets."""
+        return Regression(self.gram, rows.double() @ self.cross, self.count)
+
     def error(self, weight: Tensor) -> float:
         """Summed squared error of a map ``[outputs, n]``, up to a constant."""
         quadratic = (weight @ self.gram).mul(weight).sum()
@@ -165,6 +170,19 @@ def cross_validated_ridge(
         if best != start:
             break
     return best
+
+
+@cache
+def signed_sums(count: int, size: int) -> Tensor:
+    """A matrix ``[count, size]`` of random signs over ``count ** 0.5``, always the same; the identity of few rows.
+
+    The squared norm of its product with a matrix of ``size`` rows estimates that matrix' own without bias
+    (Hutchinson 1990), at a cost that does not grow with ``size``.
+    """
+    if size <= count:
+        return torch.eye(size)
+    draws = torch.randint(2, (count, size), generator=torch.Generator().manual_seed(0))
+    return (2.0 * draws - 1.0) / count**0.5
 
 
 def weighted_rows(x: Tensor, token_weights: Tensor | None) -> Tensor:
@@ -285,9 +303,10 @@ def require_finite(module: str, moment: Tensor) -> None:
 
 def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     """``gram`` with ``ridge`` times its mean diagonal entry added to the diagonal, float64."""
-    gram = gram.double()
-    level = ridge * gram.diagonal().mean().clamp_min(1e-100)  # inputs that are always 0 stay invertible, too
-    return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram = gram.to(torch.float64, copy=True)
+    diagonal = gram.diagonal()
+    diagonal += ridge * diagonal.mean().clamp_min(1e-100)  # inputs that are always 0 stay invertible, too
+    return gram
 
 
 def cholesky(gram: Tensor) -> Tensor:
@@ -387,11 +406,11 @@ class BrainSurgeon:
 
     def remove(self, index: Tensor) -> None:
         """Take the inputs ``index`` out, refit the others and down-date the inverse."""
-        coefficients = self._coefficients(index)
-        self.weight -= coefficients @ self.inverse[index]
+        rows = self.inverse[index]
+        block = torch.linalg.solve(rows[:, index], rows)
+        self.weight -= self.weight[:, index] @ block
         self.weight[:, index] = 0
-        block = torch.linalg.solve(self.inverse[index][:, index], self.inverse[index])
-        self.inverse -= self.inverse[:, index] @ block
+        self.inverse.addmm_(rows.T, block, alpha=-1)  # symmetric: the rows are the columns
         self.inverse[index] = 0
         self.inverse[:, index] = 0
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import readout_gain, units
-from gohsp.core.compensation import RIDGE, BlockMoments, BrainSurgeon, apply_refit, refit_map, select_units
+from gohsp.core.compensation import RIDGE, BlockMoments, BrainSurgeon, apply_refit, refit_map, select_units, signed_sums
 from gohsp.errors import RecipeError
 from gohsp.structure import BlockPlan, BlockShape, BlockStructure, ModelStructure, Plan, Readout, UnitSlice
 
@@ -418,14 +417,7 @@ def squared_size(
     total = torch.zeros((), dtype=torch.float64)
     for weight, gram in parts:
         rows = weight.to(gram.dtype)
-        if probes is not None and probes < len(rows):
-            rows = _signs(probes, len(rows)).to(rows) @ rows / probes**0.5
+        if probes is not None:
+            rows = signed_sums(probes, len(rows)).to(rows) @ rows
         total += _row_energy(rows, gram).sum().cpu()
     return float(total)
-
-
-@cache
-def _signs(count: int, size: int) -> Tensor:
-    """``count`` vectors of random signs ``[count, size]``, always the same."""
-    draws = torch.randint(2, (count, size), generator=torch.Generator().manual_seed(0))
-    return 2.0 * draws - 1.0

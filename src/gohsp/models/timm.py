@@ -215,10 +215,12 @@ def _linear(old: nn.Linear, *, in_features: int | None = None, out_features: int
     )
 
 
-def set_fused_attention(model: nn.Module, fused: bool) -> None:
+def set_fused_attention(model: nn.Module, fused: bool) -> bool:
     """Choose between PyTorch's fused attention kernel and plain matrix products, for every block."""
+    before = all(block.attn.fused_attn for block in _blocks(model))
     for block in _blocks(model):
         block.attn.fused_attn = fused
+    return before
 
 
 def stages(model: nn.Module) -> Stages:
