@@ -7,9 +7,9 @@
 Random images; the weights do not matter to the clock. Moments (with token weights), damage curves and reconstruction
 (without mirror images, which double its streams) are timed once and given in units of a forward pass over the same
 images, in the same precision and with the same attention kernel: the faster of two after one that is not counted.
-Ranking and forward passes in its and in single precision take turns; it is given by the medians. Solves are as many
-whatever the number of images; so ``--solves`` times reconstruction at that many images and at four times as many, once
-each after one that is not counted, and tells solves from what an image costs.
+Ranking and forward passes take turns, and it is given by the medians; in single-precision passes, too. Solves are as
+many whatever the number of images; so ``--solves`` times reconstruction at that many images and at four times as many,
+once each after one that is not counted, and tells solves from what an image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -25,7 +25,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,7 +113,7 @@ def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
     return {"seconds": round(seconds, 3), "forward_passes": round(seconds / once, 2)}
 
 
-def medians(subject: Subject, works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(subject: Subject, works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of pieces of work that take turns, after a turn that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
@@ -137,12 +137,12 @@ def ranking_cost(subject: Subject, rounds: int) -> dict[str, float]:
                 precision=subject.precision,
             )
 
-    works = {"rank": rank, "mixed": subject.forward, "single": partial(subject.forward, mixed=False)}
-    times = medians(subject, works, rounds)
+    times = medians(subject, {"rank": rank, "pass": subject.forward}, rounds)
+    single = medians(subject, {"pass": partial(subject.forward, mixed=False)}, rounds)
     return {
         "seconds": round(times["rank"], 3),
-        "forward_passes": round(times["rank"] / times["mixed"], 2),
-        "float32_passes": round(times["rank"] / times["single"], 2),
+        "forward_passes": round(times["rank"] / times["pass"], 2),
+        "float32_passes": round(times["rank"] / single["pass"], 2),
     }
 
 

@@ -623,7 +623,10 @@ def test_a_module_in_training_mode_half_precision_or_frozen_is_pruned_alike(tmp_
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
-def test_analysis_in_bf16_on_a_cpu_leaves_the_slow_fused_kernel_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("route", ["oneshot", "train"])
+def test_passes_in_bf16_on_a_cpu_leave_the_slow_fused_kernel_alone(
+    route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     mixed: list[bool] = []
     fused = F.scaled_dot_product_attention
 
@@ -632,8 +635,9 @@ def test_analysis_in_bf16_on_a_cpu_leaves_the_slow_fused_kernel_alone(tmp_path: 
         return fused(*given, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    half = {**RECIPE["training"], "precision": "bf16"}
-    recipe = recipe_with(route="oneshot", dense={"epochs": 0}, polish={"epochs": 1}, training=half)
+    half = {**RECIPE["training"], "precision": "bf16", "ema": 0.5}
+    polish = {"epochs": int(route == "oneshot")}
+    recipe = recipe_with(route=route, dense={"epochs": 0}, polish=polish, training=half, retrain_dense=True)
     result = prune(tmp_path / "run", model=tiny(), recipe=recipe)
     assert mixed  # by the clock, in float32
     assert not any(mixed)

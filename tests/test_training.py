@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 import gohsp
 from gohsp import data, models, training
 from gohsp.core import admm
-from gohsp.errors import CheckpointError, DataError, NonFiniteError
+from gohsp.errors import CheckpointError, DataError, NonFiniteError, UnsupportedModelError
 from gohsp.measure import Metrics, evaluate
 from gohsp.structure import BlockShape
 from gohsp.training import StageSettings, TrainingSettings
@@ -427,6 +427,20 @@ def test_attention_is_plain_on_a_cpu_in_bf16_and_then_as_it_was(before: bool, pr
     assert during == ([before, True] if precision == torch.float32 else [False, False])
     assert fused(first) == before
     assert fused(second)
+
+
+def test_the_choice_of_kernel_is_put_back_by_block_and_from_the_end():
+    model = tiny()
+    models.set_fused_attention(model, [True, False])
+    with training.fast_attention(torch.bfloat16, model, model):  # one model twice, as teacher and student say
+        assert [b.attn.fused_attn for b in model.blocks] == [False, False]
+    assert [b.attn.fused_attn for b in model.blocks] == [True, False]
+    with (
+        pytest.raises(UnsupportedModelError),
+        training.fast_attention(torch.bfloat16, model, nn.Linear(2, 2)),  # a teacher of another class
+    ):
+        pass
+    assert [b.attn.fused_attn for b in model.blocks] == [True, False]
 
 
 # Unreadable images

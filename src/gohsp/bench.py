@@ -94,7 +94,7 @@ class Bench:
         enabled = self.precision != torch.float32
         return torch.autocast(self.accelerator.device.type, self.precision, enabled=enabled)
 
-    def fast(self, *of: nn.Module) -> AbstractContextManager[None]:
+    def fast_attention(self, *of: nn.Module) -> AbstractContextManager[None]:
         """The faster attention kernel for passes through these models in the run's precision."""
         return training.fast_attention(self.precision, *of)
 
@@ -119,12 +119,13 @@ class Bench:
 
     def score(self, model: nn.Module, batches: Any = None) -> Metrics:
         """Score on the validation split, or on other batches."""
-        return evaluate(
-            model,
-            self.labelled.validation if batches is None else batches,
-            device=self.accelerator.device,
-            precision=self.precision,
-        )
+        with self.fast_attention(model):
+            return evaluate(
+                model,
+                self.labelled.validation if batches is None else batches,
+                device=self.accelerator.device,
+                precision=self.precision,
+            )
 
     @property
     def probe(self) -> Tensor:
@@ -134,7 +135,7 @@ class Bench:
     def predictions(self, model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
         """Log-probabilities ``[B, classes]`` of batches."""
         stages = models.stages(model)
-        with self.fast(model):
+        with self.fast_attention(model):
             return sensitivity.predictions(stages, list(self.embedded(stages, images)), self.precision)
 
     @contextmanager

@@ -52,7 +52,7 @@ def based(bench: Bench, dense: nn.Module, structure: ModelStructure, scores: lis
 def basis_of(bench: Bench, model: nn.Module, structure: ModelStructure, scores: list[list[float]]) -> Basis:
     """A copy of ``model`` with token weights."""
     settings = bench.recipe.admm.projection
-    with bench.autocast(), bench.fast(model):
+    with bench.autocast(), bench.fast_attention(model):
         weights = fisher.token_weights(
             model,
             structure,
@@ -66,7 +66,7 @@ def basis_of(bench: Bench, model: nn.Module, structure: ModelStructure, scores: 
 
 def measured(bench: Bench, basis: Basis) -> tuple[compensation.BlockMoments, ...]:
     """Second moments of the basis' model as it is now."""
-    with bench.autocast(), bench.fast(basis.model):
+    with bench.autocast(), bench.fast_attention(basis.model):
         return compensation.collect_moments(basis.model, basis.structure, bench.calibration, basis.weights)
 
 
@@ -104,7 +104,7 @@ def _reconstructed(
     target = dense if support is None else copy.deepcopy(basis.model)
     embedded = bench.embedded(models.stages(target), bench.calibration, mirror=bench.mirror)
     with (
-        bench.fast(target, basis.model),
+        bench.fast_attention(target, basis.model),
         bench.progress("cut and repair", len(basis.structure.blocks)) as advance,
     ):
         return reconstruction.reconstruct(

@@ -309,7 +309,7 @@ def _scored(bench: Bench, name: str, model: nn.Module) -> dict[str, Any]:
 def _ranked(bench: Bench, dense: nn.Module, structure: ModelStructure) -> dict[str, Any]:
     record = bench.folder.done("ranking")
     if record is None:
-        with bench.timed("rank"), bench.fast(dense):
+        with bench.timed("rank"), bench.fast_attention(dense):
             heads = ranking.rank_heads(
                 dense,
                 structure,
@@ -411,7 +411,7 @@ def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: 
     student, teacher, reference = models.stages(small), models.stages(dense), bench.predictions(dense, bench.holdout)
     with (
         bench.timed("polish"),
-        bench.fast(dense, small),
+        bench.fast_attention(dense, small),
         bench.progress("polish", len(student.blocks)) as advance,
     ):
         with bench.autocast():

@@ -168,7 +168,7 @@ def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
     if recipe.admm.projection.metric == "data":
         moments = rotation.rotate(work.model, structure, moments)
     stages = models.stages(work.model)
-    with bench.fast(work.model), bench.progress("damage curves", points) as advance:
+    with bench.fast_attention(work.model), bench.progress("damage curves", points) as advance:
         curves = sensitivity.measure_curves(
             work.model,
             stages,

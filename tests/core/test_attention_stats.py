@@ -282,10 +282,25 @@ def test_attention_maps_of_few_images_live_at_a_time(
 
     real = attention_stats.attention_rows
     monkeypatch.setattr(attention_stats, "attention_rows", watched)
-    monkeypatch.setattr(attention_stats, "_MAPS", 2)  # of four in a batch that are compared
+    monkeypatch.setattr(attention_stats, "GRADIENT_IMAGES", 8)
     collect(model, images.split(16), scope=scope, edge="jsd")
-    assert len(living) == 2 * 2 * DEPTH  # two batches, in two parts each, all blocks
-    assert 0 < most <= attention_stats._MAPS * HEADS * DEPTH
+    assert len(living) == 4 * DEPTH  # two batches, in two parts each, all blocks
+    assert 0 < most <= 8 / attention_stats._EVERY * HEADS * DEPTH
+
+
+def test_backward_passes_take_few_images_whatever_the_batches(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = collect(model, [images]), []
+    model.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(attention_stats, "GRADIENT_IMAGES", 5)
+    parts = collect(model, [images])
+    assert sizes == [5] * 6 + [2]
+    assert parts.images == whole.images
+    torch.testing.assert_close(parts.taylor, whole.taylor)
+    torch.testing.assert_close(parts.contribution, whole.contribution)
+    for a, b in zip(parts.edges, whole.edges, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 32])
@@ -309,7 +324,10 @@ def test_attention_rows_are_made_in_the_precision_asked_for(
 
     def watched(model: nn.Module, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return real(model, block, x, tokens)
+        rows = real(model, block, x, tokens)
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=0, atol=1e-5)  # no bf16 in between
+        return rows
 
     real = attention_stats.attention_rows
     monkeypatch.setattr(attention_stats, "attention_rows", watched)

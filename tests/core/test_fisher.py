@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gohsp.core import fisher
 from gohsp.core.fisher import token_weights
 from gohsp.models import describe, stages
 from gohsp.structure import ModelStructure
@@ -58,6 +59,19 @@ def test_weights_are_mean_squared_gradients_of_drawn_classes(
             assert float(weight.mean()) == pytest.approx(1, rel=1e-5)
             assert float(weight.min()) >= 1 - share - 1e-6
             assert weight.dtype == torch.float32
+
+
+def test_backward_passes_take_few_images_whatever_the_batches(
+    model: nn.Module, structure: ModelStructure, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "GRADIENT_IMAGES", 5)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    whole = token_weights(model, structure, [images], attention=0.5, ffn=0.5)
+    assert sizes == [5] * 6 + [2]
+    for a, b in zip(whole, token_weights(model, structure, images.split(5), attention=0.5, ffn=0.5), strict=True):
+        assert torch.equal(a.attention, b.attention)
+        assert torch.equal(a.ffn, b.ffn)
 
 
 def test_no_share_means_no_weights(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:

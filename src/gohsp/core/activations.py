@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from gohsp.structure import BlockStructure, Readout, UnitSlice
 
+GRADIENT_IMAGES = 32
+"""Images of one backward pass of an analysis. What it needs of the forward pass is kept for all of them."""
+
 
 def units(model: nn.Module, entry: UnitSlice, count: int) -> Tensor:
     """View of the parameter entries that units ``0..count-1`` hold (shares memory, no autograd)."""
@@ -44,12 +47,12 @@ def queries_keys(
 
 
 def attention_rows(model: nn.Module, block: BlockStructure, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Attention probabilities ``[images, heads, queries, keys]`` of an attention whose input is ``x``.
+    """Attention probabilities ``[images, heads, queries, keys]``, float32, of an attention whose input is ``x``.
 
     Rows are those of ``tokens`` (indices) where they are given.
     """
     q, k = queries_keys(model, block, x, tokens)
-    return (q @ k.transpose(-2, -1) * block.scale).softmax(dim=-1)
+    return (q * block.scale @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
 
 
 def readout_gain(model: nn.Module, readout: Readout) -> Tensor | None:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import attention_rows, evaluating, observe_inputs, readout_gain
+from gohsp.core.activations import GRADIENT_IMAGES, attention_rows, evaluating, observe_inputs, readout_gain
 from gohsp.errors import DataError, NonFiniteError, UnsupportedModelError
 from gohsp.structure import BlockStructure, ModelStructure
 
@@ -37,8 +37,6 @@ _OUTPUT_EDGES = ("cosine", "cka")  # read from the heads' outputs; the others fr
 _RIDGE = 1e-6
 # Entries of one attention map that are compared at a time: few enough to stay in a core's cache.
 _CHUNK = 1 << 14
-# Images whose attention maps live at a time: with all heads of a ViT-B in one graph, 23 MB an image.
-_MAPS = 8
 # Rows that are compared: those of a few queries in every fourth image. All pairs of heads are, which is what
 # costs most in a large model, and a mean needs few rows.
 _QUERIES = 16
@@ -53,7 +51,7 @@ class HeadStatistics:
         heads: Heads of each block.
         images: Images seen.
         edges: Edge weights ``[nodes, nodes]`` of each graph, 0 on the diagonal: one graph over all heads
-            (scope ``global``) or one a block (scope ``layer``).
+            (scope ``global``) or one a block (scope ``layer``). Attention rows are compared in every fourth image.
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
             over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
@@ -92,7 +90,8 @@ def collect_head_statistics(
         scope: Heads that share a graph: those of a block, or all.
         edge: Edge weight; see :func:`attention_divergence` and :func:`output_distance`.
         wanted: What to gather beside the edges. All but ``contribution`` need a backward pass.
-        precision: Data type of both passes; below float32 by autocast. What is compared and summed stays wider.
+        precision: Data type of both passes and of the logits of attention; below float32 by autocast. Attention
+            probabilities and sums stay wider.
 
     Raises:
         DataError: No images.
@@ -110,9 +109,9 @@ def collect_head_statistics(
 class HeadStatisticsFitter:
     """Accumulates head statistics batch by batch: ``update`` takes images, ``statistics`` gives the result.
 
-    The model must be in evaluation mode. Memory beside one batch: with ``U`` units a block and ``H`` heads, ``H^2``
-    numbers for the edges, ``U^2`` a block where a statistic or an edge needs covariances; output edges in scope
-    ``global`` need ``(sum of U)^2``.
+    The model must be in evaluation mode. Memory beside what 32 images take: with ``U`` units a block and ``H`` heads,
+    ``H^2`` numbers for the edges, ``U^2`` a block where a statistic or an edge needs covariances; output edges in
+    scope ``global`` need ``(sum of U)^2``.
     """
 
     def __init__(
@@ -155,6 +154,10 @@ class HeadStatisticsFitter:
             NonFiniteError: NaN or infinity in what flows through a block.
             UnsupportedModelError: See :func:`collect_head_statistics`.
         """
+        for few in images.split(GRADIENT_IMAGES):
+            self._update(few)
+
+    def _update(self, images: Tensor) -> None:
         inputs, outputs = self._forward(images)
         with torch.no_grad():
             flat = [z.detach().flatten(0, 1) for z in outputs]
@@ -162,13 +165,11 @@ class HeadStatisticsFitter:
                 for moments, z in zip(self._moments, flat, strict=True):
                     moments.update(z)
             if self._edge not in _OUTPUT_EDGES:
-                compared = slice(-self._images % _EVERY, None, _EVERY)  # whatever the batches
-                for few in zip(*(x[compared].float().split(_MAPS) for x in inputs), strict=True):
-                    for i, graph in enumerate(self._graphs):
-                        if len(few[0]):
-                            maps = self._attention(graph, few)
-                            self._divergence[i] += attention_divergence(maps, self._edge)
-                            self._compared[i] += len(maps) * maps.shape[2]
+                few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches
+                for i, graph in enumerate(self._graphs if len(few[0]) else ()):
+                    maps = self._attention(graph, few)
+                    self._divergence[i] += attention_divergence(maps, self._edge)
+                    self._compared[i] += len(maps) * maps.shape[2]
             elif self._joint_moments is not self._moments:
                 self._joint_moments[0].update(torch.cat(flat, dim=1))
         self._images += len(images)
@@ -181,7 +182,7 @@ class HeadStatisticsFitter:
         # Through the images, so that frozen weights do not cut the graph.
         images.requires_grad_(self._backward)
         watch = {name: partial(seen.__setitem__, name) for pair in names for name in pair}
-        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), self._mixed(images.device):
+        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), self._autocast(images.device):
             logits = self._model(images)
         for name, x in seen.items():
             _require_finite(f"the input of module '{name}'", x)
@@ -192,7 +193,7 @@ class HeadStatisticsFitter:
             self._add_gradients(logits, outputs)
         return [seen[attention].detach() for attention, _ in names], outputs
 
-    def _mixed(self, device: torch.device) -> torch.autocast:
+    def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
 
     def _add_gradients(self, logits: Tensor, outputs: list[Tensor]) -> None:
@@ -228,8 +229,8 @@ class HeadStatisticsFitter:
             )
         first = inputs[graph[0]]
         queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
-        with self._mixed(first.device):
-            maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries).float() for i in graph]
+        with self._autocast(first.device):
+            maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
         return torch.cat(maps, dim=1)

@@ -135,8 +135,8 @@ class Regression:
         """The regression on the first ``n`` inputs alone."""
         return Regression(self.gram[:n, :n], self.cross[:, :n], self.count)
 
-    def mixed(self, rows: Tensor) -> Regression:
-        """The regression on ``rows`` ``[k, outputs]`` of weighted sums of the targets."""
+    def of_sums(self, rows: Tensor) -> Regression:
+        """The regression of weighted sums of the targets, ``rows`` ``[sums, outputs]``."""
         return Regression(self.gram, rows.double() @ self.cross, self.count)
 
     def error(self, weight: Tensor) -> float:
@@ -177,7 +177,7 @@ def signed_sums(count: int, size: int) -> Tensor:
     """A matrix ``[count, size]`` of random signs over ``count ** 0.5``, always the same; the identity of few rows.
 
     The squared norm of its product with a matrix of ``size`` rows estimates that matrix' own without bias
-    (Hutchinson 1990), at a cost that does not grow with ``size``.
+    (Hutchinson 1990), and what is then done with the product costs no more for more rows.
     """
     if size <= count:
         return torch.eye(size)

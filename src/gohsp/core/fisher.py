@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import evaluating
+from gohsp.core.activations import GRADIENT_IMAGES, evaluating
 from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
 
@@ -63,7 +63,7 @@ def token_weights(
     names = [r.module for b in structure.blocks for r in (b.attention_readout, b.ffn_readout)]
     totals = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=device))
     with evaluating(model):
-        for images in batches:
+        for images in (few for batch in batches for few in batch.split(GRADIENT_IMAGES)):
             for name, gradient in zip(names, _gradients(model, names, images.to(device), generator), strict=True):
                 totals[name] = totals[name] + gradient.double().square().sum((0, 2))
     return tuple(

@@ -134,7 +134,7 @@ def rank_heads(
         model: The model; left as it was.
         structure: Its structure.
         batches: Images ``[images, channels, height, width]``, preprocessed. One backward pass goes with the forward
-            pass where the teleport is a gradient statistic.
+            pass where the teleport is a gradient statistic. Attention rows are compared in every fourth image.
         settings: How to rank.
         seed: Of the ``random`` method.
         precision: Data type of the passes through the model; below float32 by autocast.

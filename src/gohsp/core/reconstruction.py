@@ -265,7 +265,7 @@ class _Block:
             whole = residual_refit(part, before, ridge)
             return whole if keep is None else refit(part.gram, whole, keep, ridge)
 
-        splits = [(rest.first(n).mixed(sums), held_out.first(n).mixed(sums)) for rest, held_out in fit.splits()]
+        splits = [(rest.first(n).of_sums(sums), held_out.first(n).of_sums(sums)) for rest, held_out in fit.splits()]
         ridge = cross_validated_ridge(splits, cut, self.settings.ridge)
         self.write(readout, residual_refit(total, present, ridge).float())
         logger.info("%s: ridge %.2g", readout.module, ridge)

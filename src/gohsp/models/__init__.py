@@ -33,7 +33,7 @@ class Adapter(Protocol):
     def build(self, spec: Mapping[str, Any]) -> nn.Module: ...  # noqa: D102
     def architecture_name(self, model: nn.Module) -> str: ...  # noqa: D102
     def architecture_arguments(self, model: nn.Module) -> dict[str, Any]: ...  # noqa: D102
-    def set_fused_attention(self, model: nn.Module, fused: bool) -> bool: ...  # noqa: D102
+    def set_fused_attention(self, model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]: ...  # noqa: D102
     def stages(self, model: nn.Module) -> Stages: ...  # noqa: D102
 
 
@@ -67,11 +67,11 @@ def describe(model: nn.Module) -> ModelStructure:
     return adapter_for(model).describe(model)
 
 
-def set_fused_attention(model: nn.Module, fused: bool) -> bool:
-    """Choose between PyTorch's fused attention kernel and plain matrix products.
+def set_fused_attention(model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]:
+    """Choose between PyTorch's fused attention kernel and plain matrix products, for all blocks alike or for each.
 
     Returns:
-        Whether all blocks used the fused kernel before.
+        What was chosen before, by block.
     """
     return adapter_for(model).set_fused_attention(model, fused)
 

@@ -215,11 +215,16 @@ def _linear(old: nn.Linear, *, in_features: int | None = None, out_features: int
     )
 
 
-def set_fused_attention(model: nn.Module, fused: bool) -> bool:
-    """Choose between PyTorch's fused attention kernel and plain matrix products, for every block."""
-    before = all(block.attn.fused_attn for block in _blocks(model))
-    for block in _blocks(model):
-        block.attn.fused_attn = fused
+def set_fused_attention(model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]:
+    """Choose between PyTorch's fused attention kernel and plain matrix products, for all blocks alike or for each.
+
+    Returns:
+        What was chosen before, by block.
+    """
+    blocks = _blocks(model)
+    before = [block.attn.fused_attn for block in blocks]
+    for block, choice in zip(blocks, [fused] * len(blocks) if isinstance(fused, bool) else fused, strict=True):
+        block.attn.fused_attn = choice
     return before
 
 
