@@ -89,6 +89,7 @@ def run_case(options: argparse.Namespace, case: str, seed: int, images: int, fol
         "macs": report["pruned"]["macs"],
         "fidelity": report["fidelity"],
         "polish": report.get("polish"),
+        "allocation_images": report["recipe"]["data"]["allocation_images"],
         "seconds": round(seconds, 1),
         "peak_memory_mib": round(memory),
         "budget": report["budget"],

@@ -194,7 +194,9 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
             )
 
     works: dict[str, Callable[[], object]] = {"moments": moments, "curves": curves, "reconstruction": reconstruct}
-    record = {name: cost(subject, work) for name, work in works.items() if name in wanted or name == "moments"}
+    if "moments" not in wanted:
+        moments()
+    record = {name: cost(subject, work) for name, work in works.items() if name in wanted}
     if solves:
         views = torch.randn(4 * solves, *images[0].shape[1:], device=subject.device)
         if "reconstruction" not in wanted:
@@ -268,7 +270,17 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
         part.setdefault("images", options.images)
     if "admm" in options.parts:
         record["admm"] = admm_cost(subject, moments, options)
+    for part in record.values():
+        part["command"] = command_of(options)
     return {"params": sum(p.numel() for p in subject.model.parameters())} | record
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What measures the same again."""
+    return (
+        f"python benchmarks/overhead.py --models {' '.join(options.models)} --parts {' '.join(options.parts)} "
+        f"--images {options.images} --solves {options.solves} --batch {options.batch} --device {options.device}"
+    )
 
 
 def main() -> None:
@@ -291,13 +303,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    command = f"python benchmarks/overhead.py --models {' '.join(options.models)} --parts {' '.join(options.parts)} "
-    command += f"--images {options.images} --solves {options.solves} --batch {options.batch} --device {options.device}"
     for name in options.models:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             found = pool.apply(measured, (options, name))
-        commands = record["models"].setdefault(name, {}).pop("commands", [])
-        record["models"][name] |= found | {"commands": [*(c for c in commands if c != command), command]}
+        record["models"].setdefault(name, {}).update(found)
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         sys.stdout.write(f"{name}: {json.dumps(found)}\n")
         sys.stdout.flush()

@@ -65,6 +65,7 @@ def oneshot_row(run: Json) -> list[str]:
         f"{run['fidelity']['kl']:.2f}",
         f"{run['seconds']:.0f} s",
         f"{run['peak_memory_mib'] / 1024:.1f} GiB",
+        str(run.get("allocation_images", 256)) if run["fidelity"]["predicted_kl"] is not None else "",
     ]
 
 
@@ -88,8 +89,8 @@ def oneshot() -> str | None:
         for key in (case + flag for flag in STAGES)
         if key in runs
     ]
-    header = ["", "parameters", "MACs", "top-1", "divergence", "time", "peak memory"]
-    dense = ["dense", f"{DENSE_TINY[0]:,}", f"{DENSE_TINY[1] / 1e9:.3f} G", f"{DENSE_TINY[2]:.1f} %", "", "", ""]
+    header = ["", "parameters", "MACs", "top-1", "divergence", "time", "peak memory", "curves on"]
+    dense = ["dense", f"{DENSE_TINY[0]:,}", f"{DENSE_TINY[1] / 1e9:.3f} G", f"{DENSE_TINY[2]:.1f} %", *[""] * 4]
     seeds = [runs[key]["top1"] for s in range(3) if (key := f"params=4.0M seed={s} images=1000") in runs]
     sizes = calibration_sizes(runs)
     counts = sorted({n for line in sizes.values() for n in line})
@@ -99,9 +100,10 @@ def oneshot() -> str | None:
         "1,000 training images without labels calibrate (950, 50 are held out), nothing is trained; top-1 on 1,000 "
         "validation images, standard error 1.5. "
         "*Divergence*: of the predictions on the held-out images, in nats. *One*, *two stages*: "
-        "`--allocation-stages`, where it is not as by default. Seed 0, two CPU cores; "
-        "times are upper bounds, since the machine was shared for most rows (4.0 M ran alone), and budgets share one "
-        "measurement of damage curves.",
+        "`--allocation-stages`, where it is not as by default. *Curves on*: calibration images that they were measured "
+        "on. Seed 0, two CPU cores; times include the curves where they were not there yet (4.0 M; the second stage of "
+        "3.06 M). Rows with curves on 256 images, and the accuracies by calibration images, are of earlier code, on a "
+        "machine with units for bf16 matrices (AMX), in part shared; the others of one with AVX-512 bf16 alone.",
         table(header, [dense, *rows]),
         f"Three seeds at 4.0 M parameters: {', '.join(f'{top1:.1f}' for top1 in seeds)} % "
         f"(mean {sum(seeds) / len(seeds):.1f}). Top-1 by calibration images, at given widths of 4.0 M:",
@@ -111,13 +113,6 @@ def oneshot() -> str | None:
         ),
         "![Top-1 against the number of calibration images](oneshot_images.svg)",
     ]
-    if second := read("oneshot_second_machine"):
-        times = [
-            f"`{key.split(' ')[0]}` {run['top1']:.1f} % in {run['seconds']:.0f} s (curves "
-            f"{run['timings']['allocate']:.0f}, cut and repair {run['timings']['reconstruct']:.0f})"
-            for key, run in second["runs"].items()
-        ]
-        text += [f"    {second['command']}", f"On a second machine ({second['notes']}): {'; '.join(times)}."]
     if speed := latency_text(runs):
         text.append(speed)
     if ablation := read("oneshot_ablation_deit_tiny"):
@@ -458,24 +453,25 @@ def profiles(cases: Sequence[Json]) -> list[str]:
 
 def overhead() -> str | None:
     """What gohsp's parts cost by model size."""
-    found = [record for name in ("overhead", "overhead_ranking") for record in (read(name) or {}).values()]
+    found = list((read("overhead") or {}).values())
     if not found:
         return None
     text = ["## What the parts cost"]
     for record in found:
         sizes = record["models"]
-        commands = [command for of in sizes.values() for command in of["commands"]]
+        commands = [part["command"] for of in sizes.values() for part in of.values() if isinstance(part, dict)]
         rows, steps = [], []
         for model, of in sizes.items():
             cells = [
-                f"{of[part]['seconds']:.1f} s ({of[part]['forward_passes']:.0f})" if part in of else ""
+                f"{of[part]['seconds']:.1f} s ({of[part]['forward_passes']:.0f}; {of[part]['images']})"
+                if part in of
+                else ""
                 for part in PARTS
             ]
             if (ranked := of.get("ranking", {})).get("float32_passes"):
-                passes = f"{ranked['forward_passes']:.1f}; {ranked['float32_passes']:.1f}"
+                passes = f"{ranked['forward_passes']:.1f} or {ranked['float32_passes']:.1f}; {ranked['images']}"
                 cells[0] = f"{ranked['seconds']:.1f} s ({passes})"
-            images = ", ".join(str(n) for n in sorted({of[part]["images"] for part in PARTS if part in of}))
-            rows.append([model, f"{of['params'] / 1e6:.1f} M", images, *cells])
+            rows.append([model, f"{of['params'] / 1e6:.1f} M", *cells])
             if admm := of.get("admm"):
                 steps.append(
                     [
@@ -491,9 +487,9 @@ def overhead() -> str | None:
         text += [
             "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
             f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
-            "the same images in the same precision, for the ranking, where they were timed, also such passes in "
-            "float32; with few images the solves, which do not depend on their number, weigh most.",
-            table(["model", "parameters", "images", *PARTS], rows),
+            "the same images in the same precision, for the ranking, where they were timed, or such passes in "
+            "float32; and the images. With few of them the solves, which do not depend on their number, weigh most.",
+            table(["model", "parameters", *PARTS], rows),
             *steps_of(steps),
         ]
         if growth := grown(sizes):
