@@ -194,7 +194,7 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
             )
 
     works: dict[str, Callable[[], object]] = {"moments": moments, "curves": curves, "reconstruction": reconstruct}
-    if "moments" not in wanted:
+    if "moments" not in wanted and (solves or set(wanted) != {"ranking"}):
         moments()
     record = {name: cost(subject, work) for name, work in works.items() if name in wanted}
     if solves:
@@ -208,7 +208,7 @@ def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[st
             "an_image": round(an_image, 5),
             "seconds": round(few - solves * an_image, 3),
         }
-    return record, found["moments"]
+    return record, found.get("moments", ())
 
 
 def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argparse.Namespace) -> dict[str, Any]:
@@ -271,15 +271,25 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if "admm" in options.parts:
         record["admm"] = admm_cost(subject, moments, options)
     for part in record.values():
-        part["command"] = command_of(options)
+        part |= {"command": command_of(options), "processor": processor(subject.device)}
     return {"params": sum(p.numel() for p in subject.model.parameters())} | record
+
+
+def processor(device: torch.device) -> str:
+    """What the clock depends on most."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    units = {"AMX": "_is_amx_tile_supported", "AVX-512 bf16": "_is_avx512_bf16_supported"}
+    found = (name for name, query in units.items() if getattr(torch.cpu, query, lambda: False)())
+    return f"{platform.machine()} with {next(found, 'no bf16 units')}"
 
 
 def command_of(options: argparse.Namespace) -> str:
     """What measures the same again."""
     return (
         f"python benchmarks/overhead.py --models {' '.join(options.models)} --parts {' '.join(options.parts)} "
-        f"--images {options.images} --solves {options.solves} --batch {options.batch} --device {options.device}"
+        f"--images {options.images} --solves {options.solves} --batch {options.batch} --rounds {options.rounds} "
+        f"--device {options.device} --seed {options.seed}"
     )
 
 
@@ -299,7 +309,6 @@ def main() -> None:
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     record = results.setdefault(options.device, {"models": {}})
     record |= {
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -91,7 +91,9 @@ def oneshot() -> str | None:
     ]
     header = ["", "parameters", "MACs", "top-1", "divergence", "time", "peak memory", "curves on"]
     dense = ["dense", f"{DENSE_TINY[0]:,}", f"{DENSE_TINY[1] / 1e9:.3f} G", f"{DENSE_TINY[2]:.1f} %", *[""] * 4]
-    seeds = [runs[key]["top1"] for s in range(3) if (key := f"params=4.0M seed={s} images=1000") in runs]
+    alike = [runs[key] for s in range(3) if (key := f"params=4.0M seed={s} images=1000") in runs]
+    alike = [run for run in alike if run.get("allocation_images") == alike[0].get("allocation_images")]
+    seeds = [run["top1"] for run in alike]
     sizes = calibration_sizes(runs)
     counts = sorted({n for line in sizes.values() for n in line})
     text = [
@@ -101,11 +103,12 @@ def oneshot() -> str | None:
         "validation images, standard error 1.5. "
         "*Divergence*: of the predictions on the held-out images, in nats. *One*, *two stages*: "
         "`--allocation-stages`, where it is not as by default. *Curves on*: calibration images that they were measured "
-        "on. Seed 0, two CPU cores; times include the curves where they were not there yet (4.0 M; the second stage of "
-        "3.06 M). Rows with curves on 256 images, and the accuracies by calibration images, are of earlier code, on a "
-        "machine with units for bf16 matrices (AMX), in part shared; the others of one with AVX-512 bf16 alone.",
+        "on. Seed 0, two CPU cores. Rows with curves on 128 images are of one machine with AVX-512 bf16; their times "
+        "include the curves where they were not there yet (4.0 M; the second stage of 3.06 M). All others, the "
+        "accuracies by calibration images, too, are of earlier code on one with units for bf16 matrices (AMX), where "
+        "times are upper bounds, since it was shared for most rows.",
         table(header, [dense, *rows]),
-        f"Three seeds at 4.0 M parameters: {', '.join(f'{top1:.1f}' for top1 in seeds)} % "
+        f"Seeds 0 to {len(seeds) - 1} at 4.0 M parameters: {', '.join(f'{top1:.1f}' for top1 in seeds)} % "
         f"(mean {sum(seeds) / len(seeds):.1f}). Top-1 by calibration images, at given widths of 4.0 M:",
         table(
             ["images", *map(str, counts)],
@@ -460,6 +463,8 @@ def overhead() -> str | None:
     for record in found:
         sizes = record["models"]
         commands = [part["command"] for of in sizes.values() for part in of.values() if isinstance(part, dict)]
+        seen = [part["processor"] for of in sizes.values() for part in of.values() if isinstance(part, dict)]
+        machines = " and ".join(dict.fromkeys(seen))
         rows, steps = [], []
         for model, of in sizes.items():
             cells = [
@@ -486,7 +491,7 @@ def overhead() -> str | None:
                 )
         text += [
             "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
-            f"224 px, {record['machine']}, {record['threads']} threads. Seconds, and in brackets forward passes over "
+            f"224 px, {machines}, {record['threads']} threads. Seconds, and in brackets forward passes over "
             "the same images in the same precision, for the ranking, where they were timed, or such passes in "
             "float32; and the images. With few of them the solves, which do not depend on their number, weigh most.",
             table(["model", "parameters", *PARTS], rows),
@@ -525,13 +530,14 @@ def reconstruction(sizes: Json) -> list[str]:
     ]
     text = [
         "Reconstruction, timed with so many images and with four times as many, is solves, whatever their number, and "
-        f"a cost an image. By these it takes, at a run's {VIEWS:,} views (extrapolated):",
+        f"a cost an image. By these it takes, at a run's {VIEWS:,} views (extrapolated from one timing each, good to a "
+        "quarter):",
         table(["model", "images", "solves", "an image", f"{VIEWS:,} views"], rows),
     ]
     if len(whole) > 1 and min(whole) > 0:
         params = [sizes[model]["params"] for model in known]
         power = math.log(whole[-1] / whole[0]) / math.log(params[-1] / params[0])
-        text.append(f"Power of the number of parameters by which that grows: {power:.2f}.")
+        text.append(f"Power of the number of parameters by which that grows: {power:.1f}.")
     return text
 
 
@@ -552,7 +558,7 @@ def grown(sizes: Json) -> str | None:
     if len(has) > 1:
         added = [r["admm"]["in_images"] * r["admm"]["seconds"]["plain_step"] / r["admm"]["batch"] for r in has]
         power = math.log(added[-1] / added[0]) / math.log(has[-1]["params"] / has[0]["params"])
-        powers.append(f"ADMM's share of a step {power:.2f}")
+        powers.append(f"what ADMM adds to a step {power:.2f}")
     if not powers:
         return None
     return f"Powers of the number of parameters by which seconds grow, first model to last: {', '.join(powers)}."
@@ -576,8 +582,8 @@ def page() -> str:
     intro = (
         "# Results\n\nMade from `benchmarks/results/*.json` by `python benchmarks/results_page.py`; every table names "
         "the command that measured it. What the figures mean, and what did not work, stands in [one-shot](oneshot.md), "
-        "[ADMM](admm.md) and [ranking](ranking.md).\n\nWhere the first table does not say otherwise, damage curves were "
-        "measured on 256 images, which was the default before 128 (`--data.allocation-images 256`), and ranking "
+        "[ADMM](admm.md) and [ranking](ranking.md).\n\nWhere the first table does not say otherwise, damage curves "
+        "were measured on 256 images, which was the default before 128 (`--data.allocation-images 256`), and ranking "
         "compared attention rows of all images instead of every fourth: widths may differ by a few units today."
     )
     return "\n\n".join([intro, *(text for section in SECTIONS if (text := section()))]) + "\n"

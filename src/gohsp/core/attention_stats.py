@@ -1,6 +1,6 @@
 """Streaming statistics of attention heads: edges between them, and how much each one matters (design, section 3).
 
-Every sum has a fixed size whatever the number of images, and the attention maps of a few images live at a time.
+Every sum has a fixed size whatever the number of images, and attention rows of a few images are compared at a time.
 
 Shapes: ``nodes`` are heads, numbered block by block; ``rows`` are images times tokens; ``units`` are a
 block's value dimensions, heads times ``vo``.
