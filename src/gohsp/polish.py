@@ -43,7 +43,7 @@ class PolishSettings:
     """
 
     epochs: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     batch_size: int = 32
     fisher: float = 0.5
 
