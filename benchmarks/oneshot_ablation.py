@@ -186,7 +186,7 @@ def lines(
     yield "+ token weights", lambda: whole(how, even, True, True)
     yield "+ allocation", lambda: whole(how, shapes, True, True)
     yield "+ cross-validated ridge", lambda: whole(how, shapes, True, False)
-    long = PolishSettings(epochs=3)
+    long = PolishSettings(epochs=2)
     yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), long, images, recipe.seed)
 
 

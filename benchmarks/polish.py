@@ -28,14 +28,20 @@ from gohsp import data, models, training
 from gohsp.core import fisher, sensitivity
 from gohsp.polish import PolishSettings, polish
 
-LINES = {
-    "none": PolishSettings(epochs=0),
-    "1 epoch, tokens alike": PolishSettings(epochs=1, fisher=0.0),
-    "1 epoch, fisher = 0.8": PolishSettings(epochs=1, fisher=0.8),
-} | {
-    f"{epochs} epoch{'s' * (epochs > 1)}, rate {rate:g}": PolishSettings(epochs=epochs, learning_rate=rate)
-    for epochs in (1, 3, 6)
-    for rate in (5e-4, 1e-3, 2e-3)
+LINES = {"none": PolishSettings(epochs=0)} | {
+    f"windows of {window}, epochs {epochs}, rate {rate:g}": PolishSettings(
+        epochs=epochs, learning_rate=rate, window=window
+    )
+    for window, epochs, rate in (
+        (1, 1, 1e-3),
+        (1, 3, 5e-4),
+        (1, 3, 1e-3),
+        (1, 3, 2e-3),
+        (1, 6, 5e-4),
+        (1, 6, 1e-3),
+        (2, 3, 5e-4),
+        (3, 2, 5e-4),
+    )
 }
 WEIGHED = 256
 """Images that token weights are measured on, as in a run."""

@@ -581,14 +581,14 @@ def test_a_polish_is_kept_as_far_as_it_helps(tmp_path: Path, monkeypatch: pytest
     assert polish["kept"] > 0
     assert result.report["fidelity"]["kl"] == pytest.approx(polish["curve"][polish["kept"]]["kl"], rel=1e-4)
     assert result.report["fidelity"]["kl"] < polish["curve"][0]["kl"]
-    assert "of its blocks are polished" in (tmp_path / "run" / "report.html").read_text()
+    assert "windows of blocks, where these images gained most" in (tmp_path / "run" / "report.html").read_text()
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(gohsp.load(tmp_path / "run")(images), result.model(images))
     wild = recipe_with(route="oneshot", dense={"epochs": 0}, admm=UNREPAIRED, polish=settings | {"learning_rate": 1e3})
     worse = prune(tmp_path / "wild", model=tiny(), recipe=wild, shapes=SHAPES)
     assert worse.report["polish"]["kept"] == 0
     assert worse.report["fidelity"]["kl"] == pytest.approx(polish["curve"][0]["kl"], rel=1e-4)
-    assert "The polish of no block helped" in (tmp_path / "wild" / "report.html").read_text()
+    assert "No window of the polish helped" in (tmp_path / "wild" / "report.html").read_text()
 
 
 def test_a_polish_is_taken_up_where_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from gohsp.errors import RecipeError
 from gohsp.polish import PolishSettings, PolishStep, polish
 
 SETTINGS = PolishSettings(epochs=20, learning_rate=3e-3, batch_size=8)
+ALONE = replace(SETTINGS, window=1)
 
 
 def network(seed: int) -> nn.Module:
@@ -142,7 +143,7 @@ def test_a_block_is_given_what_the_tuned_ones_before_it_send(fixed: bool, second
         Stages(nn.Identity(), teacher, nn.Identity()),
         [x],
         [None, None],
-        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8),
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=1),
         divergence=iter([3.0, 2.0, 1.0]).__next__,
     )
     assert float(student[0].by.detach()) == pytest.approx(1.0 if fixed else 0.25, abs=0.01)
@@ -152,7 +153,105 @@ def test_a_block_is_given_what_the_tuned_ones_before_it_send(fixed: bool, second
     )
 
 
-def test_every_block_has_its_own_token_weights() -> None:
+@pytest.mark.parametrize(("window", "first"), [(1, 1.0), (2, 0.5)])
+def test_blocks_of_a_window_answer_for_what_the_next_ones_make_of_their_errors(window: int, first: float) -> None:
+    """Asked for a shift of 1 and then of none, where the second can give none: together, both errors count alike."""
+    student, teacher = (Shift(0.0), Shift(0.0, fixed=True)), (Shift(1.0), Shift(-1.0))
+    x = torch.randn(8, 2, 3)
+    curve = polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), teacher, nn.Identity()),
+        [x],
+        [None, None],
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=window),
+        divergence=iter([3.0, 2.0, 1.0]).__next__,
+    )
+    # The targets' variances are alike: shifts do not change them.
+    assert float(student[0].by.detach()) == pytest.approx(first, abs=0.02)
+    assert curve[1].error == pytest.approx((1 - first) ** 2 / float(x.var(dim=(0, 1), correction=0).mean()), abs=2e-3)
+
+
+class Gain(Shift):
+    """Multiplies by a number that cannot be learnt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by.detach() * x + 0 * self.still
+
+
+def test_every_error_of_a_window_is_relative_to_its_own_target() -> None:
+    """Behind a gain of 3 an error is three times as large, and counts no more than before it."""
+    student, x = (Shift(0.0), Gain(3.0)), torch.randn(8, 2, 3)
+    told = (Told([(x, x + 1)]), Told([(x + 1, 3 * x)]))
+    polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), told, nn.Identity()),
+        [x],
+        [None, None],
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=2),
+        divergence=iter([3.0, 1.0, 2.0]).__next__,
+    )
+    assert float(student[0].by.detach()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_window_slides_on_to_the_targets_of_its_blocks() -> None:
+    student, wanted = tuple(Shift(0.0) for _ in range(4)), (0.25, 0.5, -0.75, 1.0)
+    polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), tuple(map(Shift, wanted)), nn.Identity()),
+        [torch.randn(8, 2, 3)],
+        [None] * 4,
+        PolishSettings(epochs=400, learning_rate=0.1, batch_size=8, window=2),
+        divergence=iter([5.0, 4.0, 3.0, 2.0, 1.0]).__next__,
+    )
+    assert [float(block.by.detach()) for block in student] == pytest.approx(wanted, abs=0.02)
+
+
+class Counted(list[Tensor]):
+    """Notes how many of its kind there are, and the most that there were."""
+
+    now = most = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counted.now += 1
+        Counted.most = max(Counted.most, Counted.now)
+
+    def __del__(self) -> None:
+        Counted.now -= 1
+
+
+@pytest.mark.parametrize(("window", "most"), [(1, 3), (2, 3), (3, 4)])
+def test_no_more_streams_are_kept_than_a_window_needs(window: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "most", 0)
+    polish(
+        Stages(nn.Identity(), tuple(Shift(0.0) for _ in range(6)), nn.Identity()),
+        Stages(nn.Identity(), tuple(Shift(1.0) for _ in range(6)), nn.Identity()),
+        [torch.randn(8, 2, 3)],
+        [None] * 6,
+        PolishSettings(epochs=1, batch_size=8, window=window),
+        divergence=iter(range(9, 0, -1)).__next__,
+        store=Counted,
+    )
+    assert (Counted.most, Counted.now) == (most, 0)
+
+
+def test_all_blocks_of_a_window_are_tuned() -> None:
+    """A window of three has mended all blocks of three when it begins; nothing is left to do for later ones."""
+    student, teacher = (Shift(1.0), Shift(1.0), Shift(1.0)), (Shift(0.25), Shift(0.0), Shift(-0.5))
+    curve = polish(
+        Stages(nn.Identity(), student, nn.Identity()),
+        Stages(nn.Identity(), teacher, nn.Identity()),
+        [torch.randn(8, 2, 3)],
+        [None] * 3,
+        PolishSettings(epochs=400, learning_rate=0.1, batch_size=8, window=3),
+        divergence=iter([3.0, 0.0, 1.0, 2.0]).__next__,  # the state after the first window stays
+    )
+    assert [float(block.by.detach()) for block in student] == pytest.approx([0.25, 0.0, -0.5], abs=0.02)
+    assert curve[1].error == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(("window", "divergence"), [(1, [3.0, 2.0, 1.0]), (2, [3.0, 1.0, 2.0])])
+def test_every_block_has_its_own_token_weights(window: int, divergence: list[float]) -> None:
     """A shift of all tokens alike can only meet the mean of what they need, and does so by the weights."""
     weights = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])]
     student, x = (Shift(0.0), Shift(0.0)), torch.randn(8, 2, 3)
@@ -163,8 +262,8 @@ def test_every_block_has_its_own_token_weights() -> None:
         Stages(nn.Identity(), tuple(told), nn.Identity()),
         [x],
         weights,
-        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8),
-        divergence=iter([3.0, 2.0, 1.0]).__next__,
+        PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=window),
+        divergence=iter(divergence).__next__,
     )
     assert float(student[0].by.detach()) == pytest.approx(1.0, abs=0.01)
     assert float(student[1].by.detach()) == pytest.approx(-2.0, abs=0.02)
@@ -212,12 +311,29 @@ def test_blocks_are_trained_and_passed_in_the_precision_asked_for(precision: tor
 def test_as_many_blocks_are_kept_tuned_as_help(divergence: list[float], best: int) -> None:
     pairing = pair()
     before = states(pairing[1])
-    assert [step.kl for step in run(pairing, divergence=divergence)] == divergence
+    assert [step.kl for step in run(pairing, ALONE, divergence=divergence)] == divergence
     everything = pair()
-    run(everything, divergence=[4.0, 3.0, 2.0, 1.0])
+    run(everything, ALONE, divergence=[4.0, 3.0, 2.0, 1.0])
     for i, (kept, untouched, tuned) in enumerate(zip(states(pairing[1]), before, states(everything[1]), strict=True)):
         assert not same(untouched, tuned)
         assert same(kept, tuned if i < best else untouched)
+
+
+def test_the_state_of_least_divergence_is_kept_whole() -> None:
+    """A window that does not help takes back what it did to a block that the window before it had tuned."""
+    pairing, steps = pair(), []
+    told = iter([4.0, 3.0, 3.6, 3.5])
+
+    def divergence() -> float:
+        steps.append(states(pairing[1]))
+        return next(told)
+
+    teacher, student = (models.stages(model) for model in pairing)
+    with torch.no_grad():
+        embedded = [teacher.embed(x) for x in images(1)]
+    polish(student, teacher, embedded, [None] * 3, SETTINGS, divergence=divergence)
+    assert not same(steps[1][1], steps[2][1])
+    assert all(same(a, b) for a, b in zip(steps[1], states(pairing[1]), strict=True))
 
 
 def test_what_blows_up_is_undone(caplog: pytest.LogCaptureFixture) -> None:
@@ -226,17 +342,21 @@ def test_what_blows_up_is_undone(caplog: pytest.LogCaptureFixture) -> None:
     curve = run(pairing, replace(SETTINGS, learning_rate=1e30))
     assert len(curve) == 1
     assert all(same(a, b) for a, b in zip(before, states(pairing[1]), strict=True))
-    assert "block 0 ended in NaN or infinite values" in caplog.text
+    assert "the window at block 0 ended in NaN or infinite values" in caplog.text
 
 
 def test_a_divergence_that_is_no_number_ends_it() -> None:
     pairing = pair()
     before = states(pairing[1])
-    assert [step.kl for step in run(pairing, divergence=[1.0, 0.5, math.nan])] == [1.0, 0.5]
+    assert [step.kl for step in run(pairing, ALONE, divergence=[1.0, 0.5, math.nan])] == [1.0, 0.5]
     now = states(pairing[1])
     assert not same(before[0], now[0])
     assert same(before[1], now[1])
     assert same(before[2], now[2])
+    overlapping, first = pair(), pair()
+    run(overlapping, divergence=[1.0, 0.5, math.nan])
+    run(first, divergence=[1.0, 0.5, 2.0, 2.0])
+    assert all(same(a, b) for a, b in zip(states(overlapping[1]), states(first[1]), strict=True))
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
@@ -266,7 +386,14 @@ def test_progress_is_told_by_block() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.inf}, {"fisher": 1.5}],
+    [
+        {"epochs": -1},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.inf},
+        {"fisher": 1.5},
+        {"window": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):

@@ -550,7 +550,9 @@ def test_fidelity_is_told(page: Page) -> None:
     assert "0.321 nats (0.250 predicted)" in page.text
 
 
-@pytest.mark.parametrize(("kept", "told"), [(1, "1 of its blocks are polished"), (0, "The polish of no block helped")])
+@pytest.mark.parametrize(
+    ("kept", "told"), [(1, "kept as it was after 1 of 2 windows"), (0, "No window of the polish helped")]
+)
 def test_the_polish_is_told(small: dict[str, Any], kept: int, told: str) -> None:
     curve = [{"blocks": n, "error": None if n == 0 else 0.9, "kl": kl} for n, kl in enumerate((0.4, 0.321, 0.5))]
     content = small | {"polish": {"kept": kept, "curve": curve}}

@@ -140,7 +140,7 @@ class Fidelity(_Level):
 
 
 class PolishStep(_Level):
-    """The polish after one more block: its relative error on calibration images, divergence on held-out ones."""
+    """The polish after one more window: relative error on calibration images, divergence on held-out ones."""
 
     blocks: Count
     error: NonNegative | None
@@ -148,7 +148,7 @@ class PolishStep(_Level):
 
 
 class Polish(_Level):
-    """Tuning of blocks after a one-shot cut; ``kept`` is how many, first to last, are kept tuned."""
+    """Tuning of blocks after a one-shot cut; ``kept`` is how many windows stayed, first to last."""
 
     kept: Count
     curve: list[PolishStep]
