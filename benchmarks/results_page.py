@@ -129,8 +129,8 @@ def oneshot() -> str | None:
         lines = [[name, f"{line['top1']:.1f} %"] for name, line in ablation["lines"].items()]
         text += [
             f"What each part is worth at {ablation['budget'].removeprefix('params=')} parameters, one thing added "
-            f"a line (`{ablation['command'].split(' --')[0]}`, all of it in float32; the lines before the allocation are "
-            "of earlier code):",
+            f"a line (`{ablation['command'].split(' --')[0]}`, all of it in float32; the lines before the allocation "
+            "are of earlier code):",
             table(["", "top-1"], lines),
         ]
     return "\n\n".join(text)
