@@ -186,8 +186,8 @@ def lines(
     yield "+ token weights", lambda: whole(how, even, True, True)
     yield "+ allocation", lambda: whole(how, shapes, True, True)
     yield "+ cross-validated ridge", lambda: whole(how, shapes, True, False)
-    long = PolishSettings(epochs=2)
-    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), long, images, recipe.seed)
+    length = PolishSettings(epochs=2)
+    yield "+ polish", lambda: polished(setting, whole(how, shapes, True, False), length, images, recipe.seed)
 
 
 def measured_widths(results: Path, budget: str, seed: int) -> tuple[BlockShape, ...]:

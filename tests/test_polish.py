@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import count
+from functools import partial
 
 import pytest
 import timm
@@ -51,11 +52,13 @@ def gap(teacher: nn.Module, student: nn.Module, batches: list[Tensor]) -> float:
 def run(
     pairing: tuple[nn.Module, nn.Module],
     settings: PolishSettings = SETTINGS,
-    divergence: list[float] | None = None,
+    divergence: list[float] | Callable[[], float] | None = None,
     **more: object,
 ) -> list[PolishStep]:
     teacher, student = pairing
-    stages, told = models.stages(teacher), count()
+    stages = models.stages(teacher)
+    if divergence is None:
+        divergence = partial(gap, teacher, student, images(2))
     with torch.no_grad():
         embedded = [stages.embed(x) for x in images(1)]
     return polish(
@@ -64,9 +67,24 @@ def run(
         embedded,
         [None] * 3,
         settings,
-        divergence=lambda: gap(teacher, student, images(2)) if divergence is None else divergence[next(told)],
+        divergence=iter(divergence).__next__ if isinstance(divergence, list) else divergence,
         **more,  # pyrefly: ignore[bad-argument-type]
     )
+
+
+def tuned(
+    student: tuple[nn.Module, ...],
+    teacher: tuple[nn.Module, ...],
+    stream: list[Tensor],
+    weights: list[Tensor | None],
+    settings: PolishSettings,
+    divergence: Iterable[float],
+    **more: object,
+) -> list[PolishStep]:
+    """Polish bare blocks, with nothing before or behind them."""
+    stages = [Stages(nn.Identity(), blocks, nn.Identity()) for blocks in (student, teacher)]
+    told = iter(divergence).__next__
+    return polish(*stages, stream, weights, settings, divergence=told, **more)  # pyrefly: ignore[bad-argument-type]
 
 
 def states(model: nn.Module) -> list[dict[str, Tensor]]:
@@ -106,13 +124,13 @@ def test_a_linear_block_reaches_the_weighted_least_squares_fit(weighted: bool) -
     block = nn.Linear(4, 3)
     stream, targets = [torch.randn(32, 5, 4) for _ in range(2)], [torch.randn(32, 5, 3) for _ in range(2)]
     importance = torch.tensor([3.0, 0.5, 0.5, 0.5, 0.5]) if weighted else torch.ones(5)
-    polish(
-        Stages(nn.Identity(), (block,), nn.Identity()),
-        Stages(nn.Identity(), (Told(list(zip(stream, targets, strict=True))),), nn.Identity()),
+    tuned(
+        (block,),
+        (Told(list(zip(stream, targets, strict=True))),),
         stream,
         [importance if weighted else None],
         PolishSettings(epochs=400, learning_rate=0.02, batch_size=32),
-        divergence=iter([1.0, 0.0]).__next__,
+        [1.0, 0.0],
     )
     rows = torch.cat([torch.cat(stream), torch.ones(64, 5, 1)], dim=2) * importance.sqrt()[:, None]
     wanted = torch.cat(targets) * importance.sqrt()[:, None]
@@ -138,13 +156,13 @@ def test_a_block_is_given_what_the_tuned_ones_before_it_send(fixed: bool, second
     """Where the first of two shifts cannot be mended, the second has to undo it; else there is nothing to undo."""
     student, teacher = (Shift(1.0, fixed=fixed), Shift(-0.75)), (Shift(0.25), Shift(0.0))
     x = torch.randn(8, 2, 3)
-    curve = polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), teacher, nn.Identity()),
+    curve = tuned(
+        student,
+        teacher,
         [x],
         [None, None],
         PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=1),
-        divergence=iter([3.0, 2.0, 1.0]).__next__,
+        [3.0, 2.0, 1.0],
     )
     assert float(student[0].by.detach()) == pytest.approx(1.0 if fixed else 0.25, abs=0.01)
     assert float(student[1].by.detach()) == pytest.approx(second, abs=0.02)
@@ -158,13 +176,13 @@ def test_blocks_of_a_window_answer_for_what_the_next_ones_make_of_their_errors(w
     """Asked for a shift of 1 and then of none, where the second can give none: together, both errors count alike."""
     student, teacher = (Shift(0.0), Shift(0.0, fixed=True)), (Shift(1.0), Shift(-1.0))
     x = torch.randn(8, 2, 3)
-    curve = polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), teacher, nn.Identity()),
+    curve = tuned(
+        student,
+        teacher,
         [x],
         [None, None],
         PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=window),
-        divergence=iter([3.0, 2.0, 1.0]).__next__,
+        [3.0, 2.0, 1.0],
     )
     # The targets' variances are alike: shifts do not change them.
     assert float(student[0].by.detach()) == pytest.approx(first, abs=0.02)
@@ -182,26 +200,26 @@ def test_every_error_of_a_window_is_relative_to_its_own_target() -> None:
     """Behind a gain of 3 an error is three times as large, and counts no more than before it."""
     student, x = (Shift(0.0), Gain(3.0)), torch.randn(8, 2, 3)
     told = (Told([(x, x + 1)]), Told([(x + 1, 3 * x)]))
-    polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), told, nn.Identity()),
+    tuned(
+        student,
+        told,
         [x],
         [None, None],
         PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=2),
-        divergence=iter([3.0, 1.0, 2.0]).__next__,
+        [3.0, 1.0, 2.0],
     )
     assert float(student[0].by.detach()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_window_slides_on_to_the_targets_of_its_blocks() -> None:
     student, wanted = tuple(Shift(0.0) for _ in range(4)), (0.25, 0.5, -0.75, 1.0)
-    polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), tuple(map(Shift, wanted)), nn.Identity()),
+    tuned(
+        student,
+        tuple(map(Shift, wanted)),
         [torch.randn(8, 2, 3)],
         [None] * 4,
         PolishSettings(epochs=400, learning_rate=0.1, batch_size=8, window=2),
-        divergence=iter([5.0, 4.0, 3.0, 2.0, 1.0]).__next__,
+        [5.0, 4.0, 3.0, 2.0, 1.0],
     )
     assert [float(block.by.detach()) for block in student] == pytest.approx(wanted, abs=0.02)
 
@@ -223,13 +241,13 @@ class Counted(list[Tensor]):
 @pytest.mark.parametrize(("window", "most"), [(1, 3), (2, 3), (3, 4)])
 def test_no_more_streams_are_kept_than_a_window_needs(window: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counted, "most", 0)
-    polish(
-        Stages(nn.Identity(), tuple(Shift(0.0) for _ in range(6)), nn.Identity()),
-        Stages(nn.Identity(), tuple(Shift(1.0) for _ in range(6)), nn.Identity()),
+    tuned(
+        tuple(Shift(0.0) for _ in range(6)),
+        tuple(Shift(1.0) for _ in range(6)),
         [torch.randn(8, 2, 3)],
         [None] * 6,
         PolishSettings(epochs=1, batch_size=8, window=window),
-        divergence=iter(range(9, 0, -1)).__next__,
+        range(9, 0, -1),
         store=Counted,
     )
     assert (Counted.most, Counted.now) == (most, 0)
@@ -238,13 +256,13 @@ def test_no_more_streams_are_kept_than_a_window_needs(window: int, most: int, mo
 def test_all_blocks_of_a_window_are_tuned() -> None:
     """A window of three has mended all blocks of three when it begins; nothing is left to do for later ones."""
     student, teacher = (Shift(1.0), Shift(1.0), Shift(1.0)), (Shift(0.25), Shift(0.0), Shift(-0.5))
-    curve = polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), teacher, nn.Identity()),
+    curve = tuned(
+        student,
+        teacher,
         [torch.randn(8, 2, 3)],
         [None] * 3,
         PolishSettings(epochs=400, learning_rate=0.1, batch_size=8, window=3),
-        divergence=iter([3.0, 0.0, 1.0, 2.0]).__next__,  # the state after the first window stays
+        [3.0, 0.0, 1.0, 2.0],  # the state after the first window stays
     )
     assert [float(block.by.detach()) for block in student] == pytest.approx([0.25, 0.0, -0.5], abs=0.02)
     assert curve[1].error == pytest.approx(0, abs=1e-3)
@@ -257,13 +275,13 @@ def test_every_block_has_its_own_token_weights(window: int, divergence: list[flo
     student, x = (Shift(0.0), Shift(0.0)), torch.randn(8, 2, 3)
     needed = torch.tensor([1.0, -1.0])[:, None]
     told = [Told([(x, x + needed)]), Told([(x + needed, x + needed)])]
-    polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), tuple(told), nn.Identity()),
+    tuned(
+        student,
+        tuple(told),
         [x],
         weights,
         PolishSettings(epochs=300, learning_rate=0.03, batch_size=8, window=window),
-        divergence=iter(divergence).__next__,
+        divergence,
     )
     assert float(student[0].by.detach()) == pytest.approx(1.0, abs=0.01)
     assert float(student[1].by.detach()) == pytest.approx(-2.0, abs=0.02)
@@ -293,13 +311,13 @@ class Listening(Shift):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_blocks_are_trained_and_passed_in_the_precision_asked_for(precision: torch.dtype) -> None:
     student, teacher = (Listening(), Listening()), (Listening(), Listening())
-    polish(
-        Stages(nn.Identity(), student, nn.Identity()),
-        Stages(nn.Identity(), teacher, nn.Identity()),
+    tuned(
+        student,
+        teacher,
         [torch.randn(8, 2, 3)],
         [None, None],
         replace(SETTINGS, epochs=3),
-        divergence=iter([3.0, 2.0, 1.0]).__next__,
+        [3.0, 2.0, 1.0],
         precision=precision,
     )
     assert student[0].heard == {True: {precision}, False: {precision}}
@@ -328,10 +346,7 @@ def test_the_state_of_least_divergence_is_kept_whole() -> None:
         steps.append(states(pairing[1]))
         return next(told)
 
-    teacher, student = (models.stages(model) for model in pairing)
-    with torch.no_grad():
-        embedded = [teacher.embed(x) for x in images(1)]
-    polish(student, teacher, embedded, [None] * 3, SETTINGS, divergence=divergence)
+    run(pairing, divergence=divergence)
     assert not same(steps[1][1], steps[2][1])
     assert all(same(a, b) for a, b in zip(steps[1], states(pairing[1]), strict=True))
 
