@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fmt
+.PHONY: demo test check fmt errors
 
 demo: $(READY)
 	$(BIN)/gohsp demo --out runs/demo --overwrite
@@ -23,6 +23,9 @@ check: $(READY)
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+errors: $(READY)
+	$(BIN)/python tests/refusals/page.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
