@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,13 @@ def test_preprocessing_is_kept(tmp_path: Path):
         ({"format_version": 2}, r"format version 2, this gohsp reads up to 1; update gohsp"),
         ({"format_version": None}, "no format_version"),
         ({"library": "keras"}, r"library 'keras' is unknown; this version reads \['timm'\]"),
-        ({"architecture": "vit_nonsense"}, "cannot make 'vit_nonsense'"),
+        ({"architecture": "vit_nonsense"}, "'vit_nonsense' is none of timm"),
         ({"arguments": {"embed_dims": 3}}, "embed_dims"),
-        ({"widths": None, "arguments": None}, r"lacks \['arguments', 'widths'\]"),
-        ({"widths": [{"heads": 1, "qk": 8, "vo": 8, "ffn": 8}]}, "widths do not fit the architecture"),
-        ({"widths": [{"head": 1}, {}]}, "unknown key 'head'; did you mean 'heads'"),
-        ({"widths": [{"heads": 1, "qk": 0, "vo": 8, "ffn": 8}] * 2}, "'qk' must be"),
-        ({"widths": [{"heads": 1, "qk": -8, "vo": 8, "ffn": 8}] * 2}, "'qk' must be"),
+        ({"widths": None, "arguments": None}, "'arguments' is missing"),
+        ({"widths": [{"heads": 1, "qk": 8, "vo": 8, "ffn": 8}]}, "has widths of 1"),
+        ({"widths": [{"head": 1}, {}]}, "'widths.0.heads' is missing"),
+        ({"widths": [{"heads": 1, "qk": 0, "vo": 8, "ffn": 8}] * 2}, r"'widths\.0\.qk' is -?\d"),
+        ({"widths": [{"heads": 1, "qk": -8, "vo": 8, "ffn": 8}] * 2}, r"'widths\.0\.qk' is -?\d"),
         ({"widths": [1, 2]}, "widths"),
         ({"widths": 7}, "widths"),
     ],
@@ -209,7 +210,7 @@ def test_a_missing_config_is_refused(folder: Path):
 @pytest.mark.parametrize("text", ['{"format_version": 1', "", "[1]", '"x"', "\udcff"])
 def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"config\.json' (cannot be read as JSON|has no format_version)"):
+    with pytest.raises(CheckpointError, match=r"config\.json' (cannot be read|has no format_version)"):
         gohsp.load(folder)
 
 
@@ -441,3 +442,92 @@ def test_open_model_checks_model_and_weights(tmp_path: Path):
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(NonFiniteError, match=r"norm\.weight"):
         gohsp.open_model("vit_tiny_patch16_224", weights=tmp_path / "nan.safetensors", arguments=SMALL)
+
+
+# What a model is, is read off the model
+
+
+class ByHand(nn.Module):
+    """QuickGELU as people write it themselves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def _set_activations(model: Any) -> None:
+    for block in model.blocks:
+        block.mlp.act = ByHand()
+
+
+def _assign_head(model: Any) -> None:
+    model.head = nn.Linear(32, 3)
+
+
+CHANGES: dict[str, Any] = {
+    "activations by hand": _set_activations,
+    "head assigned": _assign_head,
+    "reset_classifier": lambda m: m.reset_classifier(3),
+    "reset_classifier with pooling": lambda m: m.reset_classifier(3, "avg"),
+    "no classifier": lambda m: m.reset_classifier(0),
+    "set_input_size": lambda m: m.set_input_size(16),
+    "blocks dropped": lambda m: m.prune_intermediate_layers([0]),
+    "half precision": lambda m: m.half(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("variant", ["dense", "equal", "unequal"])
+def test_what_was_changed_after_making_is_saved(variant: str, change: str, tmp_path: Path):
+    model, _ = make(variant)
+    gohsp.save(model, tmp_path / "first")
+    changed: Any = gohsp.load(tmp_path / "first")
+    CHANGES[change](changed)
+    gohsp.save(changed, tmp_path / "second")
+    again = gohsp.load(tmp_path / "second")
+    images = images_for(changed).to(next(changed.parameters()).dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), changed.eval()(images), rtol=1e-5, atol=1e-5)
+    structure = gohsp.describe(again)
+    assert structure == gohsp.describe(changed)
+    assert gohsp.model_cost(structure, structure.shapes, "params") == sum(p.numel() for p in changed.parameters())
+    assert Preprocessing.from_model(again).image_size == changed.patch_embed.img_size[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"act_layer": "relu"},
+        {"norm_layer": partial(nn.LayerNorm, eps=1e-3)},
+        {"norm_layer": "rmsnorm"},
+        {"global_pool": "avg", "pool_include_prefix": True},
+        {"global_pool": "map"},
+        {"pos_embed": "none"},
+        {"final_norm": False},
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_arguments_of_the_architecture_are_saved(arguments: dict[str, Any], tmp_path: Path):
+    model = tiny(**arguments)
+    plan = plan_of(UNEQUAL)
+    for number, saved in enumerate((model, gohsp.compact(model, plan, images_for(model)).model)):
+        gohsp.save(saved, tmp_path / str(number))
+        with torch.no_grad():
+            expected, found = saved(images_for(model)), gohsp.load(tmp_path / str(number))(images_for(model))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saving_leaves_the_mode_of_every_module(tmp_path: Path):
+    model = tiny().train()
+    model.norm.eval()  # type: ignore[union-attr]
+    before = [module.training for module in model.modules()]
+    gohsp.save(model, tmp_path)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_refused_model_leaves_the_folder_as_it_was(folder: Path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = tiny()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError):
+        gohsp.save(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -196,16 +196,11 @@ def open_bench(
         calibration=calibrating,
         holdout=held_out,
         mirror=settings.mirror and splits[0].mirrored_alike,
-        num_classes=num_classes(model),
+        num_classes=models.num_classes(model),
         loaders=_loaders(model, recipe, splits[0], splits[1], accelerator) if recipe.route == "train" else None,
         quiet=quiet,
         timings=folder.done("timings") or {},
     )
-
-
-def num_classes(model: nn.Module) -> int:
-    """Classes that a model tells apart."""
-    return int(model.num_classes)  # type: ignore[arg-type]
 
 
 def _divided(images: Sequence[Tensor], holdout: int) -> tuple[data.Spool, data.Spool]:
@@ -227,7 +222,7 @@ def _loaders(
 ) -> Labelled:
     settings, preprocessing = recipe.training, data.Preprocessing.from_model(model)
     mirror, seed = train_split.mirrored_alike, recipe.seed
-    checks: dict[str, Any] = {"strict": recipe.data.strict, "num_classes": num_classes(model)}
+    checks: dict[str, Any] = {"strict": recipe.data.strict, "num_classes": models.num_classes(model)}
     drop_last = len(train_split) > settings.batch_size
     if recipe.data.resident:
         train, validation = (

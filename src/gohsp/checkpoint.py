@@ -1,4 +1,4 @@
-"""Model folders: ``config.json`` for people, ``model.safetensors`` for weights, and no pickle (design, section 7)."""
+"""Model folders: ``config.json`` for people, ``model.safetensors`` for weights, and no pickle."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import safetensors
 import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, PlanError
-from gohsp.structure import Plan, model_cost, shapes_from_json, shapes_to_json
+from gohsp.errors import CheckpointError, UnsupportedModelError
+from gohsp.models.arguments import check_arguments
+from gohsp.structure import BlockShape, Plan, model_cost, shapes_to_json
 
 FORMAT_VERSION = 1
+MAX_CONFIG_BYTES = 6 * 2**20
+"""The kept indices of the largest models take about 4 MiB."""
+
+MAX_CONFIG_TABLES = 65_536
+"""Lists and tables in a config: some 3 for each head."""
+
+MAX_HEADER_BYTES = 4 * 2**20
+"""The header of a thousand tensors takes about 0.1 MiB."""
+
+MAX_WIDTH = 2**20
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types that the tensors of a model may have, in safetensors' words."""
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -41,6 +56,68 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
     os.replace(temporary, path)
+
+
+class _Level(BaseModel):
+    """One table of ``config.json``: exact types, finite numbers, no key that is not declared."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, extra="forbid")
+
+
+class Preprocessing(_Level):
+    """What evaluation does with an image, in the words of timm's ``pretrained_cfg``; what is left out is timm's."""
+
+    mean: list[float] | None = Field(default=None, min_length=1, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1, max_length=3)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+class Width(_Level):
+    """Widths of one block."""
+
+    heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    qk: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    vo: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+    ffn: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class ModelConfig(_Level):
+    """What ``config.json`` holds: all that is needed to make the model again, and how it came to be.
+
+    Attributes:
+        format_version: Of this table.
+        library: Whose model it is.
+        architecture: Its plain name there.
+        arguments: What differs from that name's defaults (:mod:`gohsp.models.arguments`).
+        preprocessing: For evaluation.
+        widths: Of every block.
+        class_names: In the order of the classifier's outputs; None where they are not known.
+        kept: Units of the dense original that stayed, for the record.
+        params: For the record.
+        macs: For the record; of one image.
+        made_by: For the record.
+        metrics: For the record.
+    """
+
+    format_version: Literal[1]
+    library: Annotated[str, Field(max_length=64)]
+    architecture: Annotated[str, Field(pattern=r"^\w{1,128}$")]
+    arguments: dict[str, JsonValue]
+    preprocessing: Preprocessing
+    widths: list[Width] = Field(max_length=512)
+    class_names: list[str] | None = None
+    kept: list[JsonValue] | None = None
+    params: int | None = None
+    macs: int | None = None
+    made_by: dict[str, JsonValue] = {}
+    metrics: dict[str, JsonValue] = {}
+
+    @property
+    def shapes(self) -> tuple[BlockShape, ...]:
+        """Widths as the rest of the code holds them."""
+        return tuple(BlockShape(heads=w.heads, qk=w.qk, vo=w.vo, ffn=w.ffn) for w in self.widths)
 
 
 def save(
@@ -61,62 +138,116 @@ def save(
         metrics: Its measured figures, for the record.
 
     Raises:
-        UnsupportedModelError: The model cannot be described.
+        UnsupportedModelError: The model cannot be described, or what would be loaded computes something else.
         NonFiniteError: A weight is NaN or infinite.
-        CheckpointError: The architecture could not be made again from what would be written.
+        CheckpointError: Its preprocessing is none that gohsp knows.
     """
     folder = Path(folder)
     models.check_finite(model)
+    specification = models.require_remakeable(model)
     structure = models.describe(model)
-    specification = models.specification(model)
-    state = model.state_dict()
-    _check_fit(models.build(specification, structure.shapes).state_dict(), state, "the model to be saved")
-    pretrained = getattr(model, "pretrained_cfg", {}) or {}
     config = {
         "format_version": FORMAT_VERSION,
         **specification,
-        "preprocessing": {key: pretrained[key] for key in _PREPROCESSING if key in pretrained},
+        "preprocessing": _preprocessing_of(model),
         "widths": shapes_to_json(structure.shapes),
+        "class_names": models.class_names(model),
         "kept": plan.to_json() if plan else None,
         "params": model_cost(structure, structure.shapes, "params"),
         "macs": model_cost(structure, structure.shapes, "macs"),
         "made_by": dict(made_by or {}),
         "metrics": dict(metrics or {}),
     }
-    text = json.dumps(config, indent=2) + "\n"
+    text = _as_text(config)
+    _parsed(text, folder / CONFIG)  # what is written can be read
     # Weights first: a folder whose config is the new one always has the new weights too.
-    save_tensors(folder / WEIGHTS, state)
+    save_tensors(folder / WEIGHTS, model.state_dict())
     write_atomic(folder / CONFIG, text)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _as_text(config: Mapping[str, Any]) -> str:
+    """JSON with an entry a line, and of lists of tables a table a line: kept indices by the thousand stay readable."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n    ".join(json.dumps(row) for row in value)
+            return f"[\n    {rows}\n  ]"
+        return json.dumps(value)
+
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {shown(value)}" for key, value in config.items()) + "\n}\n"
+
+
+def _preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    known = getattr(model, "pretrained_cfg", None) or {}
+    return {key: known[key] for key in Preprocessing.model_fields if known.get(key) is not None}
+
+
+def read_config(folder: Path) -> ModelConfig:
     """Read and check ``config.json``.
 
     Raises:
-        CheckpointError: It is missing, damaged, lacks entries, or is of a newer format version.
+        CheckpointError: It is missing, damaged, of a newer format version, or holds anything that :func:`save` does
+            not write.
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_CONFIG_BYTES or not path.is_file():
+            raise CheckpointError(
+                f"'{path}' is no file of at most {MAX_CONFIG_BYTES} bytes; it was not written by gohsp"
+            )
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise CheckpointError(f"'{folder}' holds no {CONFIG}; give a folder that gohsp wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{path}' cannot be read ({error}); it is damaged") from error
+    return _parsed(text, path)
+
+
+def _parsed(text: str, path: Path) -> ModelConfig:
+    if text.count("[") + text.count("{") > MAX_CONFIG_TABLES:
+        raise CheckpointError(f"'{path}' holds more than {MAX_CONFIG_TABLES} lists and tables; gohsp writes fewer")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' cannot be read as JSON ({error}); it is damaged or truncated") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(version, int):
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int:
         raise CheckpointError(f"'{path}' has no format_version; it was not written by gohsp")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"'{path}' is of format version {version}, this gohsp reads up to {FORMAT_VERSION}; update gohsp"
+            f"'{path}' is of format version {_shown(version)}, this gohsp reads up to {FORMAT_VERSION}; update gohsp"
         )
-    missing = [k for k in ("library", "architecture", "arguments", "preprocessing", "widths") if k not in config]
-    if missing:
-        raise CheckpointError(f"'{path}' lacks {missing}; it is damaged")
+    try:
+        config = ModelConfig.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"'{path}': {_problem(error)}; it is damaged, or gohsp did not write it") from error
+    check_arguments(config.arguments, f"'{path}': arguments")
     return config
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])[:200]
+    if first["type"] == "missing":
+        return f"'{place}' is missing"
+    if first["type"] == "extra_forbidden":
+        return f"'{place}' is unknown"
+    return f"'{place}' is {_shown(first['input'])}: {first['msg']}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, or a nest
+        return "something that cannot be shown"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a model that gohsp wrote: one line, strict, without unpickling anything.
+
+    Nothing in the folder can name a file, an address or code: the config holds what :func:`save` writes and nothing
+    else, and it is checked against the header of the weights before anything is allocated.
 
     Args:
         folder_or_hub_id: A local folder, or the id of a Hugging Face hub repository with the same files.
@@ -128,26 +259,39 @@ def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") ->
     Raises:
         CheckpointError: No such folder or repository; a damaged, truncated or newer folder; config and tensors
             that disagree (the first mismatches are listed).
+        NonFiniteError: A weight is NaN or infinite.
     """
     folder = _local_folder(folder_or_hub_id)
-    config = read_config(folder)
+    config, weights = read_config(folder), folder / WEIGHTS
+    header = read_header(weights)
+    _require_blocks(config, header, weights)
+    spec = {"library": config.library, "architecture": config.architecture, "arguments": config.arguments}
     try:
-        shapes = shapes_from_json(config["widths"])
-    except PlanError as error:
-        raise CheckpointError(f"'{folder / CONFIG}': {error}") from error
-    try:
-        model = models.build(config, shapes)
-    except ValueError as error:
+        model = models.build(spec, config.shapes)
+        models.describe(model)
+    except (ValueError, UnsupportedModelError) as error:
         raise CheckpointError(f"'{folder / CONFIG}': widths do not fit the architecture: {error}") from error
-    state = _read_tensors(folder / WEIGHTS, device)
-    _check_fit(model.state_dict(), state, f"'{folder / WEIGHTS}'")
-    model.load_state_dict(state, strict=True, assign=True)
+    if problems := models.fit_problems(model.state_dict(), header):
+        raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
+    model.load_state_dict(_read_tensors(weights, device), strict=True, assign=True)
+    models.check_finite(model)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
-        raise CheckpointError(f"buffers {left[:3]} of '{config['architecture']}' are not stored in its weights")
-    if getattr(model, "pretrained_cfg", None):
-        model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}  # type: ignore[dict-item]
+        raise CheckpointError(f"buffers {left[:3]} of '{config.architecture}' are not stored in its weights")
+    known = config.preprocessing.model_dump(exclude_none=True)
+    model.pretrained_cfg = {**model.pretrained_cfg, **known}  # type: ignore[dict-item]
+    models.set_class_names(model, config.class_names)
     return model.eval()
+
+
+def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weights: Path) -> None:
+    """As many blocks in the tensors as in the config, so that an architecture is not deeper than its weights."""
+    depth = config.arguments.get("depth", len(config.widths))
+    stored = len({name.split(".")[1] for name in header if name.startswith("blocks.")})
+    if not depth == len(config.widths) == stored:
+        raise CheckpointError(
+            f"'{weights}' holds {stored} blocks, its {CONFIG} says depth {depth} and has widths of {len(config.widths)}"
+        )
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -167,29 +311,50 @@ def _local_folder(folder_or_hub_id: str | Path) -> Path:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file: its shape and data type, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and types of the tensors in a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: No such file, no safetensors, a header of more than a few megabytes, or tensors that are not
+            all of one floating-point type.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"'{path}' is missing, or no file")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"'{path}' has a header of {length} bytes; it is damaged or no safetensors")
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            header = {n: TensorInfo(tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
+        ) from error
+    types = sorted({info.dtype for info in header.values()})
+    if len(types) > 1 or (types and types[0] not in FLOATING):
+        raise CheckpointError(f"'{path}' holds tensors of {types}; a model's are all of one of {list(FLOATING)}")
+    return header
+
+
 def _read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     try:
         return load_file(path, device=str(device))
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path}' is missing") from error
-    except (safetensors.SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
         ) from error
-
-
-def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Compare names and shapes; list the first mismatches."""
-    problems = [f"'{k}' is missing" for k in expected if k not in given]
-    problems += [f"'{k}' is not part of the model" for k in given if k not in expected]
-    problems += [
-        f"'{k}' is {list(given[k].shape)}, the model has {list(expected[k].shape)}"
-        for k in expected
-        if k in given and given[k].shape != expected[k].shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{what} does not fit the model: " + "; ".join(problems[:5]) + more)
 
 
 def load_weights(model: nn.Module, file: str | Path, *, new_classifier: bool = False) -> bool:
@@ -219,7 +384,8 @@ def load_weights(model: nn.Module, file: str | Path, *, new_classifier: bool = F
     fits = all(k in state and state[k].shape == expected[k].shape for k in classifier)
     if not fits and new_classifier:
         state = {**state, **{k: expected[k] for k in classifier}}
-    _check_fit(expected, state, f"weights '{path}'")
+    if problems := models.fit_problems(expected, state):
+        raise CheckpointError(f"weights '{path}' do not fit the model: {models.listed(problems)}")
     model.load_state_dict(state, strict=True)
     return not fits
 

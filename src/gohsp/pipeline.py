@@ -21,7 +21,7 @@ from torch import nn
 
 from gohsp import cache, checkpoint, data, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
-from gohsp.bench import Bench, num_classes, open_bench
+from gohsp.bench import Bench, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
 from gohsp.cutting import Basis, based, measured, put_on_set
 from gohsp.errors import DataError, PlanError
@@ -120,6 +120,7 @@ def prune(
     dense = _open(model, weights, pretrained, recipe, train_split)
     structure = models.describe(dense)
     models.check_finite(dense)
+    models.require_remakeable(dense)
     goal = parse_budget(budget)
     if shapes is not None:
         check_shapes(structure, shapes)
@@ -131,7 +132,7 @@ def prune(
             _require_met(goal, model_cost(structure, shapes, goal.kind), limit)
     if recipe.route == "train":
         for split in splits:
-            split.labels(num_classes(dense))
+            split.labels(models.num_classes(dense))
     request = {
         "model": type(model).__name__ if isinstance(model, nn.Module) else str(model),
         "weights": str(weights) if weights else None,

@@ -35,6 +35,8 @@ class Adapter(Protocol):
     def architecture_arguments(self, model: nn.Module) -> dict[str, Any]: ...  # noqa: D102
     def set_fused_attention(self, model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]: ...  # noqa: D102
     def stages(self, model: nn.Module) -> Stages: ...  # noqa: D102
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]: ...  # noqa: D102
+    def num_classes(self, model: nn.Module) -> int: ...  # noqa: D102
 
 
 ADAPTERS: tuple[Adapter, ...] = (cast(Adapter, _timm),)
@@ -88,6 +90,22 @@ def resized(model: nn.Module, shapes: Sequence[BlockShape]) -> nn.Module:
     return copied
 
 
+def num_classes(model: nn.Module) -> int:
+    """Classes that the model's classifier tells apart; 0 without a classifier."""
+    return adapter_for(model).num_classes(model)
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of the classes in the order of the model's outputs, from where timm keeps them; None if not known."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return None if names is None else tuple(names)
+
+
+def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Tell a model the names of its classes."""
+    model.pretrained_cfg = {**cast(Any, model).pretrained_cfg, "label_names": names and tuple(names)}  # type: ignore[assignment]
+
+
 def specification(model: nn.Module) -> dict[str, Any]:
     """What is needed to make the dense architecture again: ``library``, ``architecture``, ``arguments``."""
     adapter = adapter_for(model)
@@ -112,11 +130,115 @@ def build(spec: Mapping[str, Any], shapes: Sequence[BlockShape]) -> nn.Module:
         if spec.get("library") == adapter.LIBRARY:
             model = adapter.build(spec)
             adapter.resize(model, shapes)
-            model.gohsp_arguments = dict(spec["arguments"])  # type: ignore[assignment]
             return model
     raise CheckpointError(
         f"library {spec.get('library')!r} is unknown; this version reads {[a.LIBRARY for a in ADAPTERS]}"
     )
+
+
+def require_remakeable(model: nn.Module) -> dict[str, Any]:
+    """Check that a model can be made again from what a folder would hold of it, and computes the same.
+
+    It is built anew from its specification and widths, given the same weights, and compared by its outputs on an image
+    of noise. This costs two forward passes of one image.
+
+    Returns:
+        The model's :func:`specification`.
+
+    Raises:
+        UnsupportedModelError: The model cannot be described, or the one made again is another; the message names the
+            modules, tensors or outputs that differ.
+    """
+    spec, structure = specification(model), describe(model)
+    try:
+        again = build(spec, structure.shapes)
+    except CheckpointError as error:
+        raise UnsupportedModelError(f"this model could not be made again on loading: {error}") from error
+    state = model.state_dict()
+    differences = _storage_problems(state) + fit_problems(again.state_dict(), state)
+    if not differences:
+        again.load_state_dict(state, strict=True, assign=True)
+        difference = _difference_in_evaluation(model, again.requires_grad_(False))
+        # What is computed in half precision differs by the order of its sums.
+        tolerance = EQUALITY_TOLERANCE if _dtype(model) in (torch.float32, torch.float64) else 1e-2
+        if not difference <= tolerance:
+            differences = [f"its outputs differ by {difference:.1e} of their scale (allowed {tolerance:.0e})"]
+            differences += _other_modules(again, model)
+    if differences:
+        raise UnsupportedModelError(
+            f"a '{spec['architecture']}' made again with {spec['arguments']} is another model than this one: "
+            f"{listed(differences)}. Only what timm.create_model can make can be saved; make the change by one of its "
+            "arguments"
+        )
+    return spec
+
+
+def listed(problems: Sequence[str], count: int = 5) -> str:
+    """The first few problems in one line, and how many more there are."""
+    more = f"; and {len(problems) - count} more" if len(problems) > count else ""
+    return "; ".join(problems[:count]) + more
+
+
+def _storage_problems(state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that a weights file cannot hold as they are: shared ones, and those that are no numbers of one kind."""
+    problems, owners, types = [], {}, {}
+    for name, tensor in state.items():
+        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() and not tensor.is_meta else name
+        if owner != name:
+            problems.append(f"'{name}' and '{owner}' are one tensor")
+        types.setdefault(tensor.dtype, name)
+    problems += [f"'{name}' is {dtype}" for dtype, name in types.items() if not dtype.is_floating_point]
+    if len(types) > 1 and not problems:
+        problems.append("its tensors are of several types: " + ", ".join(f"'{n}' is {t}" for t, n in types.items()))
+    return problems
+
+
+def fit_problems(expected: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
+    """What keeps tensors from being a model's: the names and shapes that differ, a sentence each.
+
+    Args:
+        expected: The model's tensors.
+        given: Tensors, or anything with a ``shape``.
+    """
+    problems = [f"'{k}' is missing" for k in expected if k not in given]
+    problems += [f"'{k}' is not part of the model" for k in given if k not in expected]
+    problems += [
+        f"'{k}' is {list(given[k].shape)}, the model has {list(expected[k].shape)}"
+        for k in expected
+        if k in given and list(given[k].shape) != list(expected[k].shape)
+    ]
+    return problems
+
+
+def _other_modules(again: nn.Module, model: nn.Module) -> list[str]:
+    """Modules that are of another class than in the model made again."""
+    ours = dict(again.named_modules())
+    return [
+        f"'{name}' is a {_class_name(module)}, not a {_class_name(ours[name])}"
+        for name, module in model.named_modules()
+        if name in ours and type(module) is not type(ours[name])
+    ]
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@torch.no_grad()
+def _difference_in_evaluation(model: nn.Module, again: nn.Module) -> float:
+    """Relative difference of the outputs on one image of noise; the mode of every module of ``model`` is put back."""
+    modes = {module: module.training for module in model.modules()}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *adapter_for(model).input_size(model), generator=generator).to(_dtype(model))
+    try:
+        return relative_difference(model.eval(), again.eval(), image)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def check_finite(model: nn.Module) -> None:
@@ -163,13 +285,11 @@ def compact(model: nn.Module, plan: Plan, probe: Tensor) -> Compaction:
     adapter = adapter_for(model)
     structure = adapter.describe(model)
     state = surgery.cut_state(model, structure, plan)
-    arguments = adapter.architecture_arguments(model)
     masked = copy.deepcopy(model).eval()
     small = copy.deepcopy(model).eval()
     surgery.mask(masked, structure, plan)
     adapter.resize(small, plan.shapes)
     small.load_state_dict(state, strict=True)
-    small.gohsp_arguments = arguments  # type: ignore[assignment]
     difference = relative_difference(masked, small, probe)
     if not difference <= EQUALITY_TOLERANCE:
         raise EqualityError(

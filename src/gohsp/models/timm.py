@@ -6,12 +6,15 @@ widths in place, and records how to make the architecture again.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import Attention, GluMlp, LayerScale, Mlp, SwiGLU, get_act_layer, get_norm_layer
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +29,10 @@ SUPPORTED = (
     "timm VisionTransformer models made of pre-norm Block with Attention and Mlp, GluMlp or SwiGLU: "
     "vit_*, deit_*, deit3_*, with class token or pooling, register tokens, LayerScale, distilled head, qk-norm"
 )
+
+FAMILY = "Vision Transformers (vit_*, deit_*, deit3_*)"
+MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
+"""timm's modules that make models of this family; nothing else is built by a name that comes from a file."""
 
 AnyAttention = Attention | PrunedAttention
 
@@ -65,14 +72,14 @@ def _blocks(model: nn.Module) -> list[Any]:
 
 def _tokens_and_fixed_macs(vit: VisionTransformer) -> tuple[int, int]:
     """Token count, and MACs outside the blocks, by PyTorch's own counter on a bare copy without blocks."""
-    arguments = {**architecture_arguments(vit), "depth": 0}
-    bare = cast(VisionTransformer, build({"architecture": architecture_name(vit), "arguments": arguments}))
+    bare = copy.copy(vit)  # shallow, so that the blocks are not copied with the rest
+    bare._modules = {**vit._modules, "blocks": nn.Sequential()}
+    bare = copy.deepcopy(bare).to("meta").eval()
     bare.requires_grad_(False)  # the counter trips over parameters that enter a module as its input (pooling latents)
-    height, width = bare.patch_embed.img_size or (224, 224)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        images = torch.empty(1, bare.in_chans, height, width, device="meta")
-        features = bare.forward_features(images)
+        dtype = next(bare.parameters()).dtype
+        features = bare.forward_features(torch.empty(1, *input_size(vit), device="meta", dtype=dtype))
         bare.forward_head(features)
     return features.shape[1], counter.get_total_flops() // 2
 
@@ -241,6 +248,24 @@ def stages(model: nn.Module) -> Stages:
     return Stages(embed, tuple(_blocks(vit)), head)
 
 
+def num_classes(model: nn.Module) -> int:
+    """Classes that the classifier tells apart; 0 without one."""
+    head = cast(Any, model).head
+    return head.out_features if isinstance(head, nn.Linear) else 0
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of an image; 224 px where the model takes any size."""
+    vit: Any = model
+    height, width = vit.patch_embed.img_size or (224, 224)
+    return _in_chans(vit), height, width
+
+
+def _in_chans(vit: VisionTransformer) -> int:
+    """Channels that the first convolution takes."""
+    return next(m.in_channels for m in vit.patch_embed.modules() if isinstance(m, nn.Conv2d))
+
+
 def architecture_name(model: nn.Module) -> str:
     """The name that ``timm.create_model`` made this model by.
 
@@ -257,66 +282,118 @@ def architecture_name(model: nn.Module) -> str:
 
 
 def architecture_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments of ``timm.create_model`` that this model was made with, where they differ from the default.
+    """The arguments of :func:`build` that make this model's architecture again, where they differ from the default.
 
-    Rates of dropout and stochastic depth are training settings and not part of it. A pruned model remembers
-    the arguments of its dense original in ``gohsp_arguments``.
+    All of them are read off the model as it is now, so that a new classifier, another input size or fewer blocks are
+    seen. Widths of heads and FFNs are no part of it, since a build is resized to them, nor are rates of dropout and
+    stochastic depth, which are training settings.
     """
-    remembered = getattr(model, "gohsp_arguments", None)
-    if remembered is not None:
-        return dict(remembered)
     with torch.device("meta"):
         default = timm.create_model(architecture_name(model))
     base, mine = _arguments(default), _arguments(model)
-    changed = {key: value for key, value in mine.items() if base.get(key) != value}
+    # timm takes None for "not given".
+    changed = {key: value for key, value in mine.items() if base.get(key) != value and value is not None}
     if "global_pool" in changed:  # timm infers a norm that is left open from the pooling
         changed["fc_norm"] = mine["fc_norm"]
+    if "num_heads" not in changed and mine["embed_dim"] % cast(Any, default).blocks[0].attn.num_heads:
+        changed["num_heads"] = 1  # any that divides the width
     return changed
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
-    vit = cast(VisionTransformer, model)
-    block, patch = _blocks(vit)[0], vit.patch_embed
-    hidden = block.mlp.fc2.in_features * (2 if isinstance(block.mlp, GluMlp) else 1)
-    return {
+    vit: Any = model
+    patch = vit.patch_embed
+    norms = [m for m in vit.modules() if hasattr(m, "eps") and hasattr(m, "normalized_shape")]
+    read: dict[str, Any] = {
         "img_size": list(patch.img_size) if patch.img_size else None,
         "patch_size": list(patch.patch_size),
-        "in_chans": vit.in_chans,
-        "num_classes": vit.num_classes,
+        "in_chans": _in_chans(vit),
+        "num_classes": num_classes(vit),
         "global_pool": vit.global_pool,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": hidden / vit.embed_dim,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
-        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
-        "proj_bias": block.attn.proj.bias is not None,
-        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
         "class_token": vit.cls_token is not None,
         "reg_tokens": vit.num_reg_tokens,
+        "pos_embed": "learn" if vit.pos_embed is not None else "none",
         "no_embed_class": vit.no_embed_class,
         "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "pool_include_prefix": vit.pool_include_prefix,
         "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": getattr(patch, "dynamic_img_pad", False),
+        "norm_layer": NORM_NAMES.get(type(norms[0])) if norms else None,
+        "norm_eps": norms[0].eps if norms else None,
     }
+    return read | (_block_arguments(vit) if len(vit.blocks) else {})
+
+
+def _block_arguments(vit: Any) -> dict[str, Any]:
+    """What all blocks have in common, off the first."""
+    block, dim = vit.blocks[0], vit.embed_dim
+    attn, mlp = block.attn, block.mlp
+    # Widths that a norm or a pooling's own attention has from the dense blocks.
+    heads = ratio = None
+    if vit.attn_pool is not None:
+        heads = vit.attn_pool.num_heads
+    elif not isinstance(attn.q_norm, nn.Identity):
+        heads = dim // attn.q_norm.normalized_shape[0]
+    if hasattr(vit.attn_pool, "mlp"):
+        ratio = vit.attn_pool.mlp.fc2.in_features / dim
+    elif not isinstance(mlp.norm, nn.Identity):
+        ratio = mlp.fc2.in_features * (2 if isinstance(mlp, GluMlp) else 1) / dim
+    return {
+        "num_heads": heads,
+        "mlp_ratio": ratio,
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+        "act_layer": _act_name(mlp.act),
+    }
+
+
+NORM_NAMES = {get_norm_layer(name): name for name in ("layernorm", "rmsnorm", "layernormfp32", "rmsnormfp32")}
+NORM_NAMES[nn.LayerNorm] = "layernorm"
+"""Names by which an architecture's arguments can ask for a norm; any other class must be its default."""
+
+ACT_NAMES = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "mish", "hard_swish", "leaky_relu", "sigmoid", "tanh")
+
+
+def _act_name(act: nn.Module) -> str | None:
+    """The name of an activation by what it computes, whatever its class; None where timm has no name for it."""
+    x = torch.linspace(-4, 4, 33, device="cpu")  # whatever device is being made on
+    try:
+        y = act(x.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    named = ((name, get_act_layer(name)()) for name in ACT_NAMES)
+    return next((name for name, other in named if torch.allclose(other(x.clone()), y, rtol=0, atol=1e-6)), None)
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
     """Make the dense architecture on the meta device.
 
     Args:
-        spec: ``{"architecture": name, "arguments": {...}}``.
+        spec: ``{"architecture": name, "arguments": {...}}``: a plain name that timm has for this family, and arguments
+            of its model class or ``norm_eps``.
 
     Raises:
-        CheckpointError: timm does not know the name, or refuses an argument.
+        CheckpointError: timm has no such model in this family, or refuses an argument.
     """
+    name, arguments = spec["architecture"], dict(spec["arguments"])
+    if not is_model_in_modules(name, MODULES) or not re.fullmatch(r"\w+", name):
+        raise CheckpointError(f"architecture '{name}' is none of timm {timm.__version__}'s {FAMILY}")
+    eps = arguments.pop("norm_eps", None)
     try:
         with torch.device("meta"):
-            model = timm.create_model(spec["architecture"], **spec["arguments"])
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise CheckpointError(
-            f"timm {timm.__version__} cannot make '{spec['architecture']}' with {spec['arguments']}: {error}"
-        ) from error
+            model = timm.create_model(name, **arguments)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+        raise CheckpointError(f"timm {timm.__version__} cannot make '{name}' with {arguments}: {error}") from error
+    if eps is not None:
+        for module in model.modules():
+            if hasattr(module, "eps") and hasattr(module, "normalized_shape"):
+                module.eps = eps  # type: ignore[assignment]
     return model

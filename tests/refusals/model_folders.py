@@ -1,0 +1,135 @@
+"""Models that could not be loaded again, and folders that are not what gohsp wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import gohsp
+from gohsp.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from refusals import Refusal
+
+TITLE = "Model folders"
+
+TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **TINY)
+
+
+def saving(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    """Save a tiny model after a change."""
+
+    def act(folder: Path) -> None:
+        model = tiny()
+        change(model)
+        gohsp.save(model, folder / "model")
+
+    return act
+
+
+def loading(**changes: Any) -> Callable[[Path], object]:
+    """Load a tiny model's folder whose ``config.json`` was changed."""
+
+    def act(folder: Path) -> None:
+        gohsp.save(tiny(), folder / "model")
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        gohsp.load(folder / "model")
+
+    return act
+
+
+def loading_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """Load a tiny model's folder whose tensors were changed."""
+
+    def act(folder: Path) -> None:
+        gohsp.save(tiny(), folder / "model")
+        path = folder / "model" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        gohsp.load(folder / "model")
+
+    return act
+
+
+class Scaled(nn.Module):
+    """An activation of the user's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 * x.relu()
+
+
+def _own_activation(model: Any) -> None:
+    model.blocks[1].mlp.act = Scaled()
+
+
+def _head_of_layers(model: Any) -> None:
+    model.head = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+def _further_module(model: Any) -> None:
+    model.adapter = nn.Linear(4, 4)
+
+
+def _tied(model: Any) -> None:
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+
+
+def _integers(model: Any) -> None:
+    model.head.weight = nn.Parameter(torch.ones(5, 32, dtype=torch.int8), requires_grad=False)
+
+
+def _half_of_it(model: Any) -> None:
+    model.blocks[0].half()
+
+
+def _no_number(model: Any) -> None:
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+
+
+CASES = (
+    Refusal("saving a model with an activation of one's own", saving(_own_activation), UnsupportedModelError, "Scaled"),
+    Refusal("saving a model with a head of several layers", saving(_head_of_layers), UnsupportedModelError, "head.0"),
+    Refusal("saving a model with a further module", saving(_further_module), UnsupportedModelError, "adapter.weight"),
+    Refusal("saving a model with tied weights", saving(_tied), UnsupportedModelError, "are one tensor"),
+    Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "torch.int8"),
+    Refusal("saving a model of mixed precisions", saving(_half_of_it), UnsupportedModelError, "several types"),
+    Refusal("saving a weight that is not finite", saving(_no_number), NonFiniteError, "head.weight"),
+    Refusal("a config that names a checkpoint to read", loading(arguments={"checkpoint_path": "x.pth"}),
+            CheckpointError, "'checkpoint_path' is no argument"),
+    Refusal("a config that asks for pretrained weights", loading(arguments={"pretrained": True}),
+            CheckpointError, "'pretrained' is no argument"),
+    Refusal("a config that names an address", loading(arguments={"pretrained_cfg": {"url": "http://localhost/x"}}),
+            CheckpointError, "'pretrained_cfg' is no argument"),
+    Refusal("a config with a hub's model in place of an architecture", loading(architecture="hf-hub:a/b"),
+            CheckpointError, "'architecture' is 'hf-hub:a/b'"),
+    Refusal("a config with another architecture", loading(architecture="resnet18"), CheckpointError, "is none of timm"),
+    Refusal("a config that is far too deep", loading(arguments={**TINY, "depth": 10**6}), CheckpointError, "0 to 512"),
+    Refusal("a config deeper than its weights", loading(arguments={**TINY, "depth": 300}), CheckpointError, "2 blocks"),
+    Refusal("a config with preprocessing that is no table", loading(preprocessing=[1]), CheckpointError, "preproc"),
+    Refusal("a config with a width of 10^30", loading(widths=[{"heads": 1, "qk": 8, "vo": 8, "ffn": 10**30}] * 2),
+            CheckpointError, "widths.0.ffn"),
+    Refusal("a config with an unknown entry", loading(hook="os.system"), CheckpointError, "'hook' is unknown"),
+    Refusal("weights with integer tensors", loading_tensors(lambda t: t.update(x=torch.ones(2, dtype=torch.int64))),
+            CheckpointError, "I64"),
+    Refusal("weights with a tensor missing", loading_tensors(lambda t: t.pop("head.bias")),
+            CheckpointError, "'head.bias' is missing"),
+    Refusal("weights that are not finite", loading_tensors(lambda t: t["head.bias"].fill_(float("inf"))),
+            NonFiniteError, "head.bias"),
+    Refusal("a folder without a config", gohsp.load, CheckpointError, "holds no config.json"),
+    Refusal("a dense model made without timm.create_model",
+            lambda f: gohsp.save(timm.models.VisionTransformer(**TINY), f / "model"), UnsupportedModelError,
+            "make it with timm.create_model"),
+)  # fmt: skip
