@@ -531,3 +531,40 @@ def test_a_refused_model_leaves_the_folder_as_it_was(folder: Path):
     with pytest.raises(UnsupportedModelError):
         gohsp.save(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+FIRST_EDITION: dict[str, Any] = {
+    "format_version": 1,
+    "library": "timm",
+    "architecture": "vit_tiny_patch16_224",
+    "arguments": {
+        "img_size": [8, 8],
+        "patch_size": [4, 4],
+        "num_classes": 3,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+    },
+    "preprocessing": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    },
+    "widths": [{"heads": 2, "qk": 4, "vo": 6, "ffn": 24}, {"heads": 1, "qk": 8, "vo": 2, "ffn": 128}],
+    "kept": plan_of(UNEQUAL).to_json(),
+    "params": 14153,
+    "macs": 65230,
+    "made_by": {"gohsp": "0.1.0", "budget": "params=-40%"},
+    "metrics": {"top1": 12.5},
+}
+"""A ``config.json`` as version 0.1.0 wrote it, with the arguments and the indentation of then."""
+
+
+def test_a_folder_of_the_first_edition_is_loaded(tmp_path: Path):
+    model, _ = make("unequal")
+    (tmp_path / "config.json").write_text(json.dumps(FIRST_EDITION, indent=2))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(gohsp.load(tmp_path)(images_for(model)), model(images_for(model)))
