@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,33 +13,18 @@ import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
 from gohsp.errors import CheckpointError, PlanError
+from gohsp.files import save_tensors, write_atomic
 from gohsp.structure import Plan, model_cost, shapes_from_json, shapes_to_json
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that no half-written file ever stands there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically; tensors are moved to the CPU."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
 
 
 def save(
@@ -64,6 +48,7 @@ def save(
         UnsupportedModelError: The model cannot be described.
         NonFiniteError: A weight is NaN or infinite.
         CheckpointError: The architecture could not be made again from what would be written.
+        StorageError: The folder cannot be written.
     """
     folder = Path(folder)
     models.check_finite(model)
