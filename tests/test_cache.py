@@ -37,12 +37,16 @@ def test_the_key_sees_values_shapes_types_and_settings() -> None:
     assert cache.key_of([x.bfloat16()], 0) != base
 
 
-def test_a_file_that_cannot_be_read_is_said_and_counts_as_none(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", ["", "{half", "2", "1 "])
+def test_a_damaged_file_is_said_counts_as_none_and_is_replaced(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     cache.store("curves", "k", 1)
-    next(cache.folder().iterdir()).write_text("{half")
+    next(cache.folder().iterdir()).write_text(damage)
     with caplog.at_level(logging.WARNING):
         assert cache.load("curves", "k") is None
-    assert "cannot be read" in caplog.text
+    assert "is damaged" in caplog.text
+    cache.store("curves", "k", 3)
+    assert cache.load("curves", "k") == 3
+    assert len(list(cache.folder().iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(
@@ -52,6 +56,18 @@ def test_a_folder_that_cannot_be_written_loses_nothing(
     monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / "file" / "below"))
     with caplog.at_level(logging.WARNING):
         cache.store("curves", "k", 1)
+    assert "set GOHSP_CACHE" in caplog.text
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GOHSP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache.load("curves", "k") is None
+    cache.store("curves", "k", 1)
     assert "set GOHSP_CACHE" in caplog.text
 
 

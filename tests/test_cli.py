@@ -248,7 +248,7 @@ def test_an_interruption_exits_with_130(
 
     monkeypatch.setattr(cli, "evaluate", interrupt)
     assert cli.main(["evaluate", model, "--data", "digits"]) == 130
-    assert "go on with --resume" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_oneshot_route_with_a_calibration_size(tmp_path: Path, model: str):

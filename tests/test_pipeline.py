@@ -660,18 +660,18 @@ def test_held_out_images_are_none_that_were_measured_on(tmp_path: Path, monkeypa
     write_images(tmp_path / "images" / "train", 20)
     for name in ("c.png", "d.png"):
         (tmp_path / "images" / "train" / "bee" / name).write_bytes(b"no image")
-    benches: list[Any] = []
+    sides: list[torch.Tensor] = []
     compared = pipeline._compared
 
     def spy(bench: Any, *networks: nn.Module) -> Any:
-        benches.append(bench)
+        sides.extend(torch.cat(list(side)).flatten(1) for side in (bench.calibration, bench.holdout))
         return compared(bench, *networks)
 
     monkeypatch.setattr(pipeline, "_compared", spy)
     recipe = recipe_with(route="oneshot", dense={"epochs": 0}, data={"calibration_images": 1024})
     source = DataSource(source=str(tmp_path / "images"))
     prune(tmp_path / "run", model=tiny(num_classes=2), source=source, recipe=recipe, shapes=SHAPES)
-    calibration, holdout = (torch.cat(list(side)).flatten(1) for side in (benches[0].calibration, benches[0].holdout))
+    calibration, holdout = sides
     assert len(holdout) == 3  # a twentieth of 42
     assert len(calibration) == 37
     assert (calibration[:, None] - holdout[None]).abs().amax(-1).min() > 0

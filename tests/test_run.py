@@ -1,4 +1,7 @@
-"""Run folders: nothing is overwritten or resumed by accident, and a record vouches for its weights."""
+"""Run folders: nothing is overwritten or resumed by accident, and a record vouches for its weights.
+
+What users see of this, over whole runs, is in ``test_run_safety.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 from gohsp import run
-from gohsp.errors import RunError
+from gohsp.errors import RunError, StorageError
 
 REQUEST: dict[str, Any] = {
     "model": "vit",
@@ -22,9 +25,14 @@ REQUEST: dict[str, Any] = {
 }
 
 
+def begin(path: Path, request: dict[str, Any] = REQUEST, *, resume: bool = False, overwrite: bool = False) -> None:
+    with run.begin(path, request, resume=resume, overwrite=overwrite) as folder:
+        assert folder.path == path
+
+
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=False)
+    begin(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -34,42 +42,43 @@ def test_a_new_or_empty_folder_is_begun(tmp_path: Path, exists: bool, resume: bo
     path = tmp_path / "deep" / "run"
     if exists:
         path.mkdir(parents=True)
-    folder = run.begin(path, REQUEST, resume=resume, overwrite=False)
-    assert folder.path == path
+    begin(path, resume=resume)
     assert json.loads((path / "request.json").read_text()) == REQUEST
 
 
 def test_a_folder_that_holds_a_run_is_refused(begun: Path):
     with pytest.raises(RunError, match="already holds a run; go on with --resume, replace it with --overwrite"):
-        run.begin(begun, REQUEST, resume=False, overwrite=False)
+        begin(begun)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_other_files_is_refused_even_to_be_overwritten(tmp_path: Path, overwrite: bool):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(RunError, match="holds files that are no gohsp run; name another folder"):
-        run.begin(tmp_path, REQUEST, resume=False, overwrite=overwrite)
+        begin(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_a_file_is_refused(tmp_path: Path):
     (tmp_path / "run").write_text("precious")
-    with pytest.raises(RunError, match="is a file; name a folder"):
-        run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=True)
+    with pytest.raises(RunError, match="is a file or a broken link; name a folder"):
+        begin(tmp_path / "run", overwrite=True)
     assert (tmp_path / "run").read_text() == "precious"
 
 
 def test_resume_and_overwrite_exclude_each_other(begun: Path):
     with pytest.raises(RunError, match="exclude each other"):
-        run.begin(begun, REQUEST, resume=True, overwrite=True)
+        begin(begun, resume=True, overwrite=True)
 
 
 def test_resume_keeps_and_overwrite_removes(begun: Path):
     run.RunFolder(begun).record("ranking", {"x": 1})
-    assert run.begin(begun, REQUEST, resume=True, overwrite=False).done("ranking") == {"x": 1}
+    with run.begin(begun, REQUEST, resume=True, overwrite=False) as folder:
+        assert folder.done("ranking") == {"x": 1}
     changed = {**REQUEST, "budget": "params=-50%"}
-    assert run.begin(begun, changed, resume=False, overwrite=True).done("ranking") is None
-    assert [p.name for p in begun.iterdir()] == ["request.json"]
+    with run.begin(begun, changed, resume=False, overwrite=True) as folder:
+        assert folder.done("ranking") is None
+    assert sorted(p.name for p in begun.iterdir()) == ["request.json", "run.log"]
 
 
 @pytest.mark.parametrize(
@@ -84,26 +93,26 @@ def test_resume_keeps_and_overwrite_removes(begun: Path):
 )
 def test_resuming_with_another_request_is_refused_naming_the_key(begun: Path, change: dict[str, Any], message: str):
     with pytest.raises(RunError, match=message):
-        run.begin(begun, {**REQUEST, **change}, resume=True, overwrite=False)
+        begin(begun, {**REQUEST, **change}, resume=True)
     assert json.loads((begun / "request.json").read_text()) == REQUEST
 
 
 def test_tuples_in_a_request_are_the_lists_they_become(tmp_path: Path):
-    request = {"recipe": {"model_arguments": {"img_size": (8, 8)}}}
-    run.begin(tmp_path / "run", request, resume=False, overwrite=False)
-    run.begin(tmp_path / "run", request, resume=True, overwrite=False)
+    request = {**REQUEST, "recipe": {"model_arguments": {"img_size": (8, 8)}}}
+    begin(tmp_path / "run", request)
+    begin(tmp_path / "run", request, resume=True)
 
 
-def test_a_stage_is_recorded_and_restored(begun: Path):
+def test_a_stage_is_recorded_and_taken_up(begun: Path):
     folder, model, other = run.RunFolder(begun), nn.Linear(3, 2), nn.Linear(3, 2)
     assert folder.done("dense") is None
     folder.record("dense", {"curve": [1.5, None]}, model)
     assert folder.done("dense") == {"curve": [1.5, None]}
-    folder.restore("dense", other)
+    assert folder.done("dense", other) == {"curve": [1.5, None]}
     assert torch.equal(other.weight, model.weight)
     folder.clear_state()
     assert folder.done("dense") is None
-    assert not (begun / "state").exists()
+    assert not any((begun / "state").iterdir())
     folder.clear_state()
 
 
@@ -112,23 +121,40 @@ def test_a_stage_counts_as_finished_only_after_its_weights(begun: Path, monkeypa
 
     def fail(*_: Any) -> None:
         assert folder.done("dense") is None
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "save_tensors", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(run.files, "write_tensors", fail)
+    with pytest.raises(StorageError, match="No space left on device"):
         folder.record("dense", {}, nn.Linear(1, 1))
     assert folder.done("dense") is None
 
 
-def test_the_log_goes_to_the_file_while_it_is_open(tmp_path: Path):
+def test_a_stage_that_is_run_again_takes_with_it_what_followed(begun: Path, caplog: pytest.LogCaptureFixture):
+    folder = run.RunFolder(begun)
+    for stage in ("dense", "ranking", "cut"):
+        folder.record(stage, {"stage": stage}, nn.Linear(1, 1))
+    folder.record_timings({"dense": 1.0})
+    damaged = next((begun / "state").glob("ranking.*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = run.RunFolder(begun)
+    assert again.done("dense", nn.Linear(1, 1)) == {"stage": "dense"}
+    assert again.done("ranking", nn.Linear(1, 1)) is None
+    assert again.done("cut", nn.Linear(1, 1)) is None
+    assert again.done("dense", nn.Linear(1, 1)) == {"stage": "dense"}
+    assert again.timings() == {"dense": 1.0}
+    assert "is damaged" in caplog.text
+    assert "stage 'ranking' is run anew, and with it what it led to: cut\n" in caplog.text
+
+
+def test_the_log_goes_to_the_file_while_the_run_is_open(tmp_path: Path):
     logger = logging.getLogger("gohsp.somewhere")
     level = logging.getLogger("gohsp").level
-    with run.log_to(tmp_path / "run.log"):
+    with run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=False):
         logger.info("within")
     logger.info("after")
-    with run.log_to(tmp_path / "run.log"):
+    with run.begin(tmp_path / "run", REQUEST, resume=True, overwrite=False):
         logger.warning("appended")
-    text = (tmp_path / "run.log").read_text()
+    text = (tmp_path / "run" / "run.log").read_text()
     assert "INFO gohsp.somewhere: within" in text
     assert "WARNING gohsp.somewhere: appended" in text
     assert "after" not in text

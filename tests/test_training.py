@@ -307,7 +307,7 @@ def test_a_resumed_stage_ends_as_an_uninterrupted_one(
             patch.setattr(training._Run, "loss", broken)
             with pytest.raises(KeyboardInterrupt):
                 attempt(tmp_path / "cut.pt", evaluate=refuse)
-    done = torch.load(tmp_path / "cut.pt", weights_only=True)["epochs"]
+    done = torch.load(saved(tmp_path / "cut.pt"), weights_only=True)["epochs"]
     assert done == 2
     again, resumed = attempt(tmp_path / "cut.pt", evaluate=lambda _: Metrics(top1=1.0, top5=2.0, loss=3.0, n=4))
     torch.testing.assert_close(weights(again), weights(model), rtol=1e-5, atol=1e-6)
@@ -323,6 +323,12 @@ def test_a_resumed_stage_ends_as_an_uninterrupted_one(
             assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
 
 
+def saved(path: Path) -> Path:
+    """The one sealed file that was written for ``path``."""
+    (found,) = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    return found
+
+
 def test_a_stage_whose_epochs_are_over_is_not_trained_again(tmp_path: Path):
     first, second = tiny(), tiny()
     train(first, batches(), CONSTANT, checkpoint=tmp_path / "s.pt")
@@ -331,16 +337,27 @@ def test_a_stage_whose_epochs_are_over_is_not_trained_again(tmp_path: Path):
     assert len(result.curve) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other model"])
-def test_a_damaged_state_file_is_refused(tmp_path: Path, damage: str):
-    path = tmp_path / "s.pt"
-    train(tiny(depth=1) if damage == "other model" else tiny(), batches(16), CONSTANT, checkpoint=path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    if damage == "foreign":
-        path.write_bytes(b"no state")
-    with pytest.raises(CheckpointError, match="does not fit this run or is damaged"):
-        train(tiny(), batches(16), CONSTANT, checkpoint=path)
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "flipped"])
+def test_a_damaged_state_file_is_said_and_the_stage_begins_anew(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+):
+    path, first, second = tmp_path / "s.pt", tiny(), tiny()
+    whole = train(first, batches(16), CONSTANT, checkpoint=path)
+    content = saved(path).read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    saved(path).write_bytes({"truncated": content[:1000], "foreign": b"no state", "flipped": flipped}[damage])
+    again = train(second, batches(16), CONSTANT, checkpoint=path)
+    assert "is damaged" in caplog.text
+    assert torch.equal(weights(first), weights(second))
+    assert [e.train_loss for e in again.curve] == [e.train_loss for e in whole.curve]
+    assert saved(path)
+
+
+def test_the_state_file_of_another_model_is_refused(tmp_path: Path):
+    train(tiny(depth=1), batches(16), CONSTANT, checkpoint=tmp_path / "s.pt")
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train(tiny(), batches(16), CONSTANT, checkpoint=tmp_path / "s.pt")
 
 
 # ADMM

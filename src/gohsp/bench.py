@@ -152,7 +152,7 @@ class Bench:
         logger.info("%s: begins", stage)
         yield
         self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - began, 3)
-        self.folder.record("timings", self.timings)
+        self.folder.record_timings(self.timings)
         logger.info("%s: %.1f s", stage, self.timings[stage])
 
 
@@ -185,9 +185,9 @@ def open_bench(
         seed=recipe.seed,
         batch_size=CALIBRATION_BATCH,
         strict=settings.strict,
-        store=data.Spool,
+        store=folder.spool,
     )
-    calibrating, held_out = _divided(images, holdout)
+    calibrating, held_out = _divided(images, holdout, folder.spool)
     accelerator = training.make_accelerator(recipe.training.precision, "cpu" if recipe.device == "cpu" else None)
     return Bench(
         recipe=recipe,
@@ -199,14 +199,14 @@ def open_bench(
         num_classes=models.num_classes(model),
         loaders=_loaders(model, recipe, splits[0], splits[1], accelerator) if recipe.route == "train" else None,
         quiet=quiet,
-        timings=folder.done("timings") or {},
+        timings=folder.timings(),
     )
 
 
-def _divided(images: Sequence[Tensor], holdout: int) -> tuple[data.Spool, data.Spool]:
+def _divided(images: Sequence[Tensor], holdout: int, spool: Callable[[], data.Spool]) -> tuple[data.Spool, data.Spool]:
     """All batches but the last ``holdout`` images, and those; a lone image is both."""
     count = sum(len(batch) for batch in images)
-    first, last, left = data.Spool(), data.Spool(), max(1, count - holdout)
+    first, last, left = spool(), spool(), max(1, count - holdout)
     for batch in images:
         for part, store in ((batch[:left], first), (batch[left:], last)):
             if len(part):

@@ -13,16 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohsp.checkpoint import write_atomic
+from gohsp import files
 
 logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where cached measurements lie: ``$GOHSP_CACHE``, or ``gohsp`` in the user's cache folder."""
+    """Where cached measurements lie: ``$GOHSP_CACHE``, or ``gohsp`` in the user's cache folder.
+
+    Raises:
+        OSError: Neither is set, and the user has no home.
+    """
     if given := os.environ.get("GOHSP_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gohsp"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gohsp"
+    except RuntimeError as error:
+        raise OSError("the user has no home folder") from error
 
 
 def key_of(tensors: Iterable[Tensor], settings: Any) -> str:
@@ -36,22 +43,22 @@ def key_of(tensors: Iterable[Tensor], settings: Any) -> str:
 
 
 def load(kind: str, key: str) -> Any | None:
-    """What was stored, or None; a file that cannot be read counts as none."""
-    file = folder() / f"{kind}-{key}.json"
+    """What was stored, or None; what is damaged or cannot be read is logged and counts as none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        file = files.sealed(folder() / f"{kind}-{key}.json")
+        found = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        logger.warning("no cached %s can be read (%s); they are measured", kind, error)
         return None
-    except (OSError, ValueError) as error:
-        logger.warning("cached %s cannot be read (%s); they are measured anew", kind, error)
-        return None
-    logger.info("%s taken from %s", kind, file)
+    if found is not None:
+        logger.info("%s taken from %s", kind, file)
     return found
 
 
 def store(kind: str, key: str, value: Any) -> None:
     """Keep plain JSON data; where the folder cannot be written, that is logged and nothing else happens."""
+    text = json.dumps(value)
     try:
-        write_atomic(folder() / f"{kind}-{key}.json", json.dumps(value))
+        files.seal(folder() / f"{kind}-{key}.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         logger.warning("%s cannot be cached (%s); set GOHSP_CACHE to a folder that can be written", kind, error)

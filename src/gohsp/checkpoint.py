@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
 from gohsp.errors import CheckpointError, UnsupportedModelError
+from gohsp.files import save_tensors, write_atomic
 from gohsp.models.arguments import check_arguments
 from gohsp.structure import BlockShape, Plan, model_cost, shapes_to_json
 
@@ -40,22 +40,6 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 """Types that the tensors of a model may have, in safetensors' words."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that no half-written file ever stands there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically; tensors are moved to the CPU."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
 
 
 class _Level(BaseModel):
@@ -141,6 +125,7 @@ def save(
         UnsupportedModelError: The model cannot be described, or what would be loaded computes something else.
         NonFiniteError: A weight is NaN or infinite.
         CheckpointError: Its preprocessing is none that gohsp knows.
+        StorageError: The folder cannot be written.
     """
     folder = Path(folder)
     models.check_finite(model)

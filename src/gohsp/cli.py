@@ -7,41 +7,43 @@ import dataclasses
 import importlib.resources
 import json
 import logging
+import signal
 import sys
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
 import tyro
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from gohsp import checkpoint, data, models, pipeline, report, training
+from gohsp import checkpoint, console, data, files, models, pipeline, report, run, training
 from gohsp import recipe as recipes
 from gohsp.core import ranking
-from gohsp.errors import GohspError, PlanError
+from gohsp.errors import GohspError, PlanError, StorageError
 from gohsp.measure import evaluate
 from gohsp.recipe import Recipe
 from gohsp.report import plots
 from gohsp.structure import BlockShape, shapes_from_json
 
-console = Console()
 Positional = tyro.conf.Positional
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]
 """A nested dataclass whose flags stand without its field's name before them."""
+Folder = Annotated[str, tyro.conf.arg(metavar="PATH")]
+"""A folder to write to, as it was given: an empty name is not the present folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Train a small ViT on scikit-learn's digits, prune it by the whole GOHSP route, reload it and report."""
 
-    out: Path = Path("runs/demo")
+    out: Folder = "runs/demo"
     """Folder of the run."""
     budget: str = "params=-50%"
     """Upper bound on the pruned model."""
@@ -65,7 +67,7 @@ class Demo:
             overwrite=self.overwrite,
             command=command,
         )
-        show_summary(result.report, self.out)
+        show_summary(result.report, result.folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Rank:
     """How many."""
     block: int = 0
     """The block whose graph is drawn."""
-    out: Path = Path("ranking")
+    out: Folder = "ranking"
     """Folder for ranking.json and graph.png."""
     seed: int = 0
     """Which images are drawn."""
@@ -101,6 +103,7 @@ class Rank:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
+        recipes.check_seed(self.seed)
         model = checkpoint.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
         structure = models.describe(model)
         if not 0 <= self.block < len(structure.blocks):
@@ -114,7 +117,8 @@ class Rank:
             seed=self.seed,
         )
         accelerator = training.make_accelerator("auto")
-        with console.status("ranking heads"):
+        out = _made(self.out)
+        with console.notes.status("ranking heads"):
             heads = ranking.rank_heads(
                 model.to(accelerator.device),
                 structure,
@@ -124,19 +128,19 @@ class Rank:
                 precision=training.autocast_dtype(accelerator),
             )
         record = heads.to_json()
-        self.out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(self.out / "ranking.json", json.dumps(record, indent=2) + "\n")
+        files.write_atomic(out / "ranking.json", json.dumps(record, indent=2) + "\n")
         figure = plots.head_graph(
             record["transition"][self.block], record["scores"][self.block], title=f"block {self.block}"
         )
-        figure.savefig(self.out / "graph.png", dpi=150)
+        with files.replacing(out / "graph.png") as picture:
+            figure.savefig(picture, format="png", dpi=150)
         title = f"{escape(self.model)}: {record['method']}, {record['edge']}"
         table = Table("block", "heads, best first (score)", title=title)
         for i, scores in enumerate(record["scores"]):
             order = sorted(range(len(scores)), key=lambda h: -scores[h])
             table.add_row(str(i), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))
-        console.print(table)
-        _say(f"wrote {self.out / 'ranking.json'} and {self.out / 'graph.png'}")
+        console.results.print(table)
+        _say(f"wrote {out / 'ranking.json'} and {out / 'graph.png'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +158,7 @@ class Prune:
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
     """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%."""
-    out: Path
+    out: Folder
     """Folder of the run."""
     recipe: Path | None = None
     """A TOML recipe; the flags below override it."""
@@ -175,6 +179,8 @@ class Prune:
         if self.calibration_size is not None:
             settings = dataclasses.replace(recipe.data, calibration_images=self.calibration_size)
             recipe = dataclasses.replace(recipe, data=settings)
+        inputs = {"the recipe": self.recipe, "the plan": self.plan}
+        run.check(self.out, resume=self.resume, overwrite=self.overwrite, inputs=inputs)
         result = pipeline.prune(
             self.model,
             data.DataSource(source=self.data),
@@ -188,7 +194,7 @@ class Prune:
             overwrite=self.overwrite,
             command=command,
         )
-        show_summary(result.report, self.out)
+        show_summary(result.report, result.folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,11 +243,14 @@ class Evaluate:
                 advance=lambda: bar.advance(task),
             )
         if self.json:
-            sys.stdout.write(json.dumps(metrics.to_json()) + "\n")
+            _say(json.dumps(metrics.to_json()))
             return
         if split.unreadable:
-            console.print(f"[yellow]{len(split.unreadable)} images could not be read and are not counted[/yellow]")
-        console.print(f"top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  n {metrics.n}")
+            lost = f"{len(split.unreadable)} images could not be read and are not counted"
+            console.results.print(lost, style="yellow")
+        console.results.print(
+            f"top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  n {metrics.n}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,19 +272,28 @@ def show_summary(content: dict[str, Any], folder: Path) -> None:
     table = Table(*report.HEADERS, title=f"{content['model']['architecture']} at {content['budget']['requested']}")
     for row in report.summary_table(content):
         table.add_row(*(f"{value} ({change})" if change else value for value, change in row.cells()))
-    console.print(table)
+    console.results.print(table)
     _say(f"model and report in {folder} (open {folder / 'report.html'})")
 
 
 def _say(text: str) -> None:
     """Print a line as it is: brackets in a path are no markup, and a path is not broken."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.results.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _made(folder: str) -> Path:
+    """A folder to write to, made before the work; an empty name is refused."""
+    if not folder:
+        raise StorageError("the folder to write to is an empty name; name one, or '.' for this one")
+    with files.storing(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def _read_plan(path: Path) -> tuple[BlockShape, ...]:
     try:
         return shapes_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
@@ -301,23 +319,59 @@ def _recipe_of(arguments: Sequence[str]) -> Recipe:
     return recipes.read(path) if path else Recipe()
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    def interrupt(*_: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # called outside the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _ended(message: str, verb: Any = None) -> None:
+    """Say on standard error why a command ended, and how to go on where it can."""
+    if hasattr(verb, "resume") and run.unfinished(Path(verb.out)):
+        message += "; what is finished is kept: go on with --resume"
+    console.notes.print(message, highlight=False, soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 refused or failed, 2 misused, 130 interrupted."""
+    """Entry point; returns the exit status.
+
+    0: done, 1: refused or failed, 2: misused, 130: interrupted, 143: terminated.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console.tolerate_any_character()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(level=logging.WARNING, console=Console(stderr=True), show_path=False)],
+        handlers=[RichHandler(level=logging.WARNING, console=console.notes, show_path=False)],
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
+    verb = None
     try:
-        verb = tyro.cli(_verbs(_recipe_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
-        verb(["gohsp", *arguments])
-    except GohspError as error:
-        message = f"[bold red]error:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        with _termination_interrupts():
+            verb = tyro.cli(_verbs(_recipe_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
+            verb(["gohsp", *arguments])
+            console.deliver()
+    except (GohspError, OSError) as error:
+        _ended(f"[bold red]error:[/bold red] {escape(str(error))}", verb if isinstance(error, OSError) else None)
+        with suppress(OSError):  # which is said
+            console.deliver()
         return 1
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what is finished is kept: go on with --resume")
-        return 130
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, _Terminated)
+        _ended("terminated" if terminated else "interrupted", verb)
+        return 143 if terminated else 130
     return 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gohsp import data, models
+from gohsp import models
 from gohsp.bench import Bench
 from gohsp.core import compensation, fisher, projection, reconstruction, surgery
 from gohsp.structure import BlockShape, ModelStructure, Plan
@@ -118,6 +118,6 @@ def _reconstructed(
             support=support,
             weights=basis.weights,
             precision=bench.precision,
-            store=data.Spool,
+            store=bench.folder.spool,
             advance=advance,
         )

@@ -45,6 +45,10 @@ class RunError(GohspError):
     """A run folder that cannot be used as asked."""
 
 
+class StorageError(GohspError, OSError):
+    """A file or folder that cannot be written."""
+
+
 class EqualityError(GohspError):
     """The compacted model does not compute what the masked dense model computes."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gohsp import cache, checkpoint, data, latency, models, polish, report, run, training
+from gohsp import cache, checkpoint, data, files, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
@@ -89,8 +89,8 @@ def prune(
         weights: A safetensors file, for a model given by name.
         pretrained: Whether to fetch timm's pretrained weights, for a model given by name.
         shapes: Widths to use instead of allocating them (an edited ``plan.json``).
-        resume: Go on with an interrupted run in ``out``.
-        overwrite: Replace the run in ``out``.
+        resume: Go on with an interrupted run in ``out``; of a finished one the result is returned.
+        overwrite: Replace the run in ``out``: the files that it wrote, and no others.
         command: The command line, for the record.
         quiet: Whether to draw no progress.
 
@@ -102,6 +102,12 @@ def prune(
     """
     recipe = recipe or Recipe()
     source = data.DataSource(source=source) if isinstance(source, str) else source
+    inputs = {
+        "the model": None if isinstance(model, nn.Module) else model,
+        "the weights file": weights,
+        "the data": source.source.removeprefix("hfds/").removeprefix("wds/"),
+    }
+    path = run.check(out, resume=resume, overwrite=overwrite, inputs=inputs)
     source = dataclasses.replace(
         source,
         image_key=recipe.data.image_key or source.image_key,
@@ -142,9 +148,11 @@ def prune(
         "plan": shapes_to_json(shapes) if shapes else None,
         "recipe": recipes.to_mapping(recipe),
     }
-    folder = run.begin(Path(out), request, resume=resume, overwrite=overwrite)
-    with run.log_to(folder.path / "run.log"):
-        checkpoint.write_atomic(folder.path / "recipe.toml", recipes.to_toml(recipe))
+    with run.begin(path, request, resume=resume, overwrite=overwrite) as folder:
+        if folder.finished:
+            folder.clear_state()  # an end between the last file and this may have left some
+            return Result(checkpoint.load(folder.path), report.read(folder.path), folder.path)
+        files.write_atomic(folder.path / "recipe.toml", recipes.to_toml(recipe))
         _warn_of_idle_settings(recipe)
         bench = open_bench(dense, recipe, folder, source, splits, quiet)
         dense.to(bench.accelerator.device)
@@ -210,7 +218,7 @@ def _prune(
     basis = based(bench, dense, structure, heads["scores"])
     allocated = choose_widths(bench, basis, dense, goal, given)
     shapes = shapes_from_json(allocated["shapes"])
-    checkpoint.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
+    files.write_atomic(folder.path / "plan.json", json.dumps(shapes_to_json(shapes), indent=2) + "\n")
     soft = _soft_pruned(bench, basis, dense, shapes) if trains and recipe.admm_stage.epochs > 0 else None
     if soft:
         curves["admm"] = soft["curve"]
@@ -274,8 +282,7 @@ def _trained(
     bench: Bench, name: str, model: nn.Module, stage: training.StageSettings, *, teacher: nn.Module | None
 ) -> dict[str, Any]:
     """Train in place, or take up the result of an earlier attempt."""
-    if record := bench.folder.done(name):
-        bench.folder.restore(name, model)
+    if record := bench.folder.done(name, model):
         return record
     with bench.timed(name):
         result = training.train(
@@ -321,21 +328,20 @@ def _ranked(bench: Bench, dense: nn.Module, structure: ModelStructure) -> dict[s
             )
         record = heads.to_json()
         bench.folder.record("ranking", record)
-    checkpoint.write_atomic(bench.folder.path / "ranking.json", json.dumps(record, indent=2) + "\n")
+    files.write_atomic(bench.folder.path / "ranking.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
 def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> dict[str, Any]:
     """ADMM stage: the basis' model is trained towards the sparsity set."""
     recipe, work = bench.recipe, basis.model
-    if done := bench.folder.done("admm"):
-        bench.folder.restore("admm", work)
-        return done
     support = None
     if recipe.admm.projection.metric == "data":
         # Cut and repaired first: what ADMM then pulls to is a network that works. Units outside the support are alive
         # through what they read, and may come back. (Masked in the Euclidean metric they would be dead.)
         support = _repaired(bench, basis, dense, shapes)
+    if done := bench.folder.done("admm", work):
+        return done
     moments = measured(bench, basis)
     with bench.timed("admm"):
         result = training.train(
@@ -370,8 +376,7 @@ def _soft_pruned(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[
 
 def _repaired(bench: Bench, basis: Basis, dense: nn.Module, shapes: Sequence[BlockShape]) -> Plan:
     """The basis' model cut to ``shapes`` and repaired in closed form; returns what stays."""
-    if record := bench.folder.done("repaired"):
-        bench.folder.restore("repaired", basis.model)
+    if record := bench.folder.done("repaired", basis.model):
         return Plan.from_json(record["plan"])
     with bench.timed("reconstruct"):
         plan = put_on_set(bench, basis, dense, shapes)
@@ -388,8 +393,7 @@ def _cut(
 ) -> dict[str, Any]:
     """Put the basis' model on the sparsity set of ``shapes``, repaired; returns the plan, and ADMM's loss around it."""
     work = basis.model
-    if record := bench.folder.done("cut"):
-        bench.folder.restore("cut", work)
+    if record := bench.folder.done("cut", work):
         return record
     before = _training_loss(bench, work) if support else None
     plan = Plan.from_json(support) if support else None
@@ -406,8 +410,7 @@ def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: 
     settings = bench.recipe.polish
     if settings.epochs == 0:
         return None
-    if record := bench.folder.done("polish"):
-        bench.folder.restore("polish", small)
+    if record := bench.folder.done("polish", small):
         return record
     student, teacher, reference = models.stages(small), models.stages(dense), bench.predictions(dense, bench.holdout)
     with (
@@ -433,7 +436,7 @@ def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: 
             divergence=lambda: max(sensitivity.divergence(reference, bench.predictions(small, bench.holdout)), 0.0),
             seed=bench.recipe.seed,
             precision=bench.precision,
-            store=data.Spool,
+            store=bench.folder.spool,
             advance=advance,
         )
     kept = min(curve, key=lambda past: past.kl).blocks

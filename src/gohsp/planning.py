@@ -159,8 +159,8 @@ def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
         itertools.chain(model.state_dict().values(), bench.calibration),
         [*provenance, *settings, *counts, sensitivity.GRID, sensitivity.EDITION],
     )
-    if found := cache.load("curves", key):
-        return allocation.curves_from_json(found)
+    if (found := _cached(key, structure, recipe.widths)) is not None:
+        return found
     points = sensitivity.count_points(structure, recipe.widths)
     # On a copy, in the basis that cuts are made in: what is cut later does not depend on where its curves came from.
     work = dataclasses.replace(basis, model=copy.deepcopy(basis.model))
@@ -183,6 +183,20 @@ def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
         )
     cache.store("curves", key, allocation.curves_to_json(curves))
     return curves
+
+
+def _cached(key: str, structure: ModelStructure, widths: allocation.WidthSettings) -> allocation.Curves | None:
+    """Curves from the cache, if they are there and fit; what does not fit is logged."""
+    if (found := cache.load("curves", key)) is None:
+        return None
+    try:
+        curves = allocation.curves_from_json(found)
+        if sensitivity.fits(curves, structure, widths):
+            return curves
+    except (TypeError, KeyError, AttributeError):
+        pass
+    logger.warning("the cached damage curves do not fit the model; they are measured anew")
+    return None
 
 
 def _latency_table(bench: Bench, basis: Basis) -> LatencyTable:

@@ -59,6 +59,20 @@ class DataSettings:
                 raise RecipeError(f"data.{name} must be at least 1, got {getattr(self, name)}")
 
 
+LARGEST_SEED = 2**31 - 1
+"""Of the seed and of what is derived from it for epochs, all generators take 32 bits."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some generator does not take.
+
+    Raises:
+        RecipeError: It is no whole number from 0 to 2,147,483,647.
+    """
+    if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise RecipeError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run.
@@ -67,7 +81,7 @@ class Recipe:
         route: ``train``: ADMM, where it is asked for, and fine-tuning; ``oneshot``: closed-form repair alone, which
             reads no label and takes minutes. Of the settings of training, ``dense`` to ``retrain_dense``, it uses
             ADMM's projection and the precision.
-        seed: Of everything that is drawn.
+        seed: Of everything that is drawn; 0 to 2,147,483,647.
         device: ``cpu`` to stay off an accelerator that is there.
         model_arguments: Arguments of ``timm.create_model`` for a model given by name.
         allocation: ``measured``: damage curves and a knapsack; ``uniform``: the same share everywhere.
@@ -107,6 +121,7 @@ class Recipe:
     retrain_dense: bool = True
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.route == "oneshot" and self.dense.epochs > 0:
             raise RecipeError(
                 'route = "oneshot" trains no dense model, but dense.epochs is '
@@ -174,7 +189,7 @@ def read(path: Path) -> Recipe:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe '{path}' does not exist") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no TOML, no UTF-8, or nested beyond reason
         raise RecipeError(f"recipe '{path}' is no TOML: {error}") from error
     return from_mapping(data, where=f"recipe '{path}'")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +31,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gohsp import models
+from gohsp import console, files, models
 from gohsp.core import admm
 from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, nearest
 from gohsp.measure import Metrics
@@ -184,7 +182,7 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def progress_bar(*, disable: bool = False) -> Progress:
-    """A progress bar with count, time gone and time left."""
+    """A progress bar with count, time gone and time left, on standard error."""
     return Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -192,6 +190,7 @@ def progress_bar(*, disable: bool = False) -> Progress:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=console.notes,
         disable=disable,
     )
 
@@ -216,7 +215,8 @@ def train(
     """Train ``model`` in place for one stage.
 
     Interrupted and called again with the same ``checkpoint``, it goes on after the last finished epoch, with
-    the same result as if it had not been interrupted (up to the order of floating-point sums).
+    the same result as if it had not been interrupted (up to the order of floating-point sums). If that file is damaged,
+    it begins anew with a warning.
 
     Args:
         model: On the accelerator's device.
@@ -231,16 +231,18 @@ def train(
         teacher: The dense model to distil from.
         state: ADMM's state, if this is the ADMM stage; it must hold this ``model``.
         refresh: Called with ADMM's state between epochs, to measure second moments anew.
-        checkpoint: File for resuming.
+        checkpoint: File for resuming; its name gets a hash (:func:`gohsp.files.seal`).
         show_progress: Whether to draw a bar.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.
+        CheckpointError: The file for resuming is another run's.
+        StorageError: It cannot be written.
     """
     run = _Run(model, loader, stage, settings, accelerator, num_classes, teacher)
     first, curve = 0, []
-    if checkpoint is not None and checkpoint.exists():
-        first, curve, state = run.restore(checkpoint, state)
+    if checkpoint is not None and (kept := files.sealed(checkpoint)):
+        first, curve, state = run.restore(kept, state)
     used = (model,) if teacher is None else (model, teacher)
     with fast_attention(autocast_dtype(accelerator), *used), progress_bar(disable=not show_progress) as bar:
         task = bar.add_task(name, total=stage.epochs * len(run.loader), completed=first * len(run.loader), rate="")
@@ -401,7 +403,7 @@ class _Run:
         return (1 - settings.distillation) * loss + settings.distillation * t * t * divergence
 
     def save(self, path: Path, epochs: int, curve: list[Epoch], state: admm.AdmmState | None) -> None:
-        """Write everything that the next epoch depends on, atomically."""
+        """Write everything that the next epoch depends on."""
         content = {
             "epochs": epochs,
             "curve": [e.to_json() for e in curve],
@@ -412,10 +414,7 @@ class _Run:
             "ema": self.ema.module.state_dict() if self.ema else {},
             "admm": admm.export(state) if state else {},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        files.seal(path, lambda temporary: torch.save(content, temporary))
 
     def restore(self, path: Path, state: admm.AdmmState | None) -> tuple[int, list[Epoch], admm.AdmmState | None]:
         """Take up what :meth:`save` wrote; nothing but tensors and plain data is unpickled."""
@@ -427,10 +426,10 @@ class _Run:
                 self.accelerator.scaler.load_state_dict(content["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(content["ema"])
-        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"'{path}' does not fit this run or is damaged ({error}); resume with the recipe the run was begun "
-                "with, or start anew with overwrite"
+                f"'{path}' does not fit this run ({error}); resume with the recipe the run was begun with, or start "
+                "anew with overwrite"
             ) from error
         self.updates = content["updates"]
         self.scheduler.step_update(self.updates)

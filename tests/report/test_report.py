@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
-from gohsp.errors import RunError
+from gohsp.errors import RunError, StorageError
 from gohsp.report import HEADERS, plots, read, render_html, summary_table, validate, write
 from gohsp.report.html import duration, index_ranges, quantity, signed
 
@@ -75,7 +75,7 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
 
     steps = 24
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "gohsp": "0.1.0",
         "created": "2025-11-22T17:30:00+00:00",
         "command": ["gohsp", "prune", "recipes/deit tiny.toml", "--budget", "params=-40%"],
@@ -301,8 +301,8 @@ def test_reports_of_version_1_are_read(small: dict[str, Any]) -> None:
 
 
 def test_other_schema_version_says_so(tiny: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match=r"schema_version 3, this gohsp knows \(1, 2\)"):
-        validate(edited(tiny, "schema_version", 3))
+    with pytest.raises(RunError, match=r"schema_version 4, this gohsp knows \(1, 2, 3\)"):
+        validate(edited(tiny, "schema_version", 4))
 
 
 def test_not_an_object() -> None:
@@ -317,7 +317,7 @@ def test_write_then_read_is_identity(small: dict[str, Any], tmp_path: Path) -> N
     write(small, tmp_path / "run")
     assert read(tmp_path / "run") == small
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
-    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 2,')
+    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 3,')
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render_html(small)
 
 
@@ -333,20 +333,20 @@ def test_failing_write_leaves_the_old_files(
 ) -> None:
     write(one_shot(small), tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def half(self: Path, text: str, **options: Any) -> int:
-        real(self, text[: len(text) // 2], **options)
+    def half(self: Path, content: bytes) -> int:
+        real(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     def refuse(*_: Any) -> None:
         raise PermissionError("read-only")
 
     if fails == "write":
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(Path, "write_bytes", half)
     else:
         monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError):
+    with pytest.raises(StorageError, match=r"report\.html' cannot be written"):
         write(small, tmp_path)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
@@ -364,11 +364,30 @@ def test_read_names_the_file_and_the_fault(small: dict[str, Any], tmp_path: Path
         read(tmp_path)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(small)[:100])
-    with pytest.raises(RunError, match=r"report\.json' is not JSON"):
+    with pytest.raises(RunError, match=r"report\.json' cannot be read as JSON"):
         read(tmp_path)
     path.write_text(json.dumps(edited(small, "seed", drop=True)))
     with pytest.raises(RunError, match=r"report\.json': .*'seed' is missing"):
         read(tmp_path)
+
+
+def test_a_report_that_was_changed_is_refused_however_plausible(small: dict[str, Any], tmp_path: Path) -> None:
+    write(small, tmp_path)
+    path = tmp_path / "report.json"
+    whole = path.read_text()
+    assert whole.count("83.8") == 1
+    path.write_text(whole.replace("83.8", "93.8"))
+    with pytest.raises(RunError, match=r"report\.json' is not as it was written"):
+        read(tmp_path)
+    path.write_text(json.dumps(json.loads(whole)))  # laid out otherwise
+    assert read(tmp_path) == small
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_reports_without_a_digest_are_read(small: dict[str, Any], tmp_path: Path, version: int) -> None:
+    old = copy.deepcopy(small) | {"schema_version": version}
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert read(tmp_path) == old
 
 
 # --- the table ------------------------------------------------------------------------------------------

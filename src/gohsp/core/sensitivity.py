@@ -95,6 +95,18 @@ def count_points(structure: ModelStructure, widths: WidthSettings) -> int:
     return sum(len(_grid(b, kind, widths)) - 1 for b in structure.blocks for kind in KINDS)
 
 
+def fits(curves: Curves, structure: ModelStructure, widths: WidthSettings) -> bool:
+    """Whether curves could have been measured on a model of this structure: at its widths, and finite."""
+    measured = [{kind: _grid(block, kind, widths) for kind in KINDS} for block in structure.blocks]
+    expected = [{kind: grid for kind, grid in of_block.items() if len(grid) > 1} for of_block in measured]
+    given = [{kind: curve.widths for kind, curve in of_block.items()} for of_block in curves]
+    return given == expected and all(
+        len(curve.damage) == len(curve.widths) and all(0 <= damage < math.inf for damage in curve.damage)
+        for of_block in curves
+        for curve in of_block.values()
+    )
+
+
 def _grid(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:
     allowed = allowed_widths(block, kind, settings)
     last = len(allowed) - 1

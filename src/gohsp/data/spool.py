@@ -7,8 +7,10 @@ from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from gohsp import files
 
 
 class Spool(MutableSequence[Tensor]):
@@ -47,5 +49,6 @@ class Spool(MutableSequence[Tensor]):
         # A new name each time: a tensor read before may still be mapped from the old file.
         path = Path(self._folder.name) / f"{self._written}.safetensors"
         self._written += 1
-        save_file({"x": value.detach().cpu().contiguous()}, path)
+        with files.storing(path):
+            files.write_tensors(path, {"x": value})
         return path

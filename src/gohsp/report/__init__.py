@@ -5,12 +5,13 @@ It works on the report as plain JSON data and knows nothing of models or tensors
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gohsp import files
 from gohsp.errors import RunError
 from gohsp.report.html import HEADERS, SummaryRow, render_html, summary_table
 from gohsp.report.schema import SCHEMA_VERSION, validate
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``, each whole or not at all.
+    """Write ``report.html`` and then ``report.json``, each whole or not at all.
 
     Args:
         report: Plain JSON data that follows the schema.
@@ -36,12 +37,12 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
     Raises:
         RunError: The report does not follow the schema; nothing is written.
+        StorageError: The folder cannot be written.
     """
     validate(report)
-    page = render_html(report)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomic(folder / "report.json", json.dumps(dict(report), indent=2, allow_nan=False) + "\n")
-    _write_atomic(folder / "report.html", page)
+    files.write_atomic(folder / "report.html", render_html(report))
+    content = {**report, "digest": _digest(report)}
+    files.write_atomic(folder / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -51,29 +52,28 @@ def read(folder: Path) -> dict[str, Any]:
         folder: A run's folder.
 
     Returns:
-        The report, checked against the schema.
+        The report, checked against its digest and the schema.
 
     Raises:
-        RunError: There is no report, it is not JSON, or it does not follow the schema.
+        RunError: There is no report, it cannot be read, is damaged, or does not follow the schema.
     """
     path = folder / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"'{path}' does not exist: give the folder of a finished run") from error
-    except ValueError as error:
-        raise RunError(f"'{path}' is not JSON ({error}): restore it or run again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"'{path}' cannot be read as JSON ({error}): restore it or run again") from error
+    digest = report.pop("digest", None) if isinstance(report, dict) else None
     try:
         validate(report)
     except RunError as error:
         raise RunError(f"'{path}': {error}") from error
+    if report["schema_version"] >= 3 and digest != _digest(report):
+        raise RunError(f"'{path}' is not as it was written, its digest differs: restore it or run again")
     return report
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _digest(report: Mapping[str, Any]) -> str:
+    """A hash of the content, however it is laid out."""
+    return hashlib.blake2b(json.dumps(report, sort_keys=True).encode(), digest_size=16).hexdigest()

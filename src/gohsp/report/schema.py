@@ -1,4 +1,4 @@
-"""The schema of ``report.json``, version 2: what a run writes, and what is accepted when read back.
+"""The schema of ``report.json``, version 3: what a run writes, and what is accepted when read back.
 
 The same schema in prose, key by key with units, is ``docs/report.md``.
 """
@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from gohsp.errors import RunError, nearest
 
-SCHEMA_VERSION = 2
-"""What is written; every key that version 2 added is optional, so reports of version 1 are read, too."""
+SCHEMA_VERSION = 3
+"""What is written; every key that version 2 added is optional, and version 3 added the digest of the file alone."""
 
-READABLE_VERSIONS = (1, 2)
+READABLE_VERSIONS = (1, 2, 3)
 
 # A chain's rows are written in float64 after a float64 normalisation; float32 input costs 1e-6.
 _ROW_SUM_TOLERANCE = 1e-4
@@ -295,7 +295,7 @@ class Curves(_Level):
 class Report(_Level):
     """The whole of ``report.json``."""
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[1, 2, 3]
     gohsp: str
     created: Annotated[str, AfterValidator(_is_utc)]
     command: list[str]
