@@ -21,9 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import gohsp
-from gohsp import checkpoint
+from gohsp import checkpoint, files
 from gohsp.data import Preprocessing
-from gohsp.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from gohsp.errors import CheckpointError, NonFiniteError, StorageError, UnsupportedModelError
 from gohsp.structure import BlockPlan, Plan
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -263,8 +263,8 @@ def test_a_failing_write_leaves_the_old_files(folder: Path, monkeypatch: pytest.
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(files, "save_file", half)
+    with pytest.raises(StorageError, match="disk full"):
         gohsp.save(tiny(), folder)
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert gohsp.load(folder).num_classes == 3
@@ -278,8 +278,8 @@ def test_a_failing_first_write_leaves_no_model(tmp_path: Path, monkeypatch: pyte
             raise OSError("disk full")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", weights_only)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "replace", weights_only)
+    with pytest.raises(StorageError, match="disk full"):
         gohsp.save(tiny(), tmp_path)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
