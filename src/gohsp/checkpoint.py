@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, PlanError
+from gohsp.errors import CheckpointError, DataError, PlanError
 from gohsp.structure import Plan, model_cost, shapes_from_json, shapes_to_json
 
 FORMAT_VERSION = 1
@@ -76,6 +76,7 @@ def save(
         "format_version": FORMAT_VERSION,
         **specification,
         "preprocessing": {key: pretrained[key] for key in _PREPROCESSING if key in pretrained},
+        "class_names": models.class_names(model),
         "widths": shapes_to_json(structure.shapes),
         "kept": plan.to_json() if plan else None,
         "params": model_cost(structure, structure.shapes, "params"),
@@ -147,6 +148,10 @@ def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") ->
         raise CheckpointError(f"buffers {left[:3]} of '{config['architecture']}' are not stored in its weights")
     if getattr(model, "pretrained_cfg", None):
         model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}  # type: ignore[dict-item]
+    try:
+        models.set_class_names(model, config.get("class_names"))
+    except DataError as error:
+        raise CheckpointError(f"'{folder / CONFIG}': class_names: {error}") from error
     return model.eval()
 
 

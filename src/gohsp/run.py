@@ -92,7 +92,7 @@ def _require_same(path: Path, request: Mapping[str, Any]) -> None:
         if before.get(key) != now.get(key):
             raise RunError(
                 f"'{path}' was begun with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
-                "resume with the same settings, or start anew with --overwrite"
+                "resume with the same settings and images, or start anew with --overwrite"
             )
 
 
