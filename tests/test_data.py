@@ -260,6 +260,67 @@ def test_damaged_shard_is_named(tmp_path: Path):
         open_split(DataSource(source=f"wds/{tmp_path}"), "train")
 
 
+def write_words(root: Path, name: str, words: list[bytes], extension: str = "cls") -> None:
+    files: dict[str, bytes] = {}
+    for index, word in enumerate(words):
+        files |= {f"{index}.png": encoded(picture(index)), f"{index}.{extension}": word}
+    write_shard(root / f"{name}-0000.tar", files)
+
+
+def test_wds_words_are_class_names_in_the_order_of_the_first_split(tmp_path: Path):
+    write_words(tmp_path, "train", [b"cat", b"ant 10\n", b"ant 2"])
+    write_words(tmp_path, "val", [b"cat", b"wasp", b"ant 10"])
+    source = DataSource(source=f"wds/{tmp_path}")
+    train, validation = open_split(source, "train"), open_split(source, "val")
+    assert train.class_names == ("ant 2", "ant 10", "cat")
+    assert train.labels().tolist() == [2, 1, 0]
+    assert validation.class_names == ("ant 2", "ant 10", "cat", "wasp")
+    assert validation.labels().tolist() == [2, 3, 1]
+    assert validation.labels(5, ["wasp", "ant 10", "x", "ant 2", "cat"]).tolist() == [4, 0, 1]
+    with pytest.raises(DataError, match="'wasp'"):
+        validation.labels(3, train.class_names)
+
+
+def test_wds_words_in_json_are_class_names(tmp_path: Path):
+    write_words(tmp_path, "train", [b'{"kind": "cat"}', b'{"kind": "ant"}'], "json")
+    split = open_split(DataSource(source=f"wds/{tmp_path}", label_key="kind"), "train")
+    assert (split.class_names, split.labels().tolist()) == (("ant", "cat"), [1, 0])
+    with pytest.raises(DataError, match=r"image 0 \(train-0000\.tar:0\).*label None"):
+        open_split(DataSource(source=f"wds/{tmp_path}", label_key="none"), "train").labels(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "extension", "message"),
+    [
+        ([b"cat", b"3"], "cls", "numbers and words for labels, such as 3 and 'cat'"),
+        ([b"cat", b"  "], "cls", "label None"),
+        ([b"cat", b"0.5"], "cls", "label 0.5"),
+        ([b"1", b"0.5"], "cls", "label 0.5"),
+        ([b"cat", b"\xff"], "cls", r"train-0000\.tar:1 is not a word or a number"),
+        ([b'{"k": "cat"}', b"cat"], "json", r"train-0000\.tar:1 is not a JSON object with the field 'k'"),
+        ([b'{"k": "cat"}', b'["cat"]'], "json", "is not a JSON object"),
+        ([b'{"k": "cat"}', b'{"k": ["cat"]}'], "json", r"label \['cat'\]"),
+        ([b'{"k": "cat"}', b'{"k": ""}'], "json", "label None"),
+        ([b'{"k": "cat"}', b"[" * 100_000], "json", "is not a JSON object"),
+        ([b"9" * 30], "cls", "label 9{30}, allowed"),
+        ([b"9" * 5000], "cls", "is not a word or a number"),
+    ],
+)
+def test_wds_labels_that_cannot_be_understood_are_refused(
+    tmp_path: Path, words: list[bytes], extension: str, message: str
+):
+    write_words(tmp_path, "train", words, extension)
+    source = DataSource(source=f"wds/{tmp_path}", label_key="k" if extension == "json" else None)
+    with pytest.raises(DataError, match=message):
+        open_split(source, "train").labels()
+
+
+def test_hidden_shards_are_passed_over(tmp_path: Path):
+    write_words(tmp_path, "train", [b"1", b"0"])
+    (tmp_path / "._train-0000.tar").write_bytes(b"what a file server keeps beside it")
+    assert open_split(DataSource(source=f"wds/{tmp_path}"), "train").labels().tolist() == [1, 0]
+
+
 # Digits
 
 
@@ -307,6 +368,87 @@ def test_unlabelled_hub_rows_are_refused(hub):
     source = hub(features, test={"image": image_column(2), "label": [0, -1]})
     with pytest.raises(DataError, match=r"image 1 \(p1.png\).*label -1"):
         batches(open_split(source, "test"))
+
+
+def test_hub_labels_are_renumbered_by_name(hub):
+    from datasets import ClassLabel, Image
+
+    features = {"image": Image(), "label": ClassLabel(names=["a", "b", "c"])}
+    split = open_split(hub(features, train={"image": image_column(3), "label": [0, 1, 0]}), "train")
+    assert split.labels(4, ["b", "x", "a", "y"]).tolist() == [2, 0, 2]  # no image is of the class "c"
+    with pytest.raises(DataError, match=r"not have: 'a', 'b'; it has 'x'"):
+        split.labels(1, ["x"])
+
+
+def test_hub_labels_of_text_are_refused(hub):
+    from datasets import Image, Value
+
+    features = {"image": Image(), "kind": Value("string")}
+    source = hub(features, train={"image": image_column(2), "kind": ["a", "b"]})
+    with pytest.raises(DataError, match=r"'kind' holds text.*class_encode_column"):
+        open_split(DataSource(source=source.source, label_key="kind"), "train").labels(2)
+
+
+# Digests
+
+
+def test_the_digest_of_a_folder_is_of_names_and_sizes(folder: Path):
+    def digest() -> str:
+        return open_split(DataSource(source=str(folder)), "train").digest
+
+    first, image = digest(), folder / "train" / "ant" / "0.png"
+    content = image.read_bytes()
+    image.write_bytes(content + b"\0")
+    longer = digest()
+    image.rename(image.with_name("9.png"))
+    assert len({first, longer, digest()}) == 3
+    image.with_name("9.png").rename(image)
+    image.write_bytes(content)
+    os.utime(image, (0, 0))
+    assert digest() == first
+
+
+def test_the_digest_of_a_hub_data_set_is_of_names_and_sizes(hub, monkeypatch: pytest.MonkeyPatch):
+    from datasets import Image
+
+    def split(images: list[dict], name: str = "train") -> data.Split:
+        return open_split(hub({"image": Image()}, train={"image": images}), name)
+
+    images = image_column(8)
+    assert list(split(images).stored())[3] == ("p3.png", len(images[3]["bytes"]))
+    other, renamed = image_column(8), image_column(8)
+    other[3]["bytes"] = encoded(picture(3, (30, 30)))
+    renamed[3]["path"] = "q3.png"
+    digests = [split(given).digest for given in (images, other, renamed, images[:7])]
+    assert len(set(digests)) == 4
+    assert split(images, "train[:7]").digest == digests[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.open", None)
+        assert split(images).digest == digests[0]
+
+
+def test_the_digest_of_files_outside_a_hub_data_set_is_of_their_sizes(hub, tmp_path: Path):
+    from datasets import Image
+
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        picture(0).save(path)
+    size = paths[0].stat().st_size
+    features, columns = {"image": Image(decode=False)}, {"image": [*map(str, paths), None]}
+    split = open_split(hub(features, train=columns), "train")
+    paths[1].unlink()
+    assert [stored for _, stored in split.stored()] == [size, -1, -1]
+
+
+def test_the_digest_of_shards_is_of_members(tmp_path: Path):
+    def digest(words: list[bytes]) -> str:
+        write_words(tmp_path, "train", words)
+        return open_split(DataSource(source=f"wds/{tmp_path}"), "train").digest
+
+    assert digest([b"1", b"0"]) == digest([b"1", b"0"]) != digest([b"1", b"0", b"0"])
+    assert (
+        open_split(DataSource(source="digits"), "test").digest == open_split(DataSource(source="digits"), "test").digest
+    )
 
 
 # Unreadable images

@@ -103,6 +103,7 @@ def test_the_report_is_valid_and_complete(finished: gohsp.Result):
         "validation_split": "validation",
         "image_size": 8,
         "classes": 10,
+        "class_names": list("0123456789"),
         "calibration_images": 64,
         "train_images": 1257,
         "validation_images": 180,

@@ -203,6 +203,11 @@ def open_bench(
     )
 
 
+def class_names(model: nn.Module, train_split: data.Split) -> tuple[str, ...] | None:
+    """The classes that number the labels of a run: the model's or, where it has no names, the training images'."""
+    return models.class_names(model) or train_split.class_names
+
+
 def _divided(images: Sequence[Tensor], holdout: int, spool: Callable[[], data.Spool]) -> tuple[data.Spool, data.Spool]:
     """All batches but the last ``holdout`` images, and those; a lone image is both."""
     count = sum(len(batch) for batch in images)
@@ -222,7 +227,11 @@ def _loaders(
 ) -> Labelled:
     settings, preprocessing = recipe.training, data.Preprocessing.from_model(model)
     mirror, seed = train_split.mirrored_alike, recipe.seed
-    checks: dict[str, Any] = {"strict": recipe.data.strict, "num_classes": models.num_classes(model)}
+    checks: dict[str, Any] = {
+        "strict": recipe.data.strict,
+        "num_classes": models.num_classes(model),
+        "class_names": class_names(model, train_split),
+    }
     drop_last = len(train_split) > settings.batch_size
     if recipe.data.resident:
         train, validation = (

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, UnsupportedModelError
+from gohsp.errors import CheckpointError, DataError, UnsupportedModelError
 from gohsp.files import save_tensors, write_atomic
 from gohsp.models.arguments import check_arguments
 from gohsp.structure import BlockShape, Plan, model_cost, shapes_to_json
@@ -265,7 +265,10 @@ def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") ->
         raise CheckpointError(f"buffers {left[:3]} of '{config.architecture}' are not stored in its weights")
     known = config.preprocessing.model_dump(exclude_none=True)
     model.pretrained_cfg = {**model.pretrained_cfg, **known}  # type: ignore[dict-item]
-    models.set_class_names(model, config.class_names)
+    try:
+        models.set_class_names(model, config.class_names)
+    except DataError as error:
+        raise CheckpointError(f"'{folder / CONFIG}': class_names: {error}") from error
     return model.eval()
 
 

@@ -231,6 +231,7 @@ class Evaluate:
             shuffle=False,
             workers=self.workers,
             num_classes=int(model.num_classes),  # type: ignore[arg-type]
+            class_names=models.class_names(model),
             strict=self.strict,
         )
         with training.progress_bar(disable=self.json) as bar:

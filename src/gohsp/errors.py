@@ -6,7 +6,7 @@ Every message names what was given, what is allowed and what to do about it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class GohspError(Exception):
@@ -68,3 +68,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return "valid: " + ", ".join(f"'{n}'" for n in names)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names in quotes, at most ``most`` of them: ``"'a', 'b' and 8 more"``."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -16,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from gohsp import cache, checkpoint, data, files, latency, models, polish, report, run, training
 from gohsp import recipe as recipes
-from gohsp.bench import Bench, open_bench
+from gohsp.bench import Bench, class_names, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
 from gohsp.cutting import Basis, based, measured, put_on_set
 from gohsp.errors import DataError, PlanError
@@ -136,14 +137,12 @@ def prune(
             allocation.require_feasible(structure, goal.kind, limit, recipe.widths)
         else:
             _require_met(goal, model_cost(structure, shapes, goal.kind), limit)
-    if recipe.route == "train":
-        for split in splits:
-            split.labels(models.num_classes(dense))
+    labels = _labels(dense, splits, trains=_trains(recipe)) if recipe.route == "train" else [None]
     request = {
         "model": type(model).__name__ if isinstance(model, nn.Module) else str(model),
         "weights": str(weights) if weights else None,
         "weights_hash": cache.key_of(dense.state_dict().values(), None),
-        "data": source.source,
+        "data": _data_request(source, splits, labels),
         "budget": budget,
         "plan": shapes_to_json(shapes) if shapes else None,
         "recipe": recipes.to_mapping(recipe),
@@ -178,6 +177,43 @@ def _open(
     return checkpoint.open_model(
         model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains
     )
+
+
+def _trains(recipe: Recipe) -> bool:
+    """Whether a run of the training route trains a classifier at all."""
+    return recipe.dense.epochs + recipe.admm_stage.epochs + recipe.finetune.epochs > 0
+
+
+def _labels(dense: nn.Module, splits: Sequence[data.Split], *, trains: bool) -> list[np.ndarray]:
+    """The labels of training and validation images, all checked; a model that is to learn them gets the classes' names.
+
+    Raises:
+        DataError: A label does not fit; the classes of the splits, or of the data and the model, differ; all training
+            images are of one class.
+    """
+    train, validation = splits
+    if trains and models.class_names(dense) is None and train.num_classes == models.num_classes(dense):
+        models.set_class_names(dense, train.class_names)
+    names = class_names(dense, train)
+    labels = [split.labels(models.num_classes(dense), names) for split in splits]
+    if (train.class_names is None) != (validation.class_names is None):
+        raise DataError(f"of {train.name} and {validation.name} one names its classes, one numbers them; use one kind")
+    if trains and len(np.unique(labels[0])) == 1:
+        raise DataError(f"all images of {train.name} are of one class; training needs images of two at least")
+    return labels
+
+
+def _data_request(
+    source: data.DataSource, splits: Sequence[data.Split], labels: Sequence[np.ndarray | None]
+) -> dict[str, Any]:
+    """What the images are, by names, sizes and labels: a run is resumed with these and no others."""
+    record: dict[str, Any] = {"source": source.source}
+    for purpose, split, numbers in zip(("train", "validation"), splits, labels, strict=False):
+        record[purpose] = {"images": len(split), "names_and_sizes": split.digest}
+        if numbers is not None:
+            record[purpose]["labels"] = cache.key_of([torch.from_numpy(numbers)], None)
+            record[purpose]["classes"] = {str(i): name for i, name in enumerate(split.class_names or ())}
+    return record
 
 
 def _warn_of_idle_settings(recipe: Recipe) -> None:
@@ -242,7 +278,7 @@ def _prune(
         "schema_version": report.SCHEMA_VERSION,
         **_provenance(command, recipe),
         "model": models.specification(dense),
-        "data": _data_record(bench, source),
+        "data": _data_record(bench, source, models.class_names(dense)),
         "dense": _metrics_record(structure, dense_metrics),
         "pruned": _metrics_record(small_structure, pruned_metrics),
         "fidelity": fidelity,
@@ -519,7 +555,7 @@ def _provenance(command: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _data_record(bench: Bench, source: data.DataSource) -> dict[str, Any]:
+def _data_record(bench: Bench, source: data.DataSource, names: Sequence[str] | None) -> dict[str, Any]:
     settings = bench.recipe.data
     loaders = bench.loaders
     record: dict[str, Any] = {
@@ -529,6 +565,8 @@ def _data_record(bench: Bench, source: data.DataSource) -> dict[str, Any]:
         "classes": bench.num_classes,
         "calibration_images": sum(len(batch) for batch in bench.calibration),
     }
+    if names is not None:
+        record["class_names"] = list(names)
     if loaders is not None:
         record |= {
             "validation_split": settings.validation_split,

@@ -55,8 +55,13 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         for name in ("calibration_images", "allocation_images", "ranking_images", "holdout_images"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise RecipeError(f"data.{name} must be a whole number and at least 1, got {count!r}")
+        for name in ("train_split", "validation_split"):
+            split = getattr(self, name)
+            if not isinstance(split, str) or not split.strip():
+                raise RecipeError(f"data.{name} must name a split, such as 'train', got {split!r}")
 
 
 LARGEST_SEED = 2**31 - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -42,6 +42,7 @@ def resident_images(
     device: torch.device,
     *,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     strict: bool = False,
 ) -> ResidentImages:
     """Decode a split once, crop it as for evaluation and move it to ``device``.
@@ -51,12 +52,13 @@ def resident_images(
         preprocessing: What the model expects.
         device: Where they are to stay.
         num_classes: The model's number of classes, for the check of the labels.
+        class_names: The model's classes, in whose order labels are numbered by name; see `data.Split.labels`.
         strict: Whether an unreadable image raises; otherwise it is left out and listed in `Split.unreadable`.
 
     Raises:
         DataError: A label does not fit; no image can be read, or one cannot and ``strict`` is set.
     """
-    labels = torch.from_numpy(split.labels(num_classes))
+    labels = torch.from_numpy(split.labels(num_classes, class_names))
     transform = data.eval_transform(preprocessing, normalize=False)
 
     def pixels(index: int) -> Tensor | None:

@@ -314,7 +314,7 @@ def _require_same(path: Path, before: Mapping[str, Any], request: Mapping[str, A
         if then.get(key) != now.get(key):
             raise RunError(
                 f"'{path}' was begun with {key} = {then.get(key)!r}, now it is {now.get(key)!r}; "
-                "resume with the same settings, or start anew with --overwrite"
+                "resume with the same settings and images, or start anew with --overwrite"
             )
 
 

@@ -609,6 +609,21 @@ def test_untrusted_text_is_escaped(small: dict[str, Any]) -> None:
     assert page.text.count("alert('x')") >= 8
 
 
+def test_class_names_are_shown_shortened_and_escaped(small: dict[str, Any]) -> None:
+    names = [SCRIPT, *(f"class {number}" for number in range(1, small["data"]["classes"]))]
+    report = edited(small, "data.class_names", names)
+    validate(report)
+    page = Page(render_html(report))
+    assert SCRIPT + ", class 1, " in page.text
+    assert not [tag for tag, _ in page.tags if tag == "script"]
+    many = edited(edited(small, "data.classes", 1000), "data.class_names", [f"c{number}" for number in range(1000)])
+    text = Page(render_html(many)).text
+    assert "c18, c19 and 980 more" in text
+    assert "c20" not in text
+    with pytest.raises(RunError, match=r"data.*class_names has 3 names for 10 classes"):
+        validate(edited(small, "data.class_names", ["a", "b", "c"]))
+
+
 def test_warnings_are_shown_where_due(small: dict[str, Any], page: Page) -> None:
     assert not any(attributes.get("class") == "warn" for _, attributes in page.tags)
     report = edited(small, "admm.status", "epochs_over")

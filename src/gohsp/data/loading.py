@@ -31,6 +31,7 @@ def loader(
     workers: int = 0,
     seed: int = 0,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     strict: bool = False,
     drop_last: bool = False,
     cache: bool | None = None,
@@ -52,15 +53,18 @@ def loader(
         workers: Number of worker processes; 0 reads in this process.
         seed: A non-negative integer.
         num_classes: The model's number of classes, for the check of the labels. Default: the source's.
+        class_names: The model's classes, in whose order labels are numbered by name; see `Split.labels`.
         strict: Whether an unreadable image raises.
         drop_last: Whether an incomplete last batch is left out.
         cache: Whether to decode all images now and keep them (`Split.preload`). Default: up to `CACHE_LIMIT`.
 
     Raises:
-        DataError: A label does not fit; ``drop_last`` leaves no batch. While iterating: all images of the split
-            turn out to be unreadable, or one is and ``strict`` is set.
+        DataError: A label does not fit; ``batch_size`` or ``workers`` is out of range; ``drop_last`` leaves no
+            batch. While iterating: all images of the split turn out to be unreadable, or one is and ``strict`` is set.
     """
-    labels = split.labels(num_classes)
+    if batch_size < 1 or workers < 0:
+        raise DataError(f"batch_size={batch_size}, workers={workers}: allowed are at least 1 and at least 0")
+    labels = split.labels(num_classes, class_names)
     if drop_last and len(split) < batch_size:
         raise DataError(f"{split.name} has {len(split)} images, less than one batch of {batch_size} (drop_last)")
     if split.decoded_bytes() <= CACHE_LIMIT if cache is None else cache:

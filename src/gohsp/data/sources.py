@@ -1,12 +1,9 @@
-"""Where images come from: folders, Hugging Face datasets, webdataset shards, digits.
-
-The images are read through timm's *reader* and not through its ``ImageDataset``, which puts the next image
-in the place of one it cannot decode.
-"""
+"""Where images come from: folders, Hugging Face datasets, webdataset shards, digits."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -17,7 +14,7 @@ import struct
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from timm.data.readers import create_reader
 
-from gohsp.errors import DataError, nearest
+from gohsp.data import folders
+from gohsp.errors import DataError, listed, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +41,12 @@ _DECODE_ERRORS = (
 )
 
 
+_FORMS = "a source is a folder, 'hfds/...', 'wds/...' or 'digits'"
+
+SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test",))
+"""What folders and shards of a split are called. The first that a source has numbers the classes of all."""
+
+
 class UnreadableImageError(DataError):
     """One image that cannot be decoded."""
 
@@ -58,11 +61,20 @@ class DataSource:
             extension; default: ``jpg``, ``jpeg``, ``png`` or ``webp``.
         label_key: ``hfds``: the label column; default: the only one of type ClassLabel. ``wds``: the field of
             the ``.json`` file; default: the ``.cls`` file.
+
+    Raises:
+        DataError: ``source`` or a key is no text, or an empty one.
     """
 
     source: str
     image_key: str | None = None
     label_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if (given is not None or name == "source") and not _is_text(given):
+                allowed = _FORMS if name == "source" else "a key is the name of a column, field or extension"
+                raise DataError(f"{name} is {given!r}; give a text that says something: {allowed}")
 
 
 class Split(ABC):
@@ -105,6 +117,18 @@ class Split(ABC):
     @abstractmethod
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes in the order of their labels; None where the source does not know them."""
+
+    @abstractmethod
+    def stored(self) -> Iterable[tuple[str, int]]:
+        """Yield the name of every image and its size in bytes as it is stored, -1 if unknown; no image is read."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the names and sizes of all images: another one tells that these are other images."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, size in self.stored():
+            found.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        return found.hexdigest()
 
     @property
     def num_classes(self) -> int | None:
@@ -154,24 +178,47 @@ class Split(ABC):
                 continue  # counted and named when the image is read
         return len(self) * sum(sizes) // max(1, len(sizes))
 
-    def labels(self, num_classes: int | None = None) -> np.ndarray:
+    def labels(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> np.ndarray:
         """Return all labels after checking each.
 
         Args:
             num_classes: The number of classes that the labels must fit. Default: the source's own; where the
                 source knows none either, a label must only be a non-negative integer.
+            class_names: The classes in the order in which to number them, such as a model's. Where the source knows
+                the names of its own, labels are renumbered by name.
 
         Returns:
             int64 array [len(self)].
 
         Raises:
-            DataError: A label is missing, not an integer or out of range.
+            DataError: A label is missing, not an integer, out of range, or of a class that ``class_names`` lacks.
         """
-        limit = self.num_classes if num_classes is None else num_classes
-        labels = self.raw_labels
+        own = self.class_names
+        if own is None or class_names is None:
+            return self._checked(self.raw_labels, self.num_classes if num_classes is None else num_classes)
+        labels = self._checked(self.raw_labels, len(own))
+        place = {name: number for number, name in enumerate(class_names)}
+        if unknown := [own[label] for label in np.unique(labels) if own[label] not in place]:
+            raise DataError(
+                f"{self.name} has images of classes that the model, or the training split, does not have: "
+                f"{listed(unknown)}; it has {listed(class_names)}. Rename these classes, leave them out, or take the "
+                "data that the model was trained for"
+            )
+        return self._checked([place[own[label]] for label in labels], num_classes)
+
+    def _class_order(self, first: set[str], own: set[str]) -> tuple[str, ...]:
+        """The classes of the source's first split, and those that only this one has after them.
+
+        Numbered alone, a split that lacks a class would shift the numbers of all that follow.
+        """
+        if first and (others := sorted(own - first)):
+            logger.warning("%s has classes that the source's first split lacks: %s", self.name, listed(others))
+        return (*sorted(first, key=folders.natural_key), *sorted(own - first, key=folders.natural_key))
+
+    def _checked(self, labels: Sequence[Any], limit: int | None) -> np.ndarray:
+        most = np.iinfo(np.int64).max if limit is None else limit
         for index, label in enumerate(labels):
-            fits = isinstance(label, (int, np.integer)) and label >= 0 and (limit is None or label < limit)
-            if not fits:
+            if not (isinstance(label, (int, np.integer)) and 0 <= label < most):
                 allowed = "non-negative integers" if limit is None else f"0 to {limit - 1} ({limit} classes)"
                 raise DataError(
                     f"image {index} ({self.filename(index)}) of {self.name} has the label {label!r}, "
@@ -216,7 +263,7 @@ def open_split(source: DataSource, split: str) -> Split:
     if re.search(r"[\[+]", split):
         raise DataError(f"split '{split}': only 'hfds/...' sources can be sliced, not '{source.source}'")
     if prefix.lower() == "wds" and rest:
-        return _WdsSplit(source, Path(rest).expanduser(), split)
+        return _WdsSplit(source, Path(os.path.expanduser(rest)), split)
     if source.image_key is not None or source.label_key is not None:
         raise DataError(
             f"image_key={source.image_key!r}, label_key={source.label_key!r}: only 'hfds/...' and 'wds/...' "
@@ -224,68 +271,91 @@ def open_split(source: DataSource, split: str) -> Split:
         )
     if source.source == "digits":
         return _DigitsSplit(split)
-    return _FolderSplit(Path(source.source).expanduser(), split)
+    return _FolderSplit(Path(os.path.expanduser(source.source)), split)
 
 
 class _FolderSplit(Split):
-    """Class folders of image files, read by timm's folder reader."""
-
-    SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test",))
+    """Class folders of image files."""
 
     def __init__(self, root: Path, split: str) -> None:
-        if not root.is_dir():
-            raise DataError(f"source '{root}': no such folder; a source is a folder, 'hfds/...', 'wds/...' or 'digits'")
-        existing = [root / name for group in self.SYNONYMS for name in group if (root / name).is_dir()]
-        folder = self._split_folder(root, split, existing)
-        try:
-            self._reader: Any = create_reader("", root=str(folder))
-        except RuntimeError as error:
-            raise DataError(f"folder '{folder}' holds no images: {error}") from error
-        super().__init__(f"folder '{folder}'", len(self._reader))
-        found = set(self._reader.class_to_idx)
-        if "" in found and len(found) > 1:
-            raise DataError(f"{self.name} has images beside its class folders; move them into one of these")
-        # The reader numbers the classes that it finds in this split. A class absent from it would shift the
-        # numbers of all that follow, so the classes of all splits are numbered together.
-        known = {path.name for other in existing for path in other.glob("[!.]*/")}
-        if folder in existing and found < known:
-            names = sorted(known, key=_natural_key)
-            self._reader = create_reader("", root=str(folder), class_map={n: i for i, n in enumerate(names)})
+        _require_folder(root)
+        # By its real path, so that a link from one split to another does not hide that they are the same.
+        folder = self._split_folder(root, split).resolve()
+        self._root = folder
+        found = folders.images_by_class(folder)
+        samples = [(folders.natural_key(path), name) for name, paths in found.items() for path in paths]
+        self._samples = [(path, name) for (_, path), name in sorted(samples)]
+        if not self._samples:
+            raise DataError(f"folder '{folder}' holds no images ({', '.join(folders.SUFFIXES)})")
+        super().__init__(f"folder '{folder}'", len(self._samples))
+        if empty := sorted(name for name, paths in found.items() if not paths):
+            logger.warning("%s: no image (%s) in %s", self.name, ", ".join(folders.SUFFIXES), listed(empty))
+        self._names = self._class_names(root, folder, {name for _, name in self._samples})
 
-    @classmethod
-    def _split_folder(cls, root: Path, split: str, existing: list[Path]) -> Path:
-        synonyms = next((group for group in cls.SYNONYMS if split in group), ())
+    def _class_names(self, root: Path, folder: Path, own: set[str]) -> tuple[str, ...] | None:
+        if own == {""}:
+            return None
+        first = next((root / name for group in SYNONYMS for name in group if os.path.isdir(root / name)), folder)
+        classes = folders.images_by_class(first.resolve()) if first.resolve() != folder else {}
+        return self._class_order({name for name, paths in classes.items() if name and paths}, own)
+
+    @staticmethod
+    def _split_folder(root: Path, split: str) -> Path:
+        if split in ("", "..") or Path(split).name != split:
+            raise DataError(f"split '{split}': a split of a folder is the name of a sub-folder, such as 'train'")
+        synonyms = next((group for group in SYNONYMS if split in group), ())
         for name in (split, *synonyms):
-            if (root / name).is_dir():
+            if os.path.isdir(root / name):
                 return root / name
-        # timm would read the whole folder here, and so mix the splits.
-        if existing:
-            hint = nearest(split, [path.name for path in existing])
-            raise DataError(f"folder '{root}' has no split '{split}'; {hint}")
+            if os.path.exists(root / name):
+                raise DataError(f"split '{split}': '{root / name}' is a file; a split is a folder of class folders")
+        # Reading the whole folder here would mix the splits.
+        if existing := [name for group in SYNONYMS for name in group if os.path.isdir(root / name)]:
+            raise DataError(f"folder '{root}' has no split '{split}'; {nearest(split, existing)}")
         logger.warning("folder '%s' has no split folders: each split, '%s' too, is all of it", root, split)
         return root
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(self._reader.samples[index][0])
+        return Image.open(self._samples[index][0])
 
     def filename(self, index: int) -> str:
-        return self._reader.filename(index)
+        return folders.printable(self._relative(self._samples[index][0]))
+
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(f"{self._root}{os.sep}")
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        for path, _ in self._samples:
+            yield self._relative(path), _size(path)
 
     @functools.cached_property
     def raw_labels(self) -> Sequence[Any]:
-        if self.class_names is None:
+        if self._names is None:
             raise DataError(f"{self.name} has no class folders, hence no labels; put its images in such folders")
-        return [label for _, label in self._reader.samples]
+        number = {name: label for label, name in enumerate(self._names)}
+        return [number[name] for _, name in self._samples]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        names = tuple(self._reader.class_to_idx)
-        return None if names == ("",) else names
+        return self._names
 
 
-def _natural_key(name: str) -> list[int | str]:
-    """Sort as timm does: ``class2`` before ``class10``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+def _is_text(given: Any) -> bool:
+    """Whether ``given`` is a text that can be written down: a path may hold bytes that are no UTF-8."""
+    return isinstance(given, str) and bool(given.strip()) and given.encode(errors="replace").decode() == given
+
+
+def _require_folder(path: Path) -> None:
+    if not os.path.isdir(path):
+        problem = " is a file" if os.path.exists(path) else ": no such folder"
+        raise DataError(f"source '{path}'{problem}; {_FORMS}")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
 
 
 class _HfdsSplit(Split):
@@ -343,10 +413,25 @@ class _HfdsSplit(Split):
         image = self._images[index][self._image_key]
         return (image and image["path"]) or f"row {index}"
 
+    def stored(self) -> Iterator[tuple[str, int]]:
+        from pyarrow import compute
+
+        images = self._images.with_format("arrow")[:].column(self._image_key)
+        part = {field.name: column for field, column in zip(images.type, images.flatten(), strict=True)}
+        sizes = compute.call_function("binary_length", [part["bytes"]])
+        for path, size in zip(part["path"].to_pylist(), sizes.to_pylist(), strict=True):
+            yield str(path), _size(str(path)) if size is None else size
+
     @functools.cached_property
     def raw_labels(self) -> Sequence[Any]:
         key = self._label_column()
-        return self._rows.select_columns([key])[:][key]
+        labels = self._rows.select_columns([key])[:][key]
+        if any(isinstance(label, str) for label in labels):
+            raise DataError(
+                f"{self.name}: column '{key}' holds text, not class labels; turn it into these with the data set's "
+                f"class_encode_column('{key}')"
+            )
+        return labels
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...] | None:
@@ -367,6 +452,9 @@ class _TarImage(NamedTuple):
     image: tuple[int, int]
     label: tuple[int, int] | None
 
+    def __str__(self) -> str:
+        return folders.printable(f"{self.shard.name}:{self.key}")
+
 
 class _WdsSplit(Split):
     """webdataset shards on a local disk, read by position.
@@ -378,41 +466,63 @@ class _WdsSplit(Split):
     IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
     def __init__(self, source: DataSource, root: Path, split: str) -> None:
-        shards = sorted(root.glob("*.tar"))
-        if not shards:
+        _require_folder(root)
+        self._shards = sorted(shard for shard in root.glob("*.tar") if not shard.name.startswith("."))
+        if not self._shards:
             raise DataError(f"source '{source.source}': folder '{root}' holds no .tar files")
-        chosen = [shard for shard in shards if split in re.split(r"[-_.]", shard.stem)]
-        if not chosen:
+        self._chosen = self._shards_of(split)
+        if not self._chosen:
             raise DataError(
-                f"source '{source.source}' has no shards of split '{split}': a shard's name must contain it, "
-                f"as in '{split}-0000.tar'; the folder holds '{shards[0].name}' to '{shards[-1].name}'"
+                f"source '{source.source}' has no shards of split '{split}': a shard's name must contain it, as in "
+                f"'{split}-0000.tar'; the folder holds '{self._shards[0].name}' to '{self._shards[-1].name}'"
             )
-        extensions = (source.image_key,) if source.image_key else self.IMAGE_EXTENSIONS
-        self._label_key = source.label_key
-        label_extension = "cls" if source.label_key is None else "json"
-        self._samples = [s for shard in chosen for s in _tar_images(shard, extensions, label_extension)]
+        self._source = source
+        self._samples = self._samples_of(self._chosen)
         super().__init__(f"'{source.source}' split '{split}'", len(self._samples))
+
+    def _shards_of(self, *splits: str) -> list[Path]:
+        return [shard for shard in self._shards if not set(splits).isdisjoint(re.split(r"[-_.]", shard.stem))]
+
+    def _samples_of(self, shards: Sequence[Path]) -> list[_TarImage]:
+        extensions = (self._source.image_key,) if self._source.image_key else self.IMAGE_EXTENSIONS
+        label_extension = "cls" if self._source.label_key is None else "json"
+        return [sample for shard in shards for sample in _tar_images(shard, extensions, label_extension)]
 
     def open(self, index: int) -> Image.Image:
         sample = self._samples[index]
         return Image.open(io.BytesIO(_read(sample.shard, sample.image)))
 
     def filename(self, index: int) -> str:
-        return f"{self._samples[index].shard.name}:{self._samples[index].key}"
+        return str(self._samples[index])
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        for sample in self._samples:
+            yield str(sample), sample.image[1]
 
     @functools.cached_property
     def raw_labels(self) -> Sequence[Any]:
-        return [self._label(sample) for sample in self._samples]
+        number = {name: label for label, name in enumerate(self.class_names or ())}
+        return [number.get(label, label) if isinstance(label, str) else label for label in self._labels]
 
-    def _label(self, sample: _TarImage) -> Any:
-        if sample.label is None:
-            return None
-        content = json.loads(_read(sample.shard, sample.label))
-        return content if self._label_key is None else content.get(self._label_key)
+    @functools.cached_property
+    def _labels(self) -> list[Any]:
+        return _tar_labels(self._samples, self._source.label_key)
 
-    @property
+    @functools.cached_property
     def class_names(self) -> tuple[str, ...] | None:
-        return None
+        """The words that stand for labels, if they are words."""
+        if not any(isinstance(label, str) for label in self._labels):
+            return None
+        first = next((shards for group in SYNONYMS if (shards := self._shards_of(*group))), [])
+        before = _tar_labels(self._samples_of(first), self._source.label_key) if first != self._chosen else self._labels
+        words, own = ({label for label in labels if isinstance(label, str)} for labels in (before, self._labels))
+        for label in (*before, *self._labels):
+            if isinstance(label, int):
+                raise DataError(
+                    f"'{self._source.source}' has numbers and words for labels, such as {label} and '{min(own)}'; "
+                    "use one kind in all shards"
+                )
+        return self._class_order(words, own)
 
 
 def _tar_images(shard: Path, image_extensions: Sequence[str], label_extension: str) -> Iterator[_TarImage]:
@@ -426,12 +536,37 @@ def _tar_images(shard: Path, image_extensions: Sequence[str], label_extension: s
                 if member.isfile():
                     key = f"{folder}/{stem}" if folder else stem
                     files.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard '{shard}' cannot be read as an uncompressed tar file: {error}") from error
     for key, parts in files.items():
         image = next((parts[extension] for extension in image_extensions if extension in parts), None)
         if image is not None:
             yield _TarImage(shard, key, image, parts.get(label_extension))
+
+
+def _tar_labels(samples: Iterable[_TarImage], key: str | None) -> list[Any]:
+    """The label of every sample: a number or a word; None if there is none. ``key``: its field in a ``.json`` file."""
+    labels = []
+    for sample in samples:
+        try:
+            content = b"" if sample.label is None else _read(sample.shard, sample.label)
+            labels.append(_label_of(content.decode().strip(), key))
+        except (OSError, ValueError, RecursionError) as error:
+            kind = "a word or a number" if key is None else f"a JSON object with the field '{key}'"
+            raise DataError(f"the label of {sample} is not {kind}: {error}; mend the shard") from error
+    return labels
+
+
+def _label_of(text: str, key: str | None) -> Any:
+    if not text:
+        return None
+    if key is None:
+        is_number = re.fullmatch(r"[+-]?\d+(\.\d*)?", text)
+        return text if not is_number else float(text) if "." in text else int(text)
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is {text[:40]!r}")
+    return None if fields.get(key) == "" else fields.get(key)
 
 
 def _read(path: Path, span: tuple[int, int]) -> bytes:
@@ -468,6 +603,9 @@ class _DigitsSplit(Split):
 
     def filename(self, index: int) -> str:
         return f"digit {self._rows[index]}"
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        return ((self.filename(index), 64) for index in range(len(self)))
 
     @property
     def raw_labels(self) -> Sequence[Any]:

@@ -7,16 +7,17 @@ used below; a new one is added to :data:`ADAPTERS` and so joins every contract t
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from gohsp.core import surgery
 from gohsp.core.activations import Stages
-from gohsp.errors import CheckpointError, EqualityError, NonFiniteError, UnsupportedModelError
+from gohsp.errors import CheckpointError, DataError, EqualityError, NonFiniteError, UnsupportedModelError
 from gohsp.models import timm as _timm
 from gohsp.structure import BlockShape, ModelStructure, Plan
 
@@ -96,14 +97,41 @@ def num_classes(model: nn.Module) -> int:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Names of the classes in the order of the model's outputs, from where timm keeps them; None if not known."""
+    """The names of a model's classes in the order of its outputs; None where it has none, or not one for each.
+
+    They stand in timm's place for them, ``model.pretrained_cfg["label_names"]``.
+    """
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    return None if names is None else tuple(names)
+    return tuple(names) if _are_names(names, num_classes(model)) else None
 
 
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Tell a model the names of its classes."""
-    model.pretrained_cfg = {**cast(Any, model).pretrained_cfg, "label_names": names and tuple(names)}  # type: ignore[assignment]
+    """Name a model's classes in the order of its outputs, or forget their names, as after a new classifier.
+
+    Raises:
+        UnsupportedModelError: The model has no timm configuration to hold them.
+        DataError: There is not one name, different from all others, for each output.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    if not config:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} without pretrained_cfg cannot hold class names; make it with timm.create_model"
+        )
+    if names is not None and not _are_names(names, num_classes(model)):
+        raise DataError(
+            f"{reprlib.repr(names)} cannot name the classes of a model with {getattr(model, 'num_classes', None)} "
+            "outputs: give a list of texts, one for each and all different"
+        )
+    model.pretrained_cfg = {**config, "label_names": None if names is None else tuple(names)}  # type: ignore[assignment]
+
+
+def _are_names(names: Any, count: int) -> TypeGuard[Sequence[str]]:
+    return (
+        isinstance(names, (list, tuple))
+        # Text that cannot be encoded could be shown in no report.
+        and all(isinstance(name, str) and name.encode(errors="replace").decode() == name for name in names)
+        and len(set(names)) == len(names) == count
+    )
 
 
 def specification(model: nn.Module) -> dict[str, Any]:

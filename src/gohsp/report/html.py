@@ -20,6 +20,8 @@ from gohsp.report import plots
 from gohsp.structure import amount
 
 HEADERS = ("model", "parameters", "MACs", "top-1 (%)", "top-5 (%)", "loss (nats)")
+SHOWN_CLASSES = 20
+"""Names of classes that the page lists; ``report.json`` has all."""
 _MODELS = {"dense": "dense", "dense_retrained": "dense, trained longer", "pruned": "pruned"}
 
 
@@ -98,6 +100,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "duration": duration,
         "amount": lambda cost, kind: amount(kind, cost),
         "index_ranges": index_ranges,
+        "shortened": shortened,
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
     ranking, plan = report["ranking"], report["plan"]
@@ -176,6 +179,12 @@ def index_ranges(indices: list[int]) -> str:
         else:
             runs.append([index])
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"
+
+
+def shortened(names: list[str]) -> str:
+    """Return names with commas between them, the first 20 of many: "ant, bee and 998 more"."""
+    rest = len(names) - SHOWN_CLASSES
+    return ", ".join(names[:SHOWN_CLASSES]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _row(key: str, metrics: Mapping[str, Any], dense: Mapping[str, Any]) -> SummaryRow:

@@ -77,11 +77,18 @@ class Data(_Level):
     train_split: str
     image_size: Positive
     classes: Positive
+    class_names: list[str] | None = None
     calibration_images: Positive | None = None
     validation_split: str | None = None
     train_images: Count | None = None
     validation_images: Count | None = None
     unreadable_images: Count = 0
+
+    @model_validator(mode="after")
+    def _one_name_a_class(self) -> Data:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.classes} classes")
+        return self
 
 
 class Budget(_Level):

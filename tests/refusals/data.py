@@ -1,0 +1,129 @@
+"""Images and labels that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import timm
+from PIL import Image
+from torch import nn
+
+import gohsp
+from gohsp import models
+from gohsp.errors import DataError, RecipeError
+from gohsp.recipe import DataSettings
+from refusals import Refusal
+
+TITLE = "Data"
+
+
+def model(*names: str) -> nn.Module:
+    """A tiny classifier of these classes."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    made = timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=len(names) or 2)
+    if names:
+        models.set_class_names(made, names)
+    return made
+
+
+def image(path: Path) -> None:
+    """Write a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def images(root: Path) -> Path:
+    """Write two classes, in two splits."""
+    for split in ("train", "validation"):
+        for name in ("ant", "bee"):
+            image(root / split / name / "0.png")
+    return root
+
+
+def prune(source: object, run: Path, pruned: nn.Module | None = None) -> object:
+    """Begin a run."""
+    return gohsp.prune(pruned or model(), source, "params=-20%", run / "run")  # type: ignore[arg-type]
+
+
+def stray_class(root: Path) -> object:
+    """A class in the validation images alone."""
+    image(images(root) / "validation" / "wasp" / "0.png")
+    return prune(str(root), root)
+
+
+def nested(root: Path) -> object:
+    """A folder of images in a class folder that holds some itself."""
+    image(images(root) / "train" / "ant" / "large" / "0.png")
+    return prune(str(root), root)
+
+
+def looped(root: Path) -> object:
+    """A link back to a folder that holds it."""
+    (images(root) / "train" / "ant" / "all").symlink_to(root / "train")
+    return prune(str(root), root)
+
+
+def one_class(root: Path) -> object:
+    """A single class folder in both splits."""
+    for split in ("train", "validation"):
+        image(root / split / "ant" / "0.png")
+        image(root / split / "ant" / "1.png")
+    return prune(str(root), root)
+
+
+def source_is_file(root: Path) -> object:
+    """An archive that was not unpacked."""
+    (root / "images.zip").touch()
+    return prune(str(root / "images.zip"), root)
+
+
+def split_is_file(root: Path) -> object:
+    """A file in a split's place."""
+    image(root / "validation" / "ant" / "0.png")
+    (root / "train").touch()
+    return prune(str(root), root)
+
+
+def no_text(root: Path) -> object:
+    """A class folder whose name is no UTF-8."""
+    os.mkdir(os.fsencode(images(root) / "train") + b"/caf\xe9")
+    return prune(str(root), root)
+
+
+def shard(root: Path, *labels: str) -> object:
+    """A shard of one image for each label, as both splits."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(root / "train-validation-0.tar", "w") as tar:
+        for index, label in enumerate(labels):
+            for extension, content in (("png", picture.getvalue()), ("cls", label.encode())):
+                member = tarfile.TarInfo(f"{index}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return prune(f"wds/{root}", root)
+
+
+CASES = (
+    Refusal("an empty source", lambda root: prune("", root), DataError, "source is ''"),
+    Refusal("a source that is no text", lambda root: prune(None, root), DataError, "source is None"),
+    Refusal("a source that is a file", source_is_file, DataError, "is a file"),
+    Refusal("a split that is a file", split_is_file, DataError, "is a file"),
+    Refusal("a class in the validation images alone", stray_class, DataError, "'wasp'"),
+    Refusal(
+        "classes that the model does not know",
+        lambda root: prune(str(images(root)), root, model("ant", "wasp")),
+        DataError,
+        "'bee'; it has 'ant', 'wasp'",
+    ),
+    Refusal("one class", one_class, DataError, "of one class"),
+    Refusal("images beside folders of images", nested, DataError, "beside its class folders"),
+    Refusal("a folder with a link to itself", looped, DataError, "one and the same"),
+    Refusal("a class folder whose name is no text", no_text, DataError, r"caf\xe9"),
+    Refusal("shards with numbers and words for labels", lambda root: shard(root, "ant", "3"), DataError, "3 and 'ant'"),
+    Refusal("class names that are too few", lambda _: models.set_class_names(model(), ["ant"]), DataError, "2 outputs"),
+    Refusal("half an image", lambda _: DataSettings(holdout_images=0.5), RecipeError, "holdout_images"),  # type: ignore[arg-type]
+    Refusal("a split without a name", lambda _: DataSettings(train_split=" "), RecipeError, "train_split"),
+)
