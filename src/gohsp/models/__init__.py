@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import surgery
-from gohsp.core.activations import Stages
+from gohsp.core.activations import Stages, evaluating
 from gohsp.errors import CheckpointError, EqualityError, NonFiniteError, UnsupportedModelError
 from gohsp.models import timm as _timm
 from gohsp.structure import BlockShape, ModelStructure, Plan
@@ -35,6 +35,8 @@ class Adapter(Protocol):
     def architecture_arguments(self, model: nn.Module) -> dict[str, Any]: ...  # noqa: D102
     def set_fused_attention(self, model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]: ...  # noqa: D102
     def stages(self, model: nn.Module) -> Stages: ...  # noqa: D102
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]: ...  # noqa: D102
+    def num_classes(self, model: nn.Module) -> int: ...  # noqa: D102
 
 
 ADAPTERS: tuple[Adapter, ...] = (cast(Adapter, _timm),)
@@ -52,19 +54,32 @@ def adapter_for(model: nn.Module) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.accepts(model):
             return adapter
+    what = f"a {type(model).__module__}.{type(model).__qualname__}"
+    if inside := _supported_inside(model):
+        raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
     supported = "; ".join(a.SUPPORTED for a in ADAPTERS)
-    raise UnsupportedModelError(
-        f"a {type(model).__module__}.{type(model).__qualname__} cannot be pruned; supported: {supported}"
-    )
+    raise UnsupportedModelError(f"{what} cannot be pruned; supported: {supported}")
+
+
+def _supported_inside(model: nn.Module) -> str | None:
+    """Name of the outermost module that could be pruned: what ``torch.compile``, DataParallel and others wrap."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((name for name, module in modules if any(a.accepts(module) for a in ADAPTERS)), None)
 
 
 def describe(model: nn.Module) -> ModelStructure:
     """Structure of a model, dense or already pruned.
 
     Raises:
-        UnsupportedModelError: The model, or a module in it, is of a class that cannot be pruned.
+        UnsupportedModelError: The model, or a module in it, is of a class that cannot be pruned, or is not what it
+            seems (parametrised, adapted, quantised, tied); or an image of the model's size cannot pass through it.
     """
-    return adapter_for(model).describe(model)
+    adapter = adapter_for(model)
+    try:
+        return adapter.describe(model)
+    except RuntimeError as error:
+        size = list(adapter.input_size(model))
+        raise UnsupportedModelError(f"the model cannot compute an image of {size}: {error}") from error
 
 
 def set_fused_attention(model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]:
@@ -86,6 +101,54 @@ def resized(model: nn.Module, shapes: Sequence[BlockShape]) -> nn.Module:
     copied = copy.deepcopy(model)
     adapter_for(model).resize(copied, shapes)
     return copied
+
+
+def num_classes(model: nn.Module) -> int:
+    """Classes that the model's classifier tells apart; 0 without a classifier."""
+    return adapter_for(model).num_classes(model)
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A copy to prune: float32, in evaluation mode, no weight frozen, one output for all heads of a distilled model.
+
+    Raises:
+        UnsupportedModelError: The model cannot be described, and so neither be pruned.
+    """
+    describe(model)  # refused before the copy: not everything that is refused can be copied
+    copied = copy.deepcopy(model).float().requires_grad_().eval()
+    if getattr(copied, "distilled_training", False):  # in training it would return the logits of both heads apart
+        copied.set_distilled_training(False)  # type: ignore[operator]
+    return copied
+
+
+def require_classifier(model: nn.Module) -> None:
+    """Check, by one image, that a model returns class logits ``[images, classes]``; measures of predictions need them.
+
+    Raises:
+        UnsupportedModelError: Features, a single logit, one output a token, or anything else.
+    """
+    adapter = adapter_for(model)
+    weight = next(model.parameters())
+    image = torch.zeros(1, *adapter.input_size(model), device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.no_grad(), evaluating(model):
+            output = model(image)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"the model cannot compute an image of {list(image.shape)}: {error}") from error
+    shape = list(getattr(output, "shape", ()))
+    needed = f"the model's output for an image is {shape or type(output)}, where class logits [1, classes] are needed"
+    if len(shape) != 2:
+        raise UnsupportedModelError(f"{needed}: pool its tokens, by global_pool='token' or 'avg' in timm.create_model")
+    if adapter.num_classes(model) == 0:
+        raise UnsupportedModelError(
+            f"{needed}: it has no linear classifier, so these are features; give it one, "
+            "model.reset_classifier(classes), and train that on your classes"
+        )
+    if shape[1] < 2:
+        raise UnsupportedModelError(
+            f"{needed}, of two classes or more. Give a single logit a second class of logit 0: a head of two rows, "
+            "zeros and the present weight and bias, gives the same probabilities by softmax"
+        )
 
 
 def specification(model: nn.Module) -> dict[str, Any]:
@@ -126,6 +189,8 @@ def check_finite(model: nn.Module) -> None:
         NonFiniteError: A tensor holds NaN or infinite values; the message names the first.
     """
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise NonFiniteError(f"tensor '{name}' is on the meta device and holds no values; load the weights first")
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if bad:
             raise NonFiniteError(

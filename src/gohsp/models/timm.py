@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gohsp.core.activations import Stages
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.attention import PrunedAttention
+from gohsp.models.checks import require_linear, require_plain
 from gohsp.structure import BlockShape, BlockStructure, Kind, ModelStructure, Readout, UnitSlice
 
 LIBRARY = "timm"
@@ -42,6 +43,9 @@ def describe(model: nn.Module) -> ModelStructure:
         UnsupportedModelError: A module of it is of a class that cannot be cut; the message names it.
     """
     vit = cast(VisionTransformer, model)
+    require_plain(vit)
+    if not vit.blocks:
+        raise UnsupportedModelError("the model has no blocks, so nothing of it can be pruned")
     blocks = tuple(_describe_block(i, b, vit.embed_dim) for i, b in enumerate(_blocks(vit)))
     prunable = sum(
         b.shape.heads * (b.shape.qk * b.unit_params("qk") + b.shape.vo * b.unit_params("vo"))
@@ -85,8 +89,11 @@ def _describe_block(index: int, block: Any, dim: int) -> BlockStructure:
     mlp: Any = block.mlp
     if type(attn) not in (Attention, PrunedAttention) or getattr(attn, "gate", None) is not None:
         raise _unsupported(f"{name}.attn", attn)
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise _unsupported(f"{name}.mlp", mlp)
+    for label, module in block.named_modules():
+        if label in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"):
+            require_linear(f"{name}.{label}", module)
     shape = _shape(attn, mlp)
     qk_normed = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
     prunable: set[Kind] = {"head", "qk", "vo", "ffn"}
@@ -239,6 +246,24 @@ def stages(model: nn.Module) -> Stages:
         return vit.forward_head(vit.norm(x))
 
     return Stages(embed, tuple(_blocks(vit)), head)
+
+
+def num_classes(model: nn.Module) -> int:
+    """Classes that the classifier tells apart; 0 without one."""
+    head = cast(Any, model).head
+    return head.out_features if isinstance(head, nn.Linear) else 0
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of an image; 224 px where the model takes any size."""
+    vit: Any = model
+    height, width = vit.patch_embed.img_size or (224, 224)
+    return _in_chans(vit), height, width
+
+
+def _in_chans(vit: VisionTransformer) -> int:
+    """Channels that the first convolution takes."""
+    return next(m.in_channels for m in vit.patch_embed.modules() if isinstance(m, nn.Conv2d))
 
 
 def architecture_name(model: nn.Module) -> str:
