@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import gohsp
 import peers  # pyrefly: ignore[missing-import] (it lies beside this file)
-from gohsp import checkpoint, data, models, training
+from gohsp import checkpoint, data, models, opening, training
 from gohsp import recipe as recipes
 from gohsp.measure import Metrics, evaluate
 from gohsp.resident import ResidentImages, ResidentLoader, resident_images
@@ -122,7 +122,7 @@ def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
     """The dense model: ``model`` trained, or what an earlier call left."""
     folder = bench.folder / "dense"
     if checkpoint.is_model_folder(folder):
-        return checkpoint.open_model(folder)
+        return opening.open_model(folder)
     bench.fit("dense_training", model, bench.recipe.dense, None, bench.recipe.seed)
     checkpoint.save(model, folder)
     return model
@@ -272,9 +272,9 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
     torch.manual_seed(recipe.seed)
     arguments = {"num_classes": splits[0].num_classes, **recipe.model_arguments}
     start = (
-        checkpoint.open_model(options.dense)
+        opening.open_model(options.dense)
         if options.dense
-        else checkpoint.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
+        else opening.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
     )
     preprocessing = data.Preprocessing.from_model(start)
     train, held_out, test = (resident_images(split, preprocessing, device) for split in splits)

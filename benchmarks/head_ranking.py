@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gohsp import checkpoint, data, models
+from gohsp import data, models, opening
 from gohsp.core.activations import observe_inputs
 from gohsp.core.attention_stats import EDGES, SCOPES, HeadStatistics, Scope, collect_head_statistics
 from gohsp.core.ranking import TELEPORTS, RankingSettings, head_values, rank
@@ -201,7 +201,7 @@ def random_row(truths: dict[str, Truth], seed: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the result file holds."""
     torch.manual_seed(options.seed)
-    model = checkpoint.open_model(options.model, weights=options.weights, pretrained=options.pretrained)
+    model = opening.open_model(options.model, weights=options.weights, pretrained=options.pretrained)
     model = model.to(options.device).eval()
     structure = models.describe(model)
     calibration = load_images(

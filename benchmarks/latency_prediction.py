@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import gohsp
-from gohsp import checkpoint, latency, models
+from gohsp import latency, models, opening
 from gohsp.core.allocation import WidthSettings
 from gohsp.structure import BlockShape
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/latency_prediction.json"))
     options = parser.parse_args()
-    model = checkpoint.open_model(options.model).eval()
+    model = opening.open_model(options.model).eval()
     structure, settings = models.describe(model), latency.LatencySettings(batch_size=options.batch_size)
     images = torch.randn(1, 3, *model.patch_embed.img_size)  # pyrefly: ignore[missing-attribute,not-iterable]
     table = latency.measure_table(model, structure, images, WidthSettings(), settings)

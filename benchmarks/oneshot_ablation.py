@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from gohsp import Recipe, checkpoint, data, models
+from gohsp import Recipe, data, models, opening
 from gohsp.core import allocation, compensation, fisher, ranking, reconstruction, rotation, sensitivity, surgery
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
 from gohsp.measure import evaluate
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/oneshot_ablation_deit_tiny.json"))
     options = parser.parse_args()
     recipe = Recipe(route="oneshot", seed=options.seed)
-    dense = checkpoint.open_model(options.model, weights=options.weights).eval()
+    dense = opening.open_model(options.model, weights=options.weights).eval()
     source, transform = data.DataSource(source=options.data), data.eval_transform(data.Preprocessing.from_model(dense))
     structure = models.describe(dense)
     images = data.calibration_images(source, "train", options.images, transform=transform, seed=options.seed)

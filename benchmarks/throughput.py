@@ -30,7 +30,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gohsp
-from gohsp import checkpoint, latency, models
+from gohsp import latency, models, opening
 from gohsp.core import allocation
 
 CASES = {
@@ -42,7 +42,7 @@ CASES = {
 
 def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The dense and the pruned model."""
-    dense = checkpoint.open_model(options.model).eval()
+    dense = opening.open_model(options.model).eval()
     if options.pruned:
         return dense, gohsp.load(options.pruned).eval()
     structure, goal = models.describe(dense), gohsp.parse_budget(options.budget)

@@ -16,7 +16,6 @@ import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -329,119 +328,6 @@ def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checkpoint, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"neither a local folder nor a hub repository.*no network"):
         gohsp.load("someone/small-vit")
-
-
-# Weights files
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    save_file(tiny().state_dict(), tmp_path / "weights.safetensors")
-    return tmp_path / "weights.safetensors"
-
-
-def fresh(**arguments: Any) -> nn.Module:
-    torch.manual_seed(1)
-    return timm.create_model("vit_tiny_patch16_224", **{**SMALL, **arguments})
-
-
-def test_weights_are_loaded_as_they_are(weights: Path):
-    model = fresh()
-    assert checkpoint.load_weights(model, weights) is False
-    assert all(torch.equal(v, tiny().state_dict()[k]) for k, v in model.state_dict().items())
-
-
-def test_position_embedding_is_resampled(weights: Path):
-    model = fresh(img_size=16)
-    checkpoint.load_weights(model, weights)
-    given = load_file(weights)
-    expected = resample_abs_pos_embed(given["pos_embed"], new_size=[4, 4], num_prefix_tokens=1)
-    torch.testing.assert_close(model.state_dict()["pos_embed"], expected)
-    assert torch.equal(model.state_dict()["blocks.0.mlp.fc1.weight"], given["blocks.0.mlp.fc1.weight"])
-
-
-def test_another_classifier_must_be_asked_for(weights: Path):
-    with pytest.raises(CheckpointError, match=r"'head\.weight' is \[10, 32\], the model has \[4, 32\]"):
-        checkpoint.load_weights(fresh(num_classes=4), weights)
-    model, untouched = fresh(num_classes=4), fresh(num_classes=4).state_dict()
-    assert checkpoint.load_weights(model, weights, new_classifier=True) is True
-    assert torch.equal(model.state_dict()["head.weight"], untouched["head.weight"])
-    assert torch.equal(model.state_dict()["norm.weight"], load_file(weights)["norm.weight"])
-    model = fresh()
-    assert checkpoint.load_weights(model, weights, new_classifier=True) is False
-    assert torch.equal(model.state_dict()["head.weight"], load_file(weights)["head.weight"])
-
-
-def test_a_new_classifier_excuses_nothing_else(weights: Path):
-    with pytest.raises(
-        CheckpointError, match=r"'blocks\.0\.mlp\.fc1\.weight' is \[128, 32\], the model has \[64, 32\]"
-    ):
-        checkpoint.load_weights(fresh(num_classes=4, mlp_ratio=2.0), weights, new_classifier=True)
-
-
-@pytest.mark.parametrize(
-    "state",
-    [{"stranger": torch.zeros(2)}, {"patch_embed.proj.weight": torch.zeros(5)}, {"pos_embed": torch.zeros(3)}],
-    ids=["stranger", "patch", "position"],
-)
-def test_foreign_weights_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]):
-    save_file(state, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match=r"foreign\.safetensors"):
-        checkpoint.load_weights(fresh(), tmp_path / "foreign.safetensors")
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt", ""])
-def test_pickled_weights_are_refused(tmp_path: Path, suffix: str):
-    path = tmp_path / f"weights{suffix}"
-    torch.save(tiny().state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"only \.safetensors files are read, since other formats can run code"):
-        checkpoint.load_weights(fresh(), path)
-
-
-def test_a_missing_weights_file_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"none\.safetensors' is missing"):
-        checkpoint.load_weights(fresh(), tmp_path / "none.safetensors")
-
-
-# What the command line calls MODEL
-
-
-def test_open_model_takes_names_and_folders(folder: Path, weights: Path):
-    model = gohsp.open_model("vit_tiny_patch16_224", weights=weights, arguments=SMALL)
-    assert not model.training
-    assert torch.equal(model.state_dict()["head.weight"], load_file(weights)["head.weight"])
-    assert gohsp.open_model(folder).num_classes == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "deit_tny_patch16_224"}, "neither a model folder nor a timm model; .*'deit_tiny_patch16_224'"),
-        ({"name": "vit_tiny_patch16_224.nonsense"}, "nonsense"),
-        ({"name": "vit_tiny_patch16_224", "arguments": {"imgsize": 8}}, "imgsize"),
-        ({"name": "vit_tiny_patch16_224", "arguments": {"num_heads": 5}}, "num_heads"),
-        ({"name": "vit_tiny_patch16_224", "weights": "w.safetensors", "pretrained": True}, "not both"),
-    ],
-)
-def test_open_model_says_what_is_wrong(options: dict[str, Any], message: str):
-    with pytest.raises(CheckpointError, match=message):
-        gohsp.open_model(**options)
-
-
-@pytest.mark.parametrize("given", [{"weights": "w.safetensors"}, {"pretrained": True}, {"arguments": {"img_size": 8}}])
-def test_a_folder_takes_no_other_weights(folder: Path, given: dict[str, Any]):
-    with pytest.raises(CheckpointError, match="is a model folder and brings its own weights and arguments"):
-        gohsp.open_model(folder, **given)
-
-
-def test_open_model_checks_model_and_weights(tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match="ResNet"):
-        gohsp.open_model("resnet18")
-    state = tiny().state_dict()
-    state["norm.weight"][0] = float("nan")
-    save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(NonFiniteError, match=r"norm\.weight"):
-        gohsp.open_model("vit_tiny_patch16_224", weights=tmp_path / "nan.safetensors", arguments=SMALL)
 
 
 # What a model is, is read off the model

@@ -5,7 +5,7 @@ The public names; everything else is an implementation detail. See the README fo
 
 from importlib.metadata import version as _version
 
-from gohsp.checkpoint import load, open_model, save
+from gohsp.checkpoint import load, save
 from gohsp.core import admm
 from gohsp.core.admm import AdmmSettings
 from gohsp.core.allocation import WidthSettings
@@ -16,6 +16,7 @@ from gohsp.core.rotation import rotate
 from gohsp.data import DataSource
 from gohsp.errors import GohspError
 from gohsp.models import Compaction, compact, describe
+from gohsp.opening import open_model
 from gohsp.pipeline import Result, prune
 from gohsp.recipe import Recipe
 from gohsp.structure import BlockPlan, BlockShape, Budget, ModelStructure, Plan, model_cost, parse_budget

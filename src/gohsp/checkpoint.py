@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from gohsp import models
@@ -258,7 +255,7 @@ def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") ->
         raise CheckpointError(f"'{folder / CONFIG}': widths do not fit the architecture: {error}") from error
     if problems := models.fit_problems(model.state_dict(), header):
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
-    model.load_state_dict(_read_tensors(weights, device), strict=True, assign=True)
+    model.load_state_dict(read_tensors(weights, device), strict=True, assign=True)
     models.check_finite(model)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
@@ -334,7 +331,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
-def _read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: No such file, or no safetensors.
+    """
     try:
         return load_file(path, device=str(device))
     except FileNotFoundError as error:
@@ -343,78 +345,3 @@ def _read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, T
         raise CheckpointError(
             f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
         ) from error
-
-
-def load_weights(model: nn.Module, file: str | Path, *, new_classifier: bool = False) -> bool:
-    """Load a safetensors file of the dense architecture into a timm model; position embeddings are resampled.
-
-    Args:
-        model: A model made by ``timm.create_model``.
-        file: A ``.safetensors`` file with timm's key names.
-        new_classifier: Whether a classifier with another number of classes may be left as initialised.
-
-    Returns:
-        Whether the classifier was left as initialised.
-
-    Raises:
-        CheckpointError: Another file type, a damaged file, or tensors that do not fit (the first are listed).
-    """
-    path = Path(file)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"weights '{path}': only .safetensors files are read, since other formats can run code")
-    given = _read_tensors(path)
-    try:
-        state = checkpoint_filter_fn(given, model)  # type: ignore[arg-type]
-    except (RuntimeError, IndexError, KeyError, ValueError) as error:  # timm resamples before anything is checked
-        raise CheckpointError(f"weights '{path}' are not those of a timm ViT: {error}") from error
-    expected = model.state_dict()
-    classifier = [k for k in expected if k.startswith(("head.", "head_dist."))]
-    fits = all(k in state and state[k].shape == expected[k].shape for k in classifier)
-    if not fits and new_classifier:
-        state = {**state, **{k: expected[k] for k in classifier}}
-    if problems := models.fit_problems(expected, state):
-        raise CheckpointError(f"weights '{path}' do not fit the model: {models.listed(problems)}")
-    model.load_state_dict(state, strict=True)
-    return not fits
-
-
-def open_model(
-    name: str | Path,
-    *,
-    weights: str | Path | None = None,
-    pretrained: bool = False,
-    arguments: Mapping[str, Any] | None = None,
-    new_classifier: bool = False,
-) -> nn.Module:
-    """Open what the command line calls MODEL: a folder that gohsp wrote, or a timm name.
-
-    Args:
-        name: Folder or timm model name.
-        weights: A safetensors file for a timm model.
-        pretrained: Whether to fetch timm's own pretrained weights.
-        arguments: Arguments of ``timm.create_model``, such as ``img_size``.
-        new_classifier: Whether the classifier may be new (its shape differs from the file's).
-
-    Raises:
-        CheckpointError: Nothing fits ``name``, both or no kind of weights are given, or they do not fit.
-    """
-    if is_model_folder(name) or Path(name).is_dir():
-        if weights or pretrained or arguments:
-            raise CheckpointError(
-                f"'{name}' is a model folder and brings its own weights and arguments; give no others"
-            )
-        return load(name)
-    if weights and pretrained:
-        raise CheckpointError("give either a weights file or pretrained weights, not both")
-    if not timm.is_model(str(name).split("/")[-1]) and not str(name).startswith("hf"):
-        close = difflib.get_close_matches(str(name), timm.list_models(), n=5)
-        raise CheckpointError(f"'{name}' is neither a model folder nor a timm model; close timm names: {close}")
-    try:
-        model = timm.create_model(str(name), pretrained=pretrained, **dict(arguments or {}))
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"timm cannot make '{name}' with {dict(arguments or {})}: {error}") from error
-    if weights:
-        load_weights(model, weights, new_classifier=new_classifier)
-    models.describe(model)
-    models.check_finite(model)
-    return model.eval()

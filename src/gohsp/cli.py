@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from gohsp import checkpoint, console, data, files, models, pipeline, report, run, training
+from gohsp import console, data, files, models, opening, pipeline, report, run, training
 from gohsp import recipe as recipes
 from gohsp.core import ranking
 from gohsp.errors import GohspError, PlanError, StorageError
@@ -104,7 +104,9 @@ class Rank:
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
         recipes.check_seed(self.seed)
-        model = checkpoint.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        if self.settings.needs_logits:
+            models.require_classifier(model)
         structure = models.describe(model)
         if not 0 <= self.block < len(structure.blocks):
             raise PlanError(f"--block must be from 0 to {len(structure.blocks) - 1}, got {self.block}")
@@ -221,7 +223,8 @@ class Evaluate:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""
-        model = checkpoint.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        models.require_classifier(model)
         accelerator = training.make_accelerator(self.precision)
         split = data.open_split(data.DataSource(source=self.data), self.split)
         batches = data.loader(
@@ -230,7 +233,7 @@ class Evaluate:
             batch_size=self.batch_size,
             shuffle=False,
             workers=self.workers,
-            num_classes=int(model.num_classes),  # type: ignore[arg-type]
+            num_classes=models.num_classes(model),
             class_names=models.class_names(model),
             strict=self.strict,
         )
@@ -362,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     verb = None
     try:
+        training.require_one_process()
         with _termination_interrupts():
             verb = tyro.cli(_verbs(_recipe_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
             verb(["gohsp", *arguments])

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from gohsp import cache, checkpoint, data, files, latency, models, polish, report, run, training
+from gohsp import cache, checkpoint, data, files, latency, models, opening, polish, report, run, training
 from gohsp import recipe as recipes
 from gohsp.bench import Bench, class_names, open_bench
 from gohsp.core import admm, allocation, fisher, ranking, sensitivity
 from gohsp.cutting import Basis, based, measured, put_on_set
-from gohsp.errors import DataError, PlanError
+from gohsp.errors import CheckpointError, DataError, PlanError
 from gohsp.planning import choose_widths
 from gohsp.recipe import Recipe
 from gohsp.structure import (
@@ -80,8 +80,8 @@ def prune(
     """Prune a Vision Transformer and write a run folder.
 
     Args:
-        model: A timm model, a timm name, or a folder that gohsp wrote. A given module is left as it is; what is made of
-            it is float32 and has no frozen weights.
+        model: A timm model, or a name as :func:`gohsp.open_model` takes it: a folder that gohsp wrote or a timm name.
+            A given module is left as it is; what is made of it is float32 and has no frozen weights.
         source: Where the images are.
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on this device.
@@ -101,6 +101,7 @@ def prune(
     Raises:
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
+    training.require_one_process()
     recipe = recipe or Recipe()
     source = data.DataSource(source=source) if isinstance(source, str) else source
     inputs = {
@@ -127,6 +128,7 @@ def prune(
     dense = _open(model, weights, pretrained, recipe, train_split)
     structure = models.describe(dense)
     models.check_finite(dense)
+    models.require_classifier(dense)
     models.require_remakeable(dense)
     goal = parse_budget(budget)
     if shapes is not None:
@@ -165,18 +167,21 @@ def _open(
     recipe: Recipe,
     split: data.Split,
 ) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(model).float().requires_grad_().eval()
     arguments = dict(recipe.model_arguments)
-    if checkpoint.is_model_folder(model):
-        return checkpoint.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
+    if isinstance(model, nn.Module):
+        if weights or pretrained or arguments:
+            raise CheckpointError(
+                "a model that is given as a module brings its own weights and arguments; give no weights, pretrained "
+                "or model_arguments beside it"
+            )
+        return models.working_copy(model)
+    if opening.is_folder(model):
+        return opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
     trains = recipe.dense.epochs > 0
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1
     torch.manual_seed(recipe.seed)
-    return checkpoint.open_model(
-        model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains
-    )
+    return opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains)
 
 
 def _trains(recipe: Recipe) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from gohsp import console, files, models
 from gohsp.core import admm
-from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, nearest
+from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, RunError, nearest
 from gohsp.measure import Metrics
 from gohsp.resident import ResidentLoader
 
@@ -145,6 +146,20 @@ class StageResult:
 
     curve: tuple[Epoch, ...]
     admm: admm.AdmmState | None
+
+
+def require_one_process() -> None:
+    """Refuse a launch in several processes: each would do the whole run, and write into the same folder.
+
+    Raises:
+        RunError: A launcher says that there are several.
+    """
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):  # as Accelerate looks
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise RunError(
+                f"{name}={os.environ[name]}: several processes (torchrun, accelerate launch, mpirun) are not "
+                "supported yet; start one process, on one device"
+            )
 
 
 def make_accelerator(precision: Precision, device: str | None = None) -> Accelerator:

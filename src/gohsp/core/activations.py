@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohsp.errors import UnsupportedModelError
 from gohsp.structure import BlockStructure, Readout, UnitSlice
 
 GRADIENT_IMAGES = 32
@@ -18,8 +19,26 @@ GRADIENT_IMAGES = 32
 
 
 def units(model: nn.Module, entry: UnitSlice, count: int) -> Tensor:
-    """View of the parameter entries that units ``0..count-1`` hold (shares memory, no autograd)."""
-    return model.get_parameter(entry.parameter).detach().narrow(entry.axis, entry.start, count)
+    """View of the parameter entries that units ``0..count-1`` hold (shares memory, no autograd).
+
+    Raises:
+        UnsupportedModelError: The model has no such parameter, so it is not the one that was described.
+    """
+    with _described():
+        parameter = model.get_parameter(entry.parameter)
+    return parameter.detach().narrow(entry.axis, entry.start, count)
+
+
+@contextmanager
+def _described() -> Iterator[None]:
+    """Look-ups by the names of a model's structure."""
+    try:
+        yield
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the structure is not that of the model ({error}); give the very model that was described, not one that "
+            "wraps it (model.module of DataParallel, model._orig_mod of torch.compile)"
+        ) from error
 
 
 def rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> tuple[Tensor, Tensor | None]:
@@ -65,6 +84,9 @@ def observe_inputs(model: nn.Module, watch: dict[str, Callable[[Tensor], None]])
     """Call ``watch[name]`` with the input of module ``name`` at every forward pass, while the context is open.
 
     The module's own computation is left alone.
+
+    Raises:
+        UnsupportedModelError: The model has no such module, so it is not the one that was described.
     """
     with ExitStack() as stack:
         for name, call in watch.items():
@@ -72,19 +94,22 @@ def observe_inputs(model: nn.Module, watch: dict[str, Callable[[Tensor], None]])
             def hook(_module: nn.Module, args: tuple[Tensor, ...], call: Callable[[Tensor], None] = call) -> None:
                 call(args[0])
 
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            with _described():
+                module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the context is open, whatever happens in it."""
-    training = model.training
+    """Evaluation mode while the context is open; each module's own mode is put back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 class _LastInputSeenError(Exception):

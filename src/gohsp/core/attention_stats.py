@@ -28,7 +28,7 @@ SCOPES: tuple[Scope, ...] = ("layer", "global")
 Statistic = Literal["contribution", "fisher", "taylor", "fisher_residual"]
 STATISTICS: tuple[Statistic, ...] = ("contribution", "fisher", "taylor", "fisher_residual")
 
-_GRADIENT_STATISTICS = ("fisher", "taylor", "fisher_residual")
+GRADIENT_STATISTICS = ("fisher", "taylor", "fisher_residual")
 
 _OUTPUT_EDGES = ("cosine", "cka")  # read from the heads' outputs; the others from their attention rows
 
@@ -126,7 +126,7 @@ class HeadStatisticsFitter:
     ) -> None:
         self._model, self._blocks, self._edge, self._wanted = model, structure.blocks, edge, wanted
         self._precision = precision
-        self._backward = any(name in _GRADIENT_STATISTICS for name in wanted)
+        self._backward = any(name in GRADIENT_STATISTICS for name in wanted)
         blocks = range(len(structure.blocks))
         self._graphs = [list(blocks)] if scope == "global" else [[i] for i in blocks]
         heads = [b.shape.heads for b in structure.blocks]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gohsp.core.activations import units
 from gohsp.core.attention_stats import (
     EDGES,
+    GRADIENT_STATISTICS,
     SCOPES,
     STATISTICS,
     Edge,
@@ -69,6 +70,11 @@ class RankingSettings:
             raise RecipeError(f"ranking damping must be from 0 (teleport alone) to 1 (chain alone), got {self.damping}")
         if not 0 < self.tolerance < 1:
             raise RecipeError(f"ranking tolerance must be between 0 and 1, such as 1e-10, got {self.tolerance}")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether heads are weighed by gradients of class predictions."""
+        return self.method == "chain" and self.teleport in GRADIENT_STATISTICS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import surgery
-from gohsp.core.activations import Stages
+from gohsp.core.activations import Stages, evaluating
 from gohsp.errors import CheckpointError, DataError, EqualityError, NonFiniteError, UnsupportedModelError
 from gohsp.models import timm as _timm
 from gohsp.structure import BlockShape, ModelStructure, Plan
@@ -55,19 +55,32 @@ def adapter_for(model: nn.Module) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.accepts(model):
             return adapter
+    what = f"a {type(model).__module__}.{type(model).__qualname__}"
+    if inside := _supported_inside(model):
+        raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
     supported = "; ".join(a.SUPPORTED for a in ADAPTERS)
-    raise UnsupportedModelError(
-        f"a {type(model).__module__}.{type(model).__qualname__} cannot be pruned; supported: {supported}"
-    )
+    raise UnsupportedModelError(f"{what} cannot be pruned; supported: {supported}")
+
+
+def _supported_inside(model: nn.Module) -> str | None:
+    """Name of the outermost module that could be pruned: what ``torch.compile``, DataParallel and others wrap."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((name for name, module in modules if any(a.accepts(module) for a in ADAPTERS)), None)
 
 
 def describe(model: nn.Module) -> ModelStructure:
     """Structure of a model, dense or already pruned.
 
     Raises:
-        UnsupportedModelError: The model, or a module in it, is of a class that cannot be pruned.
+        UnsupportedModelError: The model, or a module in it, is of a class that cannot be pruned, or is not what it
+            seems (parametrised, adapted, quantised, tied); or an image of the model's size cannot pass through it.
     """
-    return adapter_for(model).describe(model)
+    adapter = adapter_for(model)
+    try:
+        return adapter.describe(model)
+    except RuntimeError as error:
+        size = list(adapter.input_size(model))
+        raise UnsupportedModelError(f"the model cannot compute an image of {size}: {error}") from error
 
 
 def set_fused_attention(model: nn.Module, fused: bool | Sequence[bool]) -> list[bool]:
@@ -132,6 +145,49 @@ def _are_names(names: Any, count: int) -> TypeGuard[Sequence[str]]:
         and all(isinstance(name, str) and name.encode(errors="replace").decode() == name for name in names)
         and len(set(names)) == len(names) == count
     )
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A copy to prune: float32, in evaluation mode, no weight frozen, one output for all heads of a distilled model.
+
+    Raises:
+        UnsupportedModelError: The model cannot be described, and so neither be pruned.
+    """
+    describe(model)  # refused before the copy: not everything that is refused can be copied
+    copied = copy.deepcopy(model).float().requires_grad_().eval()
+    if getattr(copied, "distilled_training", False):  # in training it would return the logits of both heads apart
+        copied.set_distilled_training(False)  # type: ignore[operator]
+    return copied
+
+
+def require_classifier(model: nn.Module) -> None:
+    """Check, by one image, that a model returns class logits ``[images, classes]``; measures of predictions need them.
+
+    Raises:
+        UnsupportedModelError: Features, a single logit, one output a token, or anything else.
+    """
+    adapter = adapter_for(model)
+    weight = next(model.parameters())
+    image = torch.zeros(1, *adapter.input_size(model), device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.no_grad(), evaluating(model):
+            output = model(image)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"the model cannot compute an image of {list(image.shape)}: {error}") from error
+    shape = list(getattr(output, "shape", ()))
+    needed = f"the model's output for an image is {shape or type(output)}, where class logits [1, classes] are needed"
+    if len(shape) != 2:
+        raise UnsupportedModelError(f"{needed}: pool its tokens, by global_pool='token' or 'avg' in timm.create_model")
+    if adapter.num_classes(model) == 0:
+        raise UnsupportedModelError(
+            f"{needed}: it has no linear classifier, so these are features; give it one, "
+            "model.reset_classifier(classes), and train that on your classes"
+        )
+    if shape[1] < 2:
+        raise UnsupportedModelError(
+            f"{needed}, of two classes or more. Give a single logit a second class of logit 0: a head of two rows, "
+            "zeros and the present weight and bias, gives the same probabilities by softmax"
+        )
 
 
 def specification(model: nn.Module) -> dict[str, Any]:
@@ -256,17 +312,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-@torch.no_grad()
 def _difference_in_evaluation(model: nn.Module, again: nn.Module) -> float:
-    """Relative difference of the outputs on one image of noise; the mode of every module of ``model`` is put back."""
-    modes = {module: module.training for module in model.modules()}
+    """Relative difference of the outputs on one image of noise."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *adapter_for(model).input_size(model), generator=generator).to(_dtype(model))
-    try:
-        return relative_difference(model.eval(), again.eval(), image)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        return relative_difference(model, again.eval(), image)
 
 
 def check_finite(model: nn.Module) -> None:
@@ -276,6 +327,8 @@ def check_finite(model: nn.Module) -> None:
         NonFiniteError: A tensor holds NaN or infinite values; the message names the first.
     """
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise NonFiniteError(f"tensor '{name}' is on the meta device and holds no values; load the weights first")
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if bad:
             raise NonFiniteError(

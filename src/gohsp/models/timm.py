@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gohsp.core.activations import Stages
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.attention import PrunedAttention
+from gohsp.models.checks import require_linear, require_plain
 from gohsp.structure import BlockShape, BlockStructure, Kind, ModelStructure, Readout, UnitSlice
 
 LIBRARY = "timm"
@@ -49,6 +50,9 @@ def describe(model: nn.Module) -> ModelStructure:
         UnsupportedModelError: A module of it is of a class that cannot be cut; the message names it.
     """
     vit = cast(VisionTransformer, model)
+    require_plain(vit)
+    if not vit.blocks:
+        raise UnsupportedModelError("the model has no blocks, so nothing of it can be pruned")
     blocks = tuple(_describe_block(i, b, vit.embed_dim) for i, b in enumerate(_blocks(vit)))
     prunable = sum(
         b.shape.heads * (b.shape.qk * b.unit_params("qk") + b.shape.vo * b.unit_params("vo"))
@@ -92,8 +96,11 @@ def _describe_block(index: int, block: Any, dim: int) -> BlockStructure:
     mlp: Any = block.mlp
     if type(attn) not in (Attention, PrunedAttention) or getattr(attn, "gate", None) is not None:
         raise _unsupported(f"{name}.attn", attn)
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise _unsupported(f"{name}.mlp", mlp)
+    for label, module in block.named_modules():
+        if label in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"):
+            require_linear(f"{name}.{label}", module)
     shape = _shape(attn, mlp)
     qk_normed = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
     prunable: set[Kind] = {"head", "qk", "vo", "ffn"}
