@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gohsp import checkpoint, models
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.arguments import check_arguments
+from gohsp.models.timm import create
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _outline(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def _created(name: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        return create(name, arguments, pretrained=pretrained)
     except Exception as error:  # errors of timm, the hub's client and its HTTP library have no base class in common
         if pretrained:
             raise CheckpointError(

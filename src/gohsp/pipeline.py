@@ -103,7 +103,7 @@ def prune(
     """
     training.require_one_process()
     recipe = recipe or Recipe()
-    source = data.DataSource(source=source) if isinstance(source, str) else source
+    source = source if isinstance(source, data.DataSource) else data.DataSource(source=source)
     inputs = {
         "the model": None if isinstance(model, nn.Module) else model,
         "the weights file": weights,

@@ -7,12 +7,12 @@ import itertools
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from gohsp.errors import CheckpointError
 from gohsp.models.arguments import ARGUMENTS, check_arguments
+from gohsp.models.timm import create
 
 VALID: dict[str, tuple[Any, ...]] = {
     "img_size": (16, [16, 32], (32, 16)),
@@ -30,6 +30,8 @@ VALID: dict[str, tuple[Any, ...]] = {
     "class_token": (True,),
     "fc_norm": (True, False, None),
     "act_layer": ("gelu", "quick_gelu", "relu", None),
+    "norm_layer": ("layernorm", "rmsnorm"),
+    "norm_eps": (0, 1e-3),
 }
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 4}
 INTEGERS = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "reg_tokens")
@@ -45,11 +47,11 @@ def test_what_is_allowed_timm_takes(name: str, value: Any):
     arguments = {**SMALL, name: value}
     assert check_arguments(arguments, "here") == arguments
     with torch.device("meta"):
-        assert isinstance(timm.create_model("vit_tiny_patch16_224", **arguments), VisionTransformer)
+        assert isinstance(create("vit_tiny_patch16_224", arguments), VisionTransformer)
 
 
 def test_every_argument_is_one_of_the_class():
-    assert set(ARGUMENTS) <= set(inspect.signature(VisionTransformer.__init__).parameters)
+    assert set(ARGUMENTS) - {"norm_eps"} <= set(inspect.signature(VisionTransformer.__init__).parameters)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ CASES = (
     Refusal("saving a model with an activation of one's own", saving(_own_activation), UnsupportedModelError, "Scaled"),
     Refusal("saving a model with a head of several layers", saving(_head_of_layers), UnsupportedModelError, "head.0"),
     Refusal("saving a model with a further module", saving(_further_module), UnsupportedModelError, "adapter.weight"),
-    Refusal("saving a model with tied weights", saving(_tied), UnsupportedModelError, "are one tensor"),
+    Refusal("saving a model with tied weights", saving(_tied), UnsupportedModelError, "is the same parameter as"),
     Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "torch.int8"),
     Refusal("saving a model of mixed precisions", saving(_half_of_it), UnsupportedModelError, "several types"),
     Refusal("saving a weight that is not finite", saving(_no_number), NonFiniteError, "head.weight"),

@@ -239,7 +239,7 @@ def require_remakeable(model: nn.Module) -> dict[str, Any]:
     except CheckpointError as error:
         raise UnsupportedModelError(f"this model could not be made again on loading: {error}") from error
     state = model.state_dict()
-    differences = _storage_problems(state) + fit_problems(again.state_dict(), state)
+    differences = _type_problems(state) + fit_problems(again.state_dict(), state)
     if not differences:
         again.load_state_dict(state, strict=True, assign=True)
         difference = _difference_in_evaluation(model, again.requires_grad_(False))
@@ -263,18 +263,14 @@ def listed(problems: Sequence[str], count: int = 5) -> str:
     return "; ".join(problems[:count]) + more
 
 
-def _storage_problems(state: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that a weights file cannot hold as they are: shared ones, and those that are no numbers of one kind."""
-    problems, owners, types = [], {}, {}
-    for name, tensor in state.items():
-        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() and not tensor.is_meta else name
-        if owner != name:
-            problems.append(f"'{name}' and '{owner}' are one tensor")
-        types.setdefault(tensor.dtype, name)
-    problems += [f"'{name}' is {dtype}" for dtype, name in types.items() if not dtype.is_floating_point]
-    if len(types) > 1 and not problems:
-        problems.append("its tensors are of several types: " + ", ".join(f"'{n}' is {t}" for t, n in types.items()))
-    return problems
+def _type_problems(state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps tensors from being numbers of one kind, as a weights file is to hold them."""
+    types = {tensor.dtype: name for name, tensor in reversed(list(state.items()))}
+    if problems := [f"'{name}' is {dtype}" for dtype, name in types.items() if not dtype.is_floating_point]:
+        return problems
+    if len(types) > 1:
+        return ["its tensors are of several types: " + ", ".join(f"'{n}' is {t}" for t, n in types.items())]
+    return []
 
 
 def fit_problems(expected: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:

@@ -393,12 +393,18 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     name, arguments = spec["architecture"], dict(spec["arguments"])
     if not is_model_in_modules(name, MODULES) or not re.fullmatch(r"\w+", name):
         raise CheckpointError(f"architecture '{name}' is none of timm {timm.__version__}'s {FAMILY}")
-    eps = arguments.pop("norm_eps", None)
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, **arguments)
+            return create(name, arguments)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise CheckpointError(f"timm {timm.__version__} cannot make '{name}' with {arguments}: {error}") from error
+
+
+def create(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """``timm.create_model``, which also takes ``norm_eps``: the epsilon of all norms."""
+    given = dict(arguments)
+    eps = given.pop("norm_eps", None)
+    model = timm.create_model(name, pretrained=pretrained, **given)
     if eps is not None:
         for module in model.modules():
             if hasattr(module, "eps") and hasattr(module, "normalized_shape"):
