@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
@@ -360,8 +362,13 @@ def _replace(name: str, make: Callable[[nn.Linear], nn.Module]) -> Callable[[Any
     return change
 
 
-def _quantised(linear: nn.Linear) -> nn.Module:
-    return torch.ao.nn.quantized.dynamic.Linear(linear.in_features, linear.out_features)
+class Int8Linear(nn.Module):
+    """Of the kind that quantisation libraries put in a linear map's place."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.register_buffer("weight", (127 * linear.weight.detach()).to(torch.int8))
 
 
 class Halved(nn.Linear):
@@ -386,7 +393,7 @@ DISGUISES: dict[str, tuple[Callable[[Any], object], str]] = {
     "masks": (lambda m: prune.l1_unstructured(m.blocks[1].mlp.fc2, "bias", 0.5), r"prune\.remove\(module, 'bias'\)"),
     "lora": (_replace("blocks.0.attn.qkv", lora), r"'blocks\.0\.attn\.qkv' is an adapter .*merge_and_unload"),
     "lora on the head": (_replace("head", lora), r"'head' is an adapter"),
-    "quantised": (_replace("blocks.1.mlp.fc1", _quantised), r"'blocks\.1\.mlp\.fc1' is a torch\.ao\."),
+    "quantised": (_replace("blocks.1.mlp.fc1", Int8Linear), r"'blocks\.1\.mlp\.fc1' is a .*Int8Linear.*quantise"),
     "subclass": (_replace("blocks.1.attn.proj", lambda _: Halved(32, 32)), r"'blocks\.1\.attn\.proj' is a .*Halved"),
     "shared block": (_share_a_block, r"'blocks\.1\..*' is the same parameter as 'blocks\.0\."),
     "forward": (_accelerated, r"the model has a forward that was set on the instance.*unwrap_model"),
@@ -411,6 +418,19 @@ def test_made_plain_as_the_message_says_it_is_pruned(tmp_path: Path):
     torch.nn.utils.parametrize.remove_parametrizations(model.blocks[0].mlp.fc1, "weight")
     prune.remove(model.blocks[1].mlp.fc1, "weight")
     assert run(model, tmp_path / "run").report["pruned"]["params"] < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_model_from_accelerate_is_taken_once_it_is_unwrapped_altogether(kept: bool):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.unwrap_model(accelerator.prepare(tiny()), keep_fp32_wrapper=kept)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if kept:
+        with pytest.raises(UnsupportedModelError, match="keep_fp32_wrapper=False"):
+            gohsp.describe(model)
+    else:
+        assert gohsp.describe(model) == gohsp.describe(tiny())
 
 
 # What a run needs of a model
@@ -471,7 +491,7 @@ def test_a_distilled_model_in_distilled_training_is_fine_tuned_on_its_mean(tmp_p
         allocation="uniform",
         data=settings,
         finetune=gohsp.StageSettings(epochs=1),
-        training=gohsp.TrainingSettings(precision="no"),
+        training=gohsp.TrainingSettings(precision="bf16"),
         retrain_dense=False,
     )
     result = run(model, tmp_path / "run", recipe=recipe)

@@ -75,9 +75,9 @@ class ModelOptions:
     """Which model."""
 
     weights: Path | None = None
-    """A .safetensors file with timm's key names, for a model given by its timm name."""
+    """A .safetensors file with timm's tensor names, with a prefix or without, for a timm name."""
     pretrained: bool = False
-    """Fetch timm's own pretrained weights."""
+    """Fetch the weights that timm, or the hub, has under the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Rank:
     """Rank attention heads on their graph; print the table, write ranking.json and a picture of the graph."""
 
     model: Positional[str]
-    """A timm name, or a folder that gohsp wrote."""
+    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     split: str = "train"
@@ -155,7 +155,7 @@ class Prune:
     """
 
     model: Positional[str]
-    """A timm name, or a folder that gohsp wrote."""
+    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
@@ -204,7 +204,7 @@ class Evaluate:
     """Score a model on a labelled split."""
 
     model: Positional[str]
-    """A timm name, or a folder that gohsp wrote."""
+    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     split: str = "validation"

@@ -180,8 +180,8 @@ def require_classifier(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{needed}: pool its tokens, by global_pool='token' or 'avg' in timm.create_model")
     if adapter.num_classes(model) == 0:
         raise UnsupportedModelError(
-            f"{needed}: it has no linear classifier, so these are features; give it one, "
-            "model.reset_classifier(classes), and train that on your classes"
+            f"{needed}, from a linear classifier. This model has none: these are features, or come from a head of its "
+            "own; give it one by model.reset_classifier(classes), and train that on your classes"
         )
     if shape[1] < 2:
         raise UnsupportedModelError(

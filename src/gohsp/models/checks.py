@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -64,7 +66,8 @@ def _disguise(module: nn.Module) -> str | None:
         return "has a weight norm; make its weights plain by torch.nn.utils.remove_weight_norm(module)"
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         return "is an adapter (LoRA) around a module; merge it: model = peft_model.merge_and_unload()"
-    if "forward" in vars(module):
+    # Accelerate leaves the class's own there when it unwraps a model altogether.
+    if vars(module).get("forward") not in (None, MethodType(type(module).forward, module)):
         return (
             "has a forward that was set on the instance; put its class's own back by del module.forward, or by "
             "accelerator.unwrap_model(model, keep_fp32_wrapper=False) for a model that Accelerate prepared"
