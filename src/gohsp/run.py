@@ -72,9 +72,12 @@ class RunFolder:
                 model.load_state_dict(load_file(weights))
         if record is not None:
             self.taken.add(stage)
-        elif led_to := self.forget({*self.taken, _TIMINGS, f"{stage}.epochs"}) - {stage}:
+            return record
+        epochs = {f"{name}.epochs" for name in (*self.taken, stage)}
+        led_to = self.forget({*self.taken, *epochs, _TIMINGS}) - {stage}
+        if led_to:
             logger.warning("stage '%s' is run anew, and with it what it led to: %s", stage, ", ".join(sorted(led_to)))
-        return record
+        return None
 
     def record(self, stage: str, record: Mapping[str, Any], model: nn.Module | None = None) -> None:
         """Mark a stage as finished; the record is written last, so that it vouches for the weights."""
@@ -164,6 +167,7 @@ def check(
         raise RunError("the run's folder is an empty name; name a folder, or '.' for this one")
     path = Path(out)
     with _usable(path):
+        str(path).encode()  # safetensors takes only names that are text
         if os.path.lexists(path) and not path.is_dir():
             raise RunError(f"'{path}' is a file or a broken link; name a folder for the run")
         if _request_in(path) is None:
@@ -232,7 +236,7 @@ def _usable(path: Path) -> Iterator[None]:
         yield
     except files.StorageError:
         raise
-    except (OSError, ValueError) as error:  # a path with a NUL byte is no OSError
+    except (OSError, ValueError) as error:  # a ValueError where the name is no text or holds a NUL
         raise RunError(
             f"'{path}' cannot be used as a run's folder ({files.reason(error)}); name one that can be written"
         ) from error

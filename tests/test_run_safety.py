@@ -1,0 +1,518 @@
+"""What a run never does: lose a file of the user's, lose work that was done, or go on from damaged state."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import gohsp
+from gohsp import cli
+from gohsp import recipe as recipes
+from gohsp.errors import RunError, StorageError
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+PLAN = [{"heads": 3, "qk": 4, "vo": 6, "ffn": 50}, {"heads": 4, "qk": 8, "vo": 8, "ffn": 7}]
+DATA = {"calibration_images": 32, "allocation_images": 8, "ranking_images": 8, "holdout_images": 8}
+ONESHOT: dict[str, Any] = {"route": "oneshot", "device": "cpu", "data": DATA, "latency": {"rounds": 1}}
+ONE_EPOCH = {"epochs": 1, "learning_rate": 3e-3, "warmup": 0.0}
+TRAINED: dict[str, Any] = {
+    "device": "cpu",
+    "model_arguments": {k: v for k, v in SMALL.items() if k != "num_classes"},
+    "data": DATA,
+    "latency": {"rounds": 1},
+    "dense": {**ONE_EPOCH, "epochs": 2},
+    "admm_stage": {**ONE_EPOCH, "schedule": "constant"},
+    "finetune": ONE_EPOCH,
+    "training": {"batch_size": 256, "precision": "no", "augment": "none"},
+    "retrain_dense": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    gohsp.save(timm.create_model("vit_tiny_patch16_224", **SMALL), folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of a report take longer than these runs."""
+    monkeypatch.setattr("gohsp.report.render_html", lambda _: "<html></html>")
+
+
+def prune(model: Any, out: Path, recipe: dict[str, Any] = ONESHOT, **options: Any) -> gohsp.Result:
+    shapes = [gohsp.BlockShape(**block) for block in PLAN]
+    given = {"budget": "params=-20%", "shapes": shapes, "quiet": True, "recipe": recipes.from_mapping(recipe)}
+    return gohsp.prune(model, "digits", out=out, **{**given, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(of: nn.Module | Path) -> torch.Tensor:
+    network = gohsp.load(of) if isinstance(of, Path) else of
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def flip(content: bytes) -> bytes:
+    """One bit in the middle is another."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+# What is the user's
+
+
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(tmp_path: Path, model: Path):
+    out = tmp_path / "run"
+    prune("vit_tiny_patch16_224", out, TRAINED, shapes=None)
+    assert (out / "dense" / "config.json").exists()
+    mine = {
+        name: name.encode() for name in ("notes.txt", "dense/notes.txt", "figures/a.png", "state/mine.json", ".x.tmp")
+    }
+    for name, content in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    result = prune(model, out, overwrite=True)
+    left = contents(out)
+    assert {name: left[name] for name in mine} == mine
+    assert not (out / "dense" / "config.json").exists()
+    assert result.report["model"]["arguments"]["num_classes"] == 10
+    assert torch.equal(weights(out), weights(result.model))
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("the model", {"model": "OUT"}),
+        ("the model", {"model": "OUT/dense"}),
+        ("the model", {"model": "OUT/link"}),
+        ("the weights file", {"model": "vit_tiny_patch16_224", "weights": "OUT/model.safetensors"}),
+        ("the data", {"source": "OUT/images"}),
+        ("the data", {"source": "hfds/OUT/images"}),
+    ],
+)
+def test_an_input_in_the_folder_that_would_be_overwritten_is_refused(
+    tmp_path: Path, model: Path, what: str, options: dict[str, str]
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    recipe = json.dumps({"budget": "params=-20%", "recipe": {"dense": {"epochs": 1}}})
+    (out / "request.json").write_text(recipe)
+    gohsp.save(gohsp.load(model), out)
+    gohsp.save(gohsp.load(model), out / "dense")
+    (out / "images" / "train" / "0").mkdir(parents=True)
+    (out / "link").symlink_to(out / "dense")
+    before = contents(out)
+    given = {"model": str(model), "source": "digits", "budget": "params=-20%"}
+    given |= {name: text.replace("OUT", str(out)) for name, text in options.items()}
+    with pytest.raises(RunError, match=rf"{what} '.*' lies in '.*run', whose run would be overwritten"):
+        gohsp.prune(**given, out=out, overwrite=True, recipe=recipes.from_mapping(ONESHOT), quiet=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(("what", "name"), [("plan", "plan.json"), ("recipe", "recipe.toml")])
+def test_a_plan_or_recipe_in_the_folder_that_would_be_overwritten_is_refused(
+    tmp_path: Path, model: Path, what: str, name: str, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    prune(model, out)
+    before = contents(out)
+    arguments = ["prune", str(model), "--data", "digits", "--budget", "params=-20%", "--out", str(out), "--overwrite"]
+    assert cli.main([*arguments, f"--{what}", str(out / name)]) == 1
+    assert f"the {what} '{out / name}' lies in '{out}'" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("content", ['{"url": "https://example.org"}', "[1]", '{"recipe": 1, "budget": 2}'])
+def test_a_folder_with_a_request_of_another_program_is_no_run(tmp_path: Path, model: Path, content: str):
+    (tmp_path / "request.json").write_text(content)
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    before = contents(tmp_path)
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(RunError, match="holds files that are no gohsp run"):
+            prune(model, tmp_path, **options)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_that_no_run_wrote_is_not_written_over(tmp_path: Path, model: Path):
+    out = tmp_path / "run"
+    prune(model, out)
+    (out / "dense").mkdir()
+    (out / "dense" / "config.json").write_text("precious")
+    before = contents(out)
+    with pytest.raises(RunError, match=r"dense/config\.json' is in the way and no run wrote it"):
+        prune("vit_tiny_patch16_224", out, TRAINED, shapes=None, overwrite=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": "params=1"},
+        {"source": "no/such/folder"},
+        {"model": "no-such-model"},
+        {"recipe": recipes.from_mapping({**ONESHOT, "data": {"train_split": "trian"}})},
+    ],
+    ids=["budget", "data", "model", "split"],
+)
+def test_an_earlier_run_stays_until_the_new_one_has_passed_its_checks(
+    tmp_path: Path, model: Path, options: dict[str, Any]
+):
+    out = tmp_path / "run"
+    prune(model, out)
+    before = contents(out)
+    given = {"model": model, "source": "digits", "budget": "params=-20%", "recipe": recipes.from_mapping(ONESHOT)}
+    with pytest.raises(gohsp.GohspError):
+        gohsp.prune(**{**given, **options}, out=out, overwrite=True, quiet=True)
+    assert contents(out) == before
+
+
+def test_an_earlier_run_stays_where_there_is_no_room_for_a_new_one(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    prune(model, out)
+    before = contents(out)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(StorageError, match=r"request\.json' cannot be written \(No space left on device\)"):
+            prune(model, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_an_overwriting_that_is_cut_off_can_be_taken_up(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+    prune(model, out)
+    unlink = Path.unlink
+
+    def unlink_some(self: Path, *arguments: Any, **options: Any) -> None:
+        if self == out / "plan.json":
+            raise KeyboardInterrupt
+        unlink(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_some)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, out, overwrite=True, budget="params=-25%")
+    assert not (out / "report.json").exists()
+    assert (out / "plan.json").exists()
+    assert prune(model, out, overwrite=True, budget="params=-25%").report["budget"]["requested"] == "params=-25%"
+
+
+# Damaged state
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "emptied": lambda _: b"",
+    "truncated": lambda content: content[: len(content) * 2 // 3],
+    "flipped": flip,
+    "foreign": lambda _: b'{"plan": [], "shapes": 3}',
+}
+
+
+def interrupted(where: str, monkeypatch: pytest.MonkeyPatch, model: Any, out: Path, *arguments: Any, **options: Any):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, out, *arguments, **options)
+
+
+def state_file(out: Path, kind: str) -> Path:
+    """The one file of a kind such as ``cut.json``, whose name has a hash besides."""
+    (file,) = (out / "state").glob(f"{Path(kind).stem}.*{Path(kind).suffix}")
+    return file
+
+
+def test_damaged_state_is_made_anew_and_said(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    recipe = {**ONESHOT, "polish": {"epochs": 1}}
+    whole = prune(model, tmp_path / "whole", recipe)
+    out = tmp_path / "run"
+    interrupted("gohsp.report.write", monkeypatch, model, out, recipe)
+    stages = ("timings.json", "ranking.json", "allocation.json", "cut.json", "polish.json")
+    for kind, damage in zip((*stages, "cut.safetensors", "polish.safetensors"), itertools.cycle(DAMAGES)):
+        file = state_file(out, kind)
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+        caplog.clear()
+        interrupted("gohsp.report.write", monkeypatch, model, out, recipe, resume=True)
+        assert f"'{file}' is damaged" in caplog.text
+    state_file(out, "cut.safetensors").unlink()
+    result = prune(model, out, recipe, resume=True)
+    assert torch.equal(weights(result.model), weights(whole.model))
+    for key in ("plan", "ranking", "fidelity", "polish", "budget", "equality"):
+        assert result.report[key] == whole.report[key], key
+
+
+def test_damaged_state_of_training_is_made_anew_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    given = ("vit_tiny_patch16_224", tmp_path / "run", {**TRAINED, "allocation": "uniform"})
+    whole, out = prune(given[0], tmp_path / "whole", given[2], shapes=None), given[1]
+    kinds = ("finetune.epochs.pt", "admm.safetensors", "repaired.json", "dense.safetensors", None)
+    for kind, damage in zip(kinds, itertools.cycle(DAMAGES)):
+        caplog.clear()
+        interrupted("gohsp.report.write", monkeypatch, *given, shapes=None, resume=True)
+        assert caplog.text.count("is damaged") == (kind != kinds[0])
+        if kind is not None:
+            file = state_file(out, kind)
+            file.write_bytes(DAMAGES[damage](file.read_bytes()))
+        if kind == "finetune.epochs.pt":  # in its last epoch
+            state_file(out, "finetune.json").unlink()
+    result = prune(*given, shapes=None, resume=True)
+    assert torch.equal(weights(result.model), weights(whole.model))
+    assert result.report["pruned"] == whole.report["pruned"]
+
+
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "flipped", "shape", "nan", "kinds"])
+def test_damaged_curves_in_the_cache_are_measured_anew(
+    tmp_path: Path, model: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / "cache"))
+    first = prune(model, tmp_path / "first", shapes=None)
+    (entry,) = (tmp_path / "cache").iterdir()
+    if damage in DAMAGES:
+        entry.write_bytes(DAMAGES[damage](entry.read_bytes()))
+    else:
+        curves = json.loads(entry.read_text())
+        spoilt = {
+            "shape": curves[:-1],
+            "nan": [{k: {**c, "damage": [float("nan")] * len(c["damage"])} for k, c in b.items()} for b in curves],
+            "kinds": [{f"depth {k}": c for k, c in b.items()} for b in curves],
+        }
+        monkeypatch.setattr("gohsp.cache.load", lambda *_: spoilt[damage])
+    again = prune(model, tmp_path / "again", shapes=None)
+    assert again.report["plan"] == first.report["plan"]
+    assert again.report["fidelity"] == first.report["fidelity"]
+    assert "measured anew" in caplog.text or f"'{entry}' is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "nested", "folder"])
+def test_a_damaged_report_is_one_clear_error(
+    tmp_path: Path, model: Path, damage: str, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "run"
+    prune(model, out)
+    file = out / "report.json"
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "nested":
+        file.write_text("[" * 100_000)
+    else:
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert cli.main(["report", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: '{file}'")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_no_digit_of_a_report_changes_unseen(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    prune(model, out)
+    text = (out / "report.json").read_text()
+    seen = text.index('"achieved": ') + len('"achieved": ')
+    (out / "report.json").write_text(text[:seen] + "9" + text[seen + 1 :])
+    assert cli.main(["report", str(out)]) == 1
+    assert "is not as it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+@pytest.mark.parametrize("damage", ["emptied", "truncated", "nested"])
+def test_a_damaged_request_is_one_clear_error(
+    tmp_path: Path, model: Path, damage: str, option: str, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    interrupted("gohsp.report.write", monkeypatch, model, out)
+    file = out / "request.json"
+    file.write_bytes(b"[" * 100_000 if damage == "nested" else DAMAGES[damage](file.read_bytes()))
+    before = contents(out)
+    with pytest.raises(RunError, match=r"request\.json' is damaged"):
+        prune(model, out, **{option: True})
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("what", ["recipe", "plan"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[" * 100_000, None], ids=["empty", "bytes", "nested", "folder"]
+)
+def test_a_damaged_recipe_or_plan_is_one_clear_error(
+    tmp_path: Path, model: Path, what: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "given"
+    file.mkdir() if content is None else file.write_bytes(content)
+    arguments = ["prune", str(model), "--data", "digits", "--budget", "params=1", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, f"--{what}", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert content == b"" or str(file) in error
+    assert not (tmp_path / "run").exists()
+
+
+# An end at any moment
+
+
+def ends_at_renames(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
+    """Interrupt at the rename of this number; returns the list that the names go to."""
+    replace, names = os.replace, []
+
+    def counted(source: Any, target: Any) -> None:
+        names.append(Path(target).name)
+        if len(names) == number:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counted)
+    return names
+
+
+def test_a_run_that_ends_at_any_rename_goes_on_to_the_same_result(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prune(model, tmp_path / "warm")
+    with monkeypatch.context() as patch:
+        names = ends_at_renames(patch, 0)
+        whole = prune(model, tmp_path / "whole")
+    assert names[0] == "request.json"
+    assert names[-2:] == ["report.html", "report.json"]
+    for number in range(1, len(names) + 1):
+        out = tmp_path / f"run{number}"
+        with monkeypatch.context() as patch:
+            ends_at_renames(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                prune(model, out)
+        result = prune(model, out, resume=True)
+        assert sorted(contents(out)) == sorted(contents(tmp_path / "whole")), names[number - 1]
+        assert torch.equal(weights(out), weights(whole.model)), names[number - 1]
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+        assert result.report["fidelity"] == whole.report["fidelity"]
+
+
+def test_resuming_a_finished_run_returns_its_result_and_cleans_up(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    interrupted("gohsp.run.RunFolder.clear_state", monkeypatch, model, out)
+    assert any((out / "state").glob("cut.*"))
+    monkeypatch.setattr("gohsp.core.ranking.rank_heads", interrupt)
+    result = prune(model, out, resume=True)
+    assert result.report == json.loads(json.dumps(result.report))
+    assert result.report["plan"]["pruned"] == PLAN
+    assert torch.equal(weights(result.model), weights(out))
+    assert not (out / "state").exists()
+    with pytest.raises(RunError, match=r"recipe\.seed = 0, now it is 1"):
+        prune(model, out, {**ONESHOT, "seed": 1}, resume=True)
+
+
+@pytest.mark.parametrize("leftover", ["nothing", "folder", "lock", "temporary"])
+def test_an_end_before_the_first_file_starts_clean(tmp_path: Path, model: Path, leftover: str):
+    out = tmp_path / "run"
+    if leftover != "nothing":
+        (out / "state").mkdir(parents=True)
+    if leftover in ("lock", "temporary"):
+        (out / "state" / "lock").touch()
+    if leftover == "temporary":
+        (out / ".request.json.123.tmp").write_text("{")
+    prune(model, out, resume=True)
+    assert not (out / "state").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+    rank, refused = gohsp.pipeline.ranking.rank_heads, []
+
+    def second(*arguments: Any, **options: Any) -> Any:
+        before = contents(out)
+        for option in ("resume", "overwrite"):
+            with pytest.raises(RunError, match="another process works in") as error:
+                prune(model, out, **{option: True})
+            refused.append(error)
+        assert contents(out) == before
+        return rank(*arguments, **options)
+
+    monkeypatch.setattr("gohsp.run._PATIENCE", 0.1)
+    monkeypatch.setattr("gohsp.pipeline.ranking.rank_heads", second)
+    prune(model, out)
+    assert len(refused) == 2
+
+
+def test_a_run_that_is_killed_leaves_nothing_outside_its_folder_and_goes_on(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also not a lock: the next run begins at once."""
+    out, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    recipe = {**ONESHOT, "latency": {"rounds": 10**6}}  # it is ended in there
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipes.from_mapping(recipe)))
+    arguments = ["prune", str(model), "--data", "digits", "--budget", "params=-20%", "--out", str(out)]
+    arguments += ["--plan", str(tmp_path / "plan.json"), "--recipe", str(tmp_path / "recipe.toml")]
+    start = [sys.executable, "-c", "from gohsp.cli import main; main()", *arguments]
+    process = subprocess.Popen(start, env={**os.environ, "TMPDIR": str(temporary)})
+    while process.poll() is None and not list((out / "state").glob("cut.*.json")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait(timeout=60)
+    assert list((out / "state").glob("cut.*.json"))
+    assert not list(temporary.rglob("*.safetensors"))
+    monkeypatch.setattr("gohsp.latency.interleaved", lambda contestants, *_: [1.0] * len(contestants))
+    monkeypatch.setattr("gohsp.run._PATIENCE", 0.0)
+    monkeypatch.setattr("gohsp.pipeline.ranking.rank_heads", interrupt)  # it is done
+    prune(str(model), out, recipe, resume=True)
+    assert not (out / "state").exists()
+
+
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_termination_ends_a_command_as_an_interruption_does(
+    tmp_path: Path,
+    model: Path,
+    end: signal.Signals,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    def signalled(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), end)
+        time.sleep(1)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("gohsp.core.ranking.rank_heads", signalled)
+    out = str(tmp_path / "run")
+    word = "terminated" if end == signal.SIGTERM else "interrupted"
+    with caplog.at_level(logging.CRITICAL):
+        arguments = ["--data", "digits", "--out", out]
+        assert cli.main(["prune", str(model), "--budget", "params=-20%", *arguments, "--route", "oneshot"]) == status
+        assert capsys.readouterr().err.endswith(f"{word}; what is finished is kept: go on with --resume\n")
+        assert not list(tmp_path.rglob("[0-9]*.safetensors"))  # of spools
+        assert cli.main(["rank", str(model), *arguments]) == status
+        assert capsys.readouterr().err.endswith(f"{word}\n")
+    assert signal.getsignal(signal.SIGTERM) == handler
