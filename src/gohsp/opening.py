@@ -30,7 +30,7 @@ _PATCHES = "patch_embed.proj.weight"
 """A tensor of every ViT, and so the place where a prefix of its names is seen."""
 
 
-def is_folder(name: str | os.PathLike[str]) -> bool:
+def is_folder(name: object) -> bool:
     """Whether a model's name is that of a local folder; such a model brings its weights and arguments with it."""
     return isinstance(name, str | os.PathLike) and os.path.isdir(name)
 
@@ -73,40 +73,40 @@ def open_model(
             )
         model = checkpoint.load(os.fspath(name))
     else:
-        model = _from_timm(name, weights, pretrained, arguments or {}, new_classifier)
+        model = _from_timm(str(name), weights, pretrained, arguments or {}, new_classifier)
     models.check_finite(model)
     return model.eval()
 
 
 def _from_timm(
-    name: Any, weights: str | Path | None, pretrained: bool, arguments: Mapping[str, Any], new_classifier: bool
+    name: str, weights: str | Path | None, pretrained: bool, arguments: Mapping[str, Any], new_classifier: bool
 ) -> nn.Module:
     if weights and pretrained:
         raise CheckpointError("give either a weights file or pretrained weights, not both")
     arguments = check_arguments(arguments, f"arguments of '{name}'")
-    if str(name).lower().startswith(_HUB):
+    if name.lower().startswith(_HUB):
         _check_hub(name, pretrained)
     else:
         _check_name(name, pretrained)
-    outline = _outline(str(name), arguments)
+    outline = _outline(name, arguments)
     if pretrained and not new_classifier:
-        _require_pretrained_classes(str(name), outline)
+        _require_pretrained_classes(name, outline)
     state = _read_weights(outline, Path(weights), new_classifier) if weights else {}
-    model = _created(str(name), arguments, pretrained)
-    model.load_state_dict({**model.state_dict(), **state})
+    model = _created(name, arguments, pretrained)
+    if weights:
+        model.load_state_dict({**model.state_dict(), **state})
     return model
 
 
-def _check_name(name: Any, pretrained: bool) -> None:
+def _check_name(name: str, pretrained: bool) -> None:
     """Refuse what is no name in timm's registry, and weights that timm does not have."""
-    text = str(name)
-    if any(mark in text for mark in "/\\:") or not timm.is_model(text):
-        raise CheckpointError(f"'{text}' is neither a model folder nor a timm model; {_hint(text)}")
-    known = list(get_arch_pretrained_cfgs(text))
-    if "." in text and text not in known:
-        raise CheckpointError(f"timm has no '{text}'; with weights it has {known}")
-    if pretrained and not timm.is_model_pretrained(text):
-        raise CheckpointError(f"timm has no pretrained weights of '{text}'; give a weights file")
+    if any(mark in name for mark in "/\\:") or not timm.is_model(name):
+        raise CheckpointError(f"'{name}' is neither a model folder nor a timm model; {_hint(name)}")
+    known = list(get_arch_pretrained_cfgs(name))
+    if "." in name and name not in known:
+        raise CheckpointError(f"timm has no '{name}'; with weights it has {known}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise CheckpointError(f"timm has no pretrained weights of '{name}'; give a weights file")
 
 
 def _hint(name: str) -> str:
@@ -123,13 +123,12 @@ def _hint(name: str) -> str:
     return f"close timm names: {close}" if close else "timm.list_models('vit*') lists its names"
 
 
-def _check_hub(name: Any, pretrained: bool) -> None:
+def _check_hub(name: str, pretrained: bool) -> None:
     """Refuse a hub's model whose own arguments are not allowed, before timm makes anything of them."""
     if not pretrained:
         raise CheckpointError(f"'{name}' names weights on the hub; ask for pretrained weights to fetch them")
-    identifier = str(name).partition(":")[2]
     try:
-        arguments = load_model_config_from_hf(identifier)[2] or {}
+        arguments = load_model_config_from_hf(name.partition(":")[2])[2] or {}
     except Exception as error:  # see _created
         raise CheckpointError(f"'{name}' cannot be read from the hub: {_line(error)}") from error
     check_arguments(arguments, f"model_args of '{name}'")
