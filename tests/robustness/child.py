@@ -145,8 +145,10 @@ def _main(arguments: list[str], home: Home, stop: Stop | None, output: Path) -> 
     changes: list[str] = []
 
     def count(event: str, details: tuple[Any, ...]) -> None:
-        if event in CHANGES and _path(details).is_relative_to(home.run):
-            changes.append(f"{event} {_path(details).relative_to(home.run)}")
+        if event not in CHANGES or not (path := _path(details)).is_relative_to(home.run):
+            return
+        if os.path.lexists(path) != (event == "os.mkdir"):  # else it changes nothing
+            changes.append(f"{event} {path.relative_to(home.run)}")
             if stop and len(changes) == stop.at:
                 home.mark("stopped").touch()
                 os.kill(os.getpid(), stop.signal)

@@ -123,7 +123,7 @@ def _tried(folder: Path, expected: Tensor) -> tuple[str, str]:
     try:
         same = torch.allclose(_outputs(model), expected, rtol=1e-5, atol=1e-5)
     except RuntimeError as error:
-        return OTHER, f"for other images: {error}"
+        return OTHER, f"it takes no such images: {error}"
     return SAME if same else OTHER, ""
 
 

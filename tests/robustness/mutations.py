@@ -541,7 +541,7 @@ class Case:
         return MUTATIONS[self.name].allows
 
     def __str__(self) -> str:
-        return f"case {self.number} ({self.base}; {self.name})"
+        return f"case {self.number} of {self.base}"
 
 
 def make_case(number: int, bases: Path, canaries: Path, folder: Path) -> Case:

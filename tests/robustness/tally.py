@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 
@@ -10,28 +10,24 @@ class Tally:
     """Counts the outcomes of ``total`` cases; says how far it is at every twentieth, and all of it at the end."""
 
     def __init__(self, what: str, total: int, good: tuple[str, ...], say: Callable[[str], None]) -> None:
-        self._what, self._total, self._say = what, total, say
-        self._good = dict.fromkeys(good, 0)
-        self._bad: Counter[str] = Counter()
-        self._cases: list[str] = []
+        self._what, self._total, self._good, self._say = what, total, good, say
+        self._counts = Counter(dict.fromkeys(good, 0))
+        self._wrong: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, outcome: str, case: str) -> None:
-        """Count a case; one whose outcome is not among the good ones is remembered."""
-        if outcome in self._good:
-            self._good[outcome] += 1
-        else:
-            self._bad[outcome] += 1
-            self._cases.append(f"{outcome}: {case}")
-        done = sum(self._good.values()) + self._bad.total()
+    def add(self, outcome: str, kind: str, case: str) -> None:
+        """Count a case of a kind; one whose outcome is not among the good ones is remembered."""
+        self._counts[outcome] += 1
+        if outcome not in self._good:
+            self._wrong[f"{outcome}: {kind}"].append(case)
+        done = self._counts.total()
         if self._total >= 100 and done % (self._total // 20) == 0:
             self._say(f"{done} of {self}")
 
     def __str__(self) -> str:
-        counts = [f"{n} {outcome}" for outcome, n in {**self._good, **self._bad}.items()]
-        return f"{self._total} {self._what}: {', '.join(counts)}"
+        return f"{self._total} {self._what}: {', '.join(f'{n} {outcome}' for outcome, n in self._counts.items())}"
 
     def require_good(self, note: str = "") -> None:
-        """Print the counts; fail if any case ended wrongly, naming the first of each kind."""
+        """Print the counts; fail if any case ended wrongly, with the first of each outcome and kind."""
         self._say(f"\n{self}{note}")
-        shown = [case[:600] for kind in self._bad for case in [c for c in self._cases if c.startswith(kind)][:20]]
-        assert not shown, "\n".join([str(self), *shown])
+        wrong = sorted(self._wrong.items())
+        assert not wrong, "\n".join([str(self), *(f"{len(cases)} {kind}: {cases[0]:.600}" for kind, cases in wrong)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from robustness.child import Ended, Home, Stop
+from robustness.child import Home, Stop
 from robustness.runs import IDENTICAL, Job, Whole, fresh, outcome
 from robustness.tally import Tally
 
@@ -20,28 +20,27 @@ SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM,) * 2 + (signal.SIGINT,) * 2
 
 def resumed(job: Job, whole: Whole, home: Home) -> tuple[str, str]:
     """Go on to the end; nothing temporary may be left."""
-    ended = job.begin(home, "--resume").wait()
+    result, detail = outcome(whole, home, job.begin(home, "--resume").wait())
     left = os.listdir(home.temporary)
-    return ("temporary files left", str(left)) if left else outcome(whole, home, ended)
+    return (f"{result}, but temporary files left", f"{left} {detail}") if left else (result, detail)
 
 
-def killed_at_random(job: Job, whole: Whole, home: Home, chance: random.Random, *options: str) -> tuple[Ended, str]:
-    """Begin or go on, and send a signal at a random moment."""
+def killed_at_random(job: Job, whole: Whole, home: Home, chance: random.Random, *options: str) -> tuple[str, str]:
+    """Begin or go on, and send a signal at a random moment; returns what was done, and what is wrong at once."""
     number, moment = chance.choice(SIGNALS), chance.uniform(0.0, whole.seconds)
+    before = set(os.listdir(home.temporary)) if options else set()
     command = job.begin(home, *options)
     command.wait_for("begun")
     time.sleep(moment)
     command.signal(number)
-    return command.wait(), f"{number.name} after {moment:.2f} s"
-
-
-def ended_badly(ended: Ended, home: Home) -> tuple[str, str] | None:
-    """What is wrong with the end of a run that was killed."""
+    ended = command.wait()
+    left = set(os.listdir(home.temporary)) - before
+    wrong = ""
     if ended.crashed:
-        return "traceback", ended.output[-400:]
-    if ended.status != -signal.SIGKILL and (left := os.listdir(home.temporary)):
-        return "temporary files left at once", f"{left}, exit status {ended.status}"
-    return None
+        wrong = "traceback"
+    elif number != signal.SIGKILL and left:
+        wrong = f"temporary files left, exit status {ended.status}"
+    return f"{number.name} after {moment:.2f} s", wrong
 
 
 @pytest.fixture
@@ -57,13 +56,12 @@ def test_a_run_killed_at_any_moment_ends_as_one_left_alone(
     tally = Tally("runs killed at random", kills, (IDENTICAL,), say)
     for number in range(kills):
         home = fresh(Home(tmp_path / "killed"))
-        ended, how = killed_at_random(job, whole, home, chance)
-        bad = ended_badly(ended, home)
-        if chance.random() < 0.25 and not bad:
-            ended, again = killed_at_random(job, whole, home, chance, "--resume")
-            bad, how = ended_badly(ended, home), f"{how}, {again}"
-        result, detail = bad or resumed(job, whole, home)
-        tally.add(result, f"run {number}, {how}: {detail}")
+        how, wrong = killed_at_random(job, whole, home, chance)
+        if chance.random() < 0.25 and not wrong:
+            again, wrong = killed_at_random(job, whole, home, chance, "--resume")
+            how = f"{how}, {again}"
+        result, detail = (wrong, "") if wrong else resumed(job, whole, home)
+        tally.add(result, how.split()[0], f"run {number}, {how}: {detail}")
     tally.require_good()
 
 
@@ -80,7 +78,7 @@ def test_a_run_killed_at_any_change_of_its_folder_ends_as_one_left_alone(
         ended = job.begin(home, stop=Stop(moment)).wait()
         assert ended.status == -signal.SIGKILL, ended
         result, detail = resumed(job, whole, home)
-        tally.add(result, f"before change {moment}, {changes[moment]}: {detail}")
+        tally.add(result, changes[moment], f"before change {moment}: {detail}")
     tally.require_good()
 
 

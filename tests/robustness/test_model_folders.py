@@ -21,6 +21,6 @@ def test_spoilt_model_folders_load_the_same_or_are_refused(
     tally = Tally("spoilt model folders", len(numbers), (SAME, REFUSED, OTHER), say)
     slowest, most = 0.0, 0.0
     for loaded in load_all(numbers, model_folders, tmp_path):
-        tally.add(loaded.outcome, f"{loaded.case}: {loaded.detail}")
+        tally.add(loaded.outcome, loaded.case.name, f"{loaded.case}: {loaded.detail}")
         slowest, most = max(slowest, loaded.seconds), max(most, loaded.megabytes)
     tally.require_good(f"; slowest {slowest:.2f} s, most memory {most:.0f} MB")
