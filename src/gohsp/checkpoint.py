@@ -321,7 +321,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             header = {n: TensorInfo(tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+    except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: no room to map it
         raise CheckpointError(
             f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
         ) from error
@@ -341,7 +341,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         return load_file(path, device=str(device))
     except FileNotFoundError as error:
         raise CheckpointError(f"'{path}' is missing") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
         ) from error

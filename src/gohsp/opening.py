@@ -189,10 +189,7 @@ def _read_weights(outline: nn.Module, path: Path, new_classifier: bool) -> dict[
             "state = torch.load(FILE, weights_only=True), of that its entry 'model' or 'state_dict' if it has one, "
             "then safetensors.torch.save_file(state, NEW_FILE)"
         )
-    try:
-        given = checkpoint.read_tensors(path)
-    except RuntimeError as error:  # PyTorch's, where the file is larger than what can be mapped
-        raise CheckpointError(f"weights '{path}' cannot be read: {_line(error)}") from error
+    given = checkpoint.read_tensors(path)
     integers = [f"'{name}' is {tensor.dtype}" for name, tensor in given.items() if not tensor.is_floating_point()]
     if integers:
         raise CheckpointError(f"weights '{path}': {integers[0]}; weights are floating-point, and not quantised")

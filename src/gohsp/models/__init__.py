@@ -281,7 +281,7 @@ def fit_problems(expected: Mapping[str, Tensor], given: Mapping[str, Any]) -> li
         given: Tensors, or anything with a ``shape``.
     """
     problems = [f"'{k}' is missing" for k in expected if k not in given]
-    problems += [f"'{k}' is not part of the model" for k in given if k not in expected]
+    problems += [f"'{k[:200]}' is not part of the model" for k in given if k not in expected]
     problems += [
         f"'{k}' is {list(given[k].shape)}, the model has {list(expected[k].shape)}"
         for k in expected
