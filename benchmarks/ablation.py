@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 import gohsp
-from comparison import (  # pyrefly: ignore[missing-import] (it lies beside this file)
+from comparison import (
     gohsp_model,
     key_of,
     opened,

@@ -26,7 +26,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import gohsp
-import peers  # pyrefly: ignore[missing-import] (it lies beside this file)
-from gohsp import checkpoint, data, models, opening, training
+import peers
+from gohsp import checkpoint, data, models, opening, resident, training
 from gohsp import recipe as recipes
 from gohsp.measure import Metrics, evaluate
-from gohsp.resident import ResidentImages, ResidentLoader, resident_images
+from gohsp.resident import ResidentImages, ResidentLoader
 
 GOHSP = ("gohsp", "random", "no-ADMM")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
@@ -64,6 +64,7 @@ class Bench:
     mirror: bool
     folder: Path
     seed: int
+    resumable: bool = True
 
     @property
     def accelerator(self) -> Accelerator:
@@ -90,7 +91,19 @@ class Bench:
         teacher: nn.Module | None,
         seed: int | None = None,
     ) -> nn.Module:
-        """Train in place, going on after the last finished epoch."""
+        """Train in place; returns the model."""
+        self.trained(name, model, stage, teacher, seed)
+        return model
+
+    def trained(
+        self,
+        name: str,
+        model: nn.Module,
+        stage: training.StageSettings,
+        teacher: nn.Module | None,
+        seed: int | None = None,
+    ) -> training.StageResult:
+        """Train in place, going on after the last finished epoch where epochs are kept; returns the curve."""
         seed = self.seed if seed is None else seed
         settings = self.recipe.training
         loader = ResidentLoader(
@@ -102,7 +115,7 @@ class Bench:
             seed=seed,
             drop_last=True,
         )
-        training.train(
+        return training.train(
             model.to(self.device).requires_grad_(),
             loader,
             stage,
@@ -113,9 +126,8 @@ class Bench:
             num_classes=int(model.num_classes),  # type: ignore[arg-type]
             evaluate=partial(self.score, images=self.held_out),
             teacher=teacher,
-            checkpoint=self.folder / f"{name.replace('/', '_')}.epochs.pt",
+            checkpoint=self.folder / f"{name.replace('/', '_')}.epochs.pt" if self.resumable else None,
         )
-        return model
 
 
 def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
@@ -165,21 +177,16 @@ def gohsp_model(
 
 def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
     """Pruned by Torch-Pruning, not yet fine-tuned; of several widths the one that keeps most held-out accuracy."""
-    cpu = copy.deepcopy(dense).cpu().eval()
-    for attention in peers.attentions(cpu):
-        attention.fused_attn = False
-    batches = [(x.cpu(), y.cpu()) for x, y in ResidentLoader(first_images(bench.train), batch_size=64, shuffle=False)]
+    cpu = unfused(dense).cpu()
+    batches = [(x.cpu(), y.cpu()) for x, y in gradient_batches(bench)]
     importance, scope, *given = method.split("/")
     found = peers.gradients(cpu, batches, importance)
-    limit = int(gohsp.parse_budget(budget).limit(peers.parameters(cpu)))
     best: tuple[float, nn.Module, dict[str, Any]] | None = None
     for width in given or peers.WIDTHS:
         try:
-            model, ratio = peers.prune_to(cpu, found[0], f"{importance}/{scope}/{width}", limit, batches[0][0][:1])
+            model, ratio = peer_cut(cpu, found[0], f"{importance}/{scope}/{width}", budget, batches[0][0][:1])
         except ValueError:
             continue  # this choice cannot reach the budget
-        for attention in peers.attentions(model):
-            attention.scale = attention.head_dim**-0.5
         top1 = bench.score(model.to(bench.device), bench.held_out).top1
         if best is None or top1 > best[0]:
             best = top1, model, {"width": width, "ratio": round(ratio, 5), "held_out_top1_after_cut": top1}
@@ -188,9 +195,33 @@ def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tupl
     return best[1], best[2]
 
 
-def first_images(images: ResidentImages) -> ResidentImages:
+def unfused(dense: nn.Module) -> nn.Module:
+    """A copy with plain attention, which Torch-Pruning can trace."""
+    model = copy.deepcopy(dense).eval()
+    for attention in peers.attentions(model):
+        attention.fused_attn = False
+    return model
+
+
+def peer_cut(
+    cpu: nn.Module, grads: Mapping[str, Tensor], method: str, budget: str, example: Tensor
+) -> tuple[nn.Module, float]:
+    """Cut by one of Torch-Pruning's methods, attention scaled for the pruned dimension; the model and its ratio."""
+    limit = int(gohsp.parse_budget(budget).limit(peers.parameters(cpu)))
+    model, ratio = peers.prune_to(cpu, grads, method, limit, example)
+    for attention in peers.attentions(model):
+        attention.scale = attention.head_dim**-0.5
+    return model, ratio
+
+
+def gradient_batches(bench: Bench) -> ResidentLoader:
     """The images that gradients are taken on."""
-    return dataclasses.replace(images, pixels=images.pixels[:GRADIENT_IMAGES], labels=images.labels[:GRADIENT_IMAGES])
+    return ResidentLoader(first_images(bench.train, GRADIENT_IMAGES), batch_size=64, shuffle=False)
+
+
+def first_images(images: ResidentImages, count: int) -> ResidentImages:
+    """The first of them."""
+    return dataclasses.replace(images, pixels=images.pixels[:count], labels=images.labels[:count])
 
 
 def key_of(method: str, budget: str, seed: int) -> str:
@@ -263,6 +294,15 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
     """Everything decoded and on the device, and the dense model, trained if need be."""
     recipe = recipes.read(options.recipe)
+    bench, start = started(options, recipe)
+    claim(bench.folder / "settings.json", settings_of(options, recipe))
+    if options.dense and not checkpoint.is_model_folder(bench.folder / "dense"):
+        checkpoint.save(start, bench.folder / "dense")
+    return bench, dense_model(bench, start).to(bench.device)
+
+
+def started(options: argparse.Namespace, recipe: gohsp.Recipe) -> tuple[Bench, nn.Module]:
+    """Everything decoded and on the device, and the model that the dense one is trained from."""
     source = data.DataSource(source=options.data, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
     device = training.make_accelerator("no", "cpu" if recipe.device == "cpu" else None).device
     splits = [
@@ -277,14 +317,11 @@ def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
         else opening.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
     )
     preprocessing = data.Preprocessing.from_model(start)
-    train, held_out, test = (resident_images(split, preprocessing, device) for split in splits)
+    train, held_out, test = (resident.resident_images(split, preprocessing, device) for split in splits)
     folder = options.out or Path("runs") / options.recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder / "settings.json", settings_of(options, recipe))
-    bench = Bench(recipe, options.data, device, train, held_out, test, splits[0].mirrored_alike, folder, options.seed)
-    if options.dense and not checkpoint.is_model_folder(folder / "dense"):
-        checkpoint.save(start, folder / "dense")
-    return bench, dense_model(bench, start).to(device)
+    mirror = splits[0].mirrored_alike
+    return Bench(recipe, options.data, device, train, held_out, test, mirror, folder, options.seed), start
 
 
 def results_file(options: argparse.Namespace, prefix: str = "") -> Path:

@@ -293,8 +293,8 @@ def command_of(options: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
-    """Measure every model, writing the results after each."""
+def parser_of() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=SIZES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -305,13 +305,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overhead.json"))
-    options = parser.parse_args()
+    return parser
+
+
+def header() -> dict[str, Any]:
+    """What all records of a device have in common."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def main() -> None:
+    """Measure every model, writing the results after each."""
+    options = parser_of().parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     record = results.setdefault(options.device, {"models": {}})
-    record |= {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    record |= header()
     for name in options.models:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             found = pool.apply(measured, (options, name))

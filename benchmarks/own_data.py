@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comparison import PEERS, parser_of, run  # pyrefly: ignore[missing-import] (it lies beside this file)
+from comparison import PEERS, parser_of, run
 
 if __name__ == "__main__":
     parser = parser_of(

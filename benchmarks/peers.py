@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gohsp
 from gohsp import data
 from gohsp.measure import evaluate
-from oneshot import run_case  # pyrefly: ignore[missing-import] (it lies beside this file)
+from oneshot import run_case
 
 IMPORTANCES = ("l2", "taylor", "hessian")
 SCOPES = ("uniform", "isomorphic", "isomorphic-raw")

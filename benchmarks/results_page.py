@@ -335,31 +335,39 @@ def comparison(name: str, title: str) -> list[str]:
     if (found := read(name)) is None or "dense" not in (methods := by_method(found["runs"])):
         return []
     recipe = found["recipe"]
-    budgets = sorted({b for of in methods.values() for b in of if b}, key=lambda b: -float(b[len("params=") : -1]))
     dense = methods["dense"][""]
-    order = [*METHODS, *methods]  # ours first
-    rows = [comparison_row(method, methods[method], budgets) for method in dict.fromkeys(order) if method in methods]
     epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     from_scratch = (
         f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model had, with that "
         "model as teacher."
     )
     n = dense[0]["n"]
-    top1 = mean_top1(dense) / 100
-    error = 100 * (top1 * (1 - top1) / n) ** 0.5
     return [
         f"## {title}",
         f"    {found['command']}",
         f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or without ADMM as many of "
-        f"fine-tuning alone; top-1 on {n:,} images that nothing was chosen by (standard error {error:.1f}); "
-        f"{found['machine']}.",
-        table(["", *budgets], rows),
+        f"fine-tuning alone; top-1 on {n:,} images that nothing was chosen by (standard error "
+        f"{standard_error(mean_top1(dense), n):.1f}); {found['machine']}.",
+        methods_table(methods),
         *([from_scratch] if "scratch" in methods else []),
         *notes(found),
         "What Torch-Pruning may cut besides hidden units is what keeps most held-out accuracy right after the cut. "
         "Where little is left that is near chance; rows that name their choice had it set.",
         f"![Top-1 against parameters and MACs]({name}.svg)",
     ]
+
+
+def standard_error(top1: float, n: int) -> float:
+    """Of an accuracy in percent on so many images."""
+    return (top1 * (100 - top1) / n) ** 0.5
+
+
+def methods_table(methods: dict[str, dict[str, list[Json]]]) -> str:
+    """Top-1 of every method at every budget."""
+    budgets = sorted({b for of in methods.values() for b in of if b}, key=lambda b: -float(b[len("params=") : -1]))
+    order = [*METHODS, *methods]  # ours first
+    rows = [comparison_row(method, methods[method], budgets) for method in dict.fromkeys(order) if method in methods]
+    return table(["", *budgets], rows)
 
 
 COMPARISONS = {
@@ -371,11 +379,13 @@ METHODS = {
     "start": "dense",
     "dense": "dense, trained as long",
     "dense-long": "dense, as many epochs as from scratch",
+    "oneshot": "gohsp, nothing trained",
     "no-ADMM": "gohsp",
     "gohsp": "gohsp with ADMM",
     "gohsp-long": "gohsp with ADMM, as many epochs as from scratch",
     "random": "gohsp with ADMM, heads ranked at random",
     "scratch": "gohsp's shape trained from scratch",
+    "peer": "Torch-Pruning, the best of those tried",
 }
 WIDTHS = {
     "all": "embedding, heads' dimensions",
@@ -419,7 +429,7 @@ def ablations() -> str | None:
             rows.append([arm, *(cell for pair in zip(held_out, test, strict=True) for cell in pair)])
         header = ["", *(cell for b in budgets for cell in (f"{b}, held-out", "test"))]
         run = next(iter(found["runs"].values()))
-        error = (run["top1"] * (100 - run["top1"]) / run["n"]) ** 0.5
+        error = standard_error(run["top1"], run["n"])
         text += [
             f"## What each choice is worth: {title}",
             f"    {found['command']}",
@@ -437,7 +447,12 @@ def throughput() -> str | None:
     """Measured speed over what the ratio of MACs promises."""
     if (found := read("throughput")) is None:
         return None
-    text = ["## Throughput"]
+    return "\n\n".join(["## Throughput", *throughput_tables(found)])
+
+
+def throughput_tables(found: Json) -> list[str]:
+    """A command, its machine and its tables, for every pair of models."""
+    text = []
     for record in found.values():
         rows = [
             [
@@ -456,12 +471,12 @@ def throughput() -> str | None:
             table(header, rows),
             *profiles(record["cases"]),
         ]
-    return "\n\n".join(text)
+    return text
 
 
 def profiles(cases: Sequence[Json]) -> list[str]:
     """Where a pass of the largest batch spends its time, dense and pruned."""
-    largest = max(case["batch"] for case in cases)
+    largest = max((case["batch"] for case in cases), default=0)
     rows = []
     for case in cases:
         if case["batch"] == largest and (seen := case.get("profile")):
@@ -475,12 +490,17 @@ def profiles(cases: Sequence[Json]) -> list[str]:
 
 def overhead() -> str | None:
     """What gohsp's parts cost by model size."""
-    found = list((read("overhead") or {}).values())
-    if not found:
+    if (found := read("overhead")) is None:
         return None
-    text = ["## What the parts cost"]
-    for record in found:
-        sizes = record["models"]
+    return "\n\n".join(["## What the parts cost", *overhead_tables(found)])
+
+
+def overhead_tables(found: Json) -> list[str]:
+    """Commands, machines and tables by device."""
+    text = []
+    for record in found.values():
+        if not (sizes := record["models"]):
+            continue
         commands = [part["command"] for of in sizes.values() for part in of.values() if isinstance(part, dict)]
         seen = [part["processor"] for of in sizes.values() for part in of.values() if isinstance(part, dict)]
         machines = " and ".join(dict.fromkeys(seen))
@@ -520,7 +540,7 @@ def overhead() -> str | None:
             text.append(growth)
         if any("solves" in of for of in sizes.values()):
             text += reconstruction(sizes)
-    return "\n\n".join(text)
+    return text
 
 
 def steps_of(steps: Sequence[Sequence[str]]) -> list[str]:
@@ -583,6 +603,134 @@ def grown(sizes: Json) -> str | None:
     return f"Powers of the number of parameters by which seconds grow, first model to last: {', '.join(powers)}."
 
 
+def gpu() -> str:
+    """What ``benchmarks/gpu/run.sh`` left, and what of it is not there."""
+    parts = {name: read(f"gpu/{name}") for name in GPU_PARTS}
+    text = [
+        "## On a GPU",
+        "One call of `benchmarks/gpu/run.sh`, of at most ten minutes, measures what is below "
+        "([how](../benchmarks/gpu/README.md)).",
+    ]
+    for name, found in parts.items():
+        if found is not None:
+            title, tables = GPU_PARTS[name]
+            text += [f"### {title}", measured_on(found), *tables(found["results"])]
+    if missing := [GPU_PARTS[name][0] for name, found in parts.items() if found is None]:
+        text.append(f"Not measured yet: {'; '.join(missing)}.")
+    return "\n\n".join(text)
+
+
+def measured_on(found: Json) -> str:
+    """Machine and versions of a part of the GPU run, and what kept it from its end, if anything did."""
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    text = f"{found['machine']}; {versions}; {found['seconds']:.0f} s."
+    if found["dry_run"]:
+        text = f"A dry run, whose figures mean nothing. {text}"
+    if found["state"] != "done":
+        text += f" Not complete ({found['state']}{': ' * bool(found['reason'])}{found['reason']})."
+    if found["errors"]:
+        text += f" Failed: {'; '.join(found['errors'])}."
+    return text
+
+
+def gpu_smoke(results: Json) -> list[str]:
+    """What the GPU computes beside what the CPU does."""
+    told = {
+        "cut": lambda c: (
+            f"what the two devices' cuts predict is {c['divergence_between']:.1e} nats apart, the cut itself "
+            f"{c['divergence_of_cut']:.1e} from the dense model; {c['same_hidden_units_percent']:.1f} % of the hidden "
+            "units are the same"
+        ),
+        "ADMM": lambda c: f"weights after the same steps differ by {c['weights_differ_by']:.1e} of their norm",
+        "one-shot": lambda c: f"`{c['budget']['requested']}`, divergence {c['fidelity']['kl']:.3f}",
+        "latency": lambda c: (
+            f"half the hidden units take {c['measured']:.2f} of the time, {c['predicted']:.2f} foretold"
+        ),
+    }
+    rows = [
+        [name, "yes" if check["agrees"] else "**no**", told[name](check), f"{check['seconds']:.1f} s"]
+        for name, check in results.get("checks", {}).items()
+    ]
+    return [table(["", "as it should be", "", "time"], rows)] if rows else []
+
+
+def gpu_cifar(results: Json) -> list[str]:
+    """All methods with the same epochs, as many as the time held."""
+    if not (runs := results.get("runs")):
+        return []
+    if (start := runs.get("start seed=0")) is None:
+        return [methods_table(by_method(runs))]
+    recipe, epochs = results["recipe"], results["epochs"]
+    seconds = ", ".join(f"{value:.1f} s {way}" for way, value in results["epoch_seconds"].items())
+    behind = (
+        f"{epochs['behind']} behind it for every method, of which {recipe['admm_stage']['epochs']} are ADMM's where it "
+        "has a stage"
+        if "behind" in epochs
+        else "none behind it"
+    )
+    text = [
+        f"Epochs: {epochs['dense']} of the dense model ({start['params']:,} parameters, rounded to half precision), "
+        f"{behind}. An epoch takes {seconds}. Top-1 on {start['n']:,} images that nothing was chosen by (standard "
+        f"error {standard_error(start['top1'], start['n']):.1f}).",
+        methods_table(by_method(runs)),
+    ]
+    for key, run in runs.items():
+        if "variant" in run:
+            tried = (f"{name} {top1:.2f} %" for name, top1 in run["tried"].items() if top1 is not None)
+            text.append(
+                f"Torch-Pruning, `{key.split(' ')[1]}`: {run['variant']}, by held-out images after one epoch "
+                f"({', '.join(tried)})."
+            )
+    return text
+
+
+def gpu_throughput(results: Json) -> list[str]:
+    """Speed, and where the time goes that falls shortest of what the MACs promise."""
+    seen = [(case, name) for name, record in results.items() for case in record["cases"] if case["profile"]]
+    text = throughput_tables(results)
+    if seen:
+        worst, name = min(seen, key=lambda pair: pair[0]["achieved"])
+        text.append(
+            f"Furthest from its MAC ratio, of what is not compiled: {name.split(' ')[0]}, {worst['dtype']}, batch "
+            f"{worst['batch']}."
+        )
+        if worst["batch"] < max(case["batch"] for case in results[name]["cases"]):  # the largest is profiled above
+            text += profiles([worst])
+    return text
+
+
+def gpu_stages(results: Json) -> list[str]:
+    """The one-shot route by stage."""
+    stages = ("rank", "weigh", "allocate", "reconstruct")
+    rows = [
+        [
+            name,
+            f"{run['params'] / 1e6:.1f} M",
+            *(f"{run['timings'][stage]:.1f} s" for stage in stages),
+            f"{run['seconds']:.1f} s",
+            f"{run['peak_memory_mib']:,} MiB",
+        ]
+        for name, run in results.get("runs", {}).items()
+    ]
+    if not rows:
+        return []
+    first = next(iter(results["runs"].values()))
+    return [
+        f"`{first['budget']}`, {first['images']:,} calibration images and their mirror images, weights as they are "
+        "drawn. The whole time is all of a run, with reading images and writing the report.",
+        table(["model", "parameters", *stages, "the whole", "peak memory"], rows),
+    ]
+
+
+GPU_PARTS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
+    "smoke": ("What a GPU computes beside a CPU", gpu_smoke),
+    "cifar": ("CIFAR-10, ViT-Small", gpu_cifar),
+    "throughput": ("Throughput of DeiT-Small and DeiT-Base", gpu_throughput),
+    "oneshot_stages": ("One-shot by stage", gpu_stages),
+    "overhead": ("ADMM's overhead and ranking's passes", overhead_tables),
+}
+
+
 SECTIONS: tuple[Callable[[], str | None], ...] = (
     oneshot,
     polish,
@@ -593,6 +741,7 @@ SECTIONS: tuple[Callable[[], str | None], ...] = (
     imagewoof,
     throughput,
     overhead,
+    gpu,
 )
 
 

@@ -33,11 +33,14 @@ import gohsp
 from gohsp import latency, models, opening
 from gohsp.core import allocation
 
-CASES = {
+Case = tuple[str, int, bool]
+"""Data type, batch size and whether compiled."""
+
+CASES: dict[str, list[Case]] = {
     "cuda": [*itertools.product(["bfloat16"], [1, 64, 256], [False, True])],
     "cpu": [*itertools.product(["float32", "bfloat16"], [1, 32], [False])],
 }
-"""Data type, batch size and whether compiled, by device."""
+"""By device."""
 
 
 def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
@@ -69,26 +72,29 @@ def batch_of(model: nn.Module, size: int, dtype: torch.dtype, device: torch.devi
     return torch.randn(size, config["input_size"][0], *side, device=device, dtype=dtype)
 
 
-@torch.no_grad()
-def peak_memory(options: argparse.Namespace, which: int, case: tuple[str, int, bool]) -> float:
-    """MiB that one batch takes beyond the model; on a CPU in a process of its own."""
-    dtype, size, compiled = case
-    device = torch.device(options.device)
-    plain = contestants(options)[which].to(device, getattr(torch, dtype))
-    images = batch_of(plain, size, getattr(torch, dtype), device)
-    model: Any = torch.compile(plain, dynamic=False) if compiled else plain
-    model(images if compiled else images[:1])  # compiling takes memory of its own
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """MiB that a pass takes beyond what is there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(images)
+        call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what the allocator keeps from before would not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
     before = peak_resident()
-    model(images)
+    call()
     return (peak_resident() - before) / 2**10
+
+
+@torch.no_grad()
+def fresh_peak(options: argparse.Namespace, which: int, case: Case) -> float:
+    """Peak memory of one contestant on a CPU; to be run in a process of its own."""
+    dtype, size, _ = case
+    model = contestants(options)[which].to(getattr(torch, dtype))
+    images = batch_of(model, size, getattr(torch, dtype), torch.device("cpu"))
+    model(images[:1])
+    return peak_memory(lambda: model(images), torch.device("cpu"))
 
 
 def peak_resident() -> int:
@@ -118,18 +124,29 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, floa
 
 
 @torch.no_grad()
-def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[str, Any]:
-    """Both models under one case."""
+def measured(options: argparse.Namespace, case: Case, *, fresh: bool) -> dict[str, Any]:
+    """Both models under one case.
+
+    Args:
+        options: The models, device and rounds.
+        case: What they are measured at.
+        fresh: Whether memory is measured in processes of their own: what a process of a CPU took before hides what a
+            pass takes.
+    """
     dtype, size, compiled = case
     device = torch.device(options.device)
     pair = [model.to(device, getattr(torch, dtype)) for model in contestants(options)]
     costs = [gohsp.model_cost(s, s.shapes, "macs") for s in map(models.describe, pair)]
     images = batch_of(pair[0], size, getattr(torch, dtype), device)
     torch._dynamo.reset()  # a batch size met before would make the graph a dynamic one
-    calls: list[Any] = [torch.compile(model, dynamic=False) if compiled else model for model in pair]
-    times = latency.interleaved([lambda c=c: c(images) for c in calls], device, options.rounds)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = [pool.apply(peak_memory, (options, which, case)) for which in (0, 1)]
+    networks: list[Any] = [torch.compile(model, dynamic=False) if compiled else model for model in pair]
+    calls = [lambda n=n: n(images) for n in networks]
+    times = latency.interleaved(calls, device, options.rounds)
+    if fresh:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            memory = [pool.apply(fresh_peak, (options, which, case)) for which in (0, 1)]
+    else:
+        memory = [peak_memory(call, device) for call in calls]
     promised, speedup = costs[0] / costs[1], times[0] / times[1]
     return {
         "dtype": dtype,
@@ -140,12 +157,33 @@ def measured(options: argparse.Namespace, case: tuple[str, int, bool]) -> dict[s
         "promised": round(promised, 3),
         "speedup": round(speedup, 3),
         "achieved": round(speedup / promised, 3),
-        "profile": None if compiled else [profiled(lambda c=c: c(images), device) for c in calls],
+        "profile": None if compiled else [profiled(call, device) for call in calls],
     }
 
 
-def main() -> None:
-    """Measure every case of the device, writing the results after each."""
+def header(options: argparse.Namespace) -> dict[str, Any]:
+    """What the cases of a pair have in common, and room for them."""
+    return {
+        "command": f"python benchmarks/throughput.py {named(options)} --device {options.device}",
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shapes": sorted({written(shape) for shape in models.describe(contestants(options)[1]).shapes}),
+        "cases": [],
+    }
+
+
+def named(options: argparse.Namespace) -> str:
+    """The pair in words, as the command line takes them."""
+    name = Path(options.model).name
+    if options.pruned:
+        return f"{name} --pruned {options.pruned.name}"
+    heads = f" --heads {options.heads}" if options.heads else ""
+    return f"{name} --budget {options.budget} --multiple {options.multiple} --min-width {options.min_width}{heads}"
+
+
+def parser_of() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--budget", default="macs=-50%")
@@ -156,24 +194,16 @@ def main() -> None:
     parser.add_argument("--device", choices=CASES, default="cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/throughput.json"))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure every case of the device, writing the results after each."""
+    options = parser_of().parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    name = Path(options.model).name
-    what = f"--budget {options.budget} --multiple {options.multiple} --min-width {options.min_width}"
-    what += f" --heads {options.heads}" if options.heads else ""
-    if options.pruned:
-        what = f"--pruned {options.pruned.name}"
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/throughput.py {name} {what} --device {options.device}",
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "shapes": sorted({written(shape) for shape in models.describe(contestants(options)[1]).shapes}),
-        "cases": [],
-    }
-    results[f"{name} {what} {options.device}"] = record
+    record = results[f"{named(options)} {options.device}"] = header(options)
     for case in CASES[options.device]:
-        record["cases"].append(measured(options, case))
+        record["cases"].append(measured(options, case, fresh=options.device == "cpu"))
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         sys.stdout.write(f"{record['cases'][-1]}\n")
         sys.stdout.flush()
