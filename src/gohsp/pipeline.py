@@ -167,14 +167,11 @@ def _open(
     recipe: Recipe,
     split: data.Split,
 ) -> nn.Module:
-    arguments = dict(recipe.model_arguments)
     if isinstance(model, nn.Module):
-        if weights or pretrained or arguments:
-            raise CheckpointError(
-                "a model that is given as a module brings its own weights and arguments; give no weights, pretrained "
-                "or model_arguments beside it"
-            )
+        if weights or pretrained:
+            raise CheckpointError("a model that is given as a module brings its own weights; give no others")
         return models.working_copy(model)
+    arguments = dict(recipe.model_arguments)
     if opening.is_folder(model):
         return opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
     trains = recipe.dense.epochs > 0
