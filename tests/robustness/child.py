@@ -145,7 +145,7 @@ def _main(arguments: list[str], home: Home, stop: Stop | None, output: Path) -> 
     changes: list[str] = []
 
     def count(event: str, details: tuple[Any, ...]) -> None:
-        if event not in CHANGES or not (path := _path(details)).is_relative_to(home.run):
+        if event not in CHANGES or not lasting(path := _path(details), home.run):
             return
         if os.path.lexists(path) != (event == "os.mkdir"):  # else it changes nothing
             changes.append(f"{event} {path.relative_to(home.run)}")
@@ -159,6 +159,13 @@ def _main(arguments: list[str], home: Home, stop: Stop | None, output: Path) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: no signal may show a traceback of this harness
     home.mark("changes").write_text("\n".join(changes))
     sys.exit(status)
+
+
+def lasting(path: Path, folder: Path) -> bool:
+    """Whether a path is in a folder, and not in a hidden folder there, in which images are spooled."""
+    return path.is_relative_to(folder) and not any(
+        part.startswith(".") for part in path.relative_to(folder).parent.parts
+    )
 
 
 def _path(details: tuple[Any, ...]) -> Path:

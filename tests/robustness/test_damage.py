@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from robustness.child import Ended, Home, Stop, gohsp
+from robustness.child import Ended, Home, Stop, gohsp, lasting
 from robustness.runs import IDENTICAL, REFUSED, Job, Whole, fresh, outcome
 from robustness.tally import Tally
 
@@ -49,7 +49,8 @@ DAMAGES: dict[str, Damage | None] = {
 
 def damage(folder: Path, chance: random.Random) -> tuple[str, str]:
     """Damage one of the files below a folder; returns which and how."""
-    path = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+    files = (path for path in folder.rglob("*") if lasting(path, folder) and path.is_file() and path.stat().st_size)
+    path = chance.choice(sorted(files))
     how = chance.choice(list(DAMAGES))
     if change := DAMAGES[how]:
         path.write_bytes(change(path.read_bytes(), chance))
@@ -65,11 +66,12 @@ def damages(pytestconfig: pytest.Config) -> int:
 
 @pytest.fixture(scope="module")
 def interrupted(job: Job, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs and their cache, killed a quarter of the way, half of it, and near the end."""
+    """Runs and their cache, killed a third and two thirds of the way to their report, and right before it."""
     folders = []
-    for share in (0.25, 0.5, 0.9):
+    reported = next(i for i, change in enumerate(whole.changes, 1) if "rename" in change and "report.json" in change)
+    for third in (1, 2, 3):
         home = Home(tmp_path_factory.mktemp("interrupted"))
-        job.begin(home, stop=Stop(int(share * len(whole.changes)))).wait()
+        job.begin(home, stop=Stop(third * reported // 3)).wait()
         kept = home.path / "kept"
         kept.mkdir()
         home.run.rename(kept / "run")
