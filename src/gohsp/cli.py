@@ -28,6 +28,7 @@ from gohsp.errors import GohspError, PlanError
 from gohsp.measure import evaluate
 from gohsp.recipe import Recipe
 from gohsp.report import plots
+from gohsp.settings import SEED, WORKERS, require, whole
 from gohsp.structure import BlockShape, shapes_from_json
 
 console = Console()
@@ -98,6 +99,10 @@ class Rank:
     """Which images are drawn."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
     settings: Flat[ranking.RankingSettings] = field(default_factory=ranking.RankingSettings)
+
+    def __post_init__(self) -> None:
+        require("--images", self.images, whole())
+        require("--seed", self.seed, SEED)
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
@@ -173,6 +178,7 @@ class Prune:
         """Prune."""
         recipe = self.settings
         if self.calibration_size is not None:
+            require("--calibration-size", self.calibration_size, whole())
             settings = dataclasses.replace(recipe.data, calibration_images=self.calibration_size)
             recipe = dataclasses.replace(recipe, data=settings)
         result = pipeline.prune(
@@ -212,6 +218,10 @@ class Evaluate:
     json: bool = False
     """Print one line of JSON and nothing else."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
+
+    def __post_init__(self) -> None:
+        require("--batch-size", self.batch_size, whole())
+        require("--workers", self.workers, WORKERS)
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""
@@ -275,7 +285,7 @@ def _say(text: str) -> None:
 def _read_plan(path: Path) -> tuple[BlockShape, ...]:
     try:
         return shapes_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
