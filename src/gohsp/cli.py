@@ -29,6 +29,7 @@ from gohsp.errors import GohspError, PlanError, StorageError
 from gohsp.measure import evaluate
 from gohsp.recipe import Recipe
 from gohsp.report import plots
+from gohsp.settings import SEED, WORKERS, require, whole
 from gohsp.structure import BlockShape, shapes_from_json
 
 Positional = tyro.conf.Positional
@@ -101,9 +102,12 @@ class Rank:
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
     settings: Flat[ranking.RankingSettings] = field(default_factory=ranking.RankingSettings)
 
+    def __post_init__(self) -> None:
+        require("--images", self.images, whole())
+        require("--seed", self.seed, SEED)
+
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
-        recipes.check_seed(self.seed)
         model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
         if self.settings.needs_logits:
             models.require_classifier(model)
@@ -179,6 +183,7 @@ class Prune:
         """Prune."""
         recipe = self.settings
         if self.calibration_size is not None:
+            require("--calibration-size", self.calibration_size, whole())
             settings = dataclasses.replace(recipe.data, calibration_images=self.calibration_size)
             recipe = dataclasses.replace(recipe, data=settings)
         inputs = {"the recipe": self.recipe, "the plan": self.plan}
@@ -220,6 +225,10 @@ class Evaluate:
     json: bool = False
     """Print one line of JSON and nothing else."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
+
+    def __post_init__(self) -> None:
+        require("--batch-size", self.batch_size, whole())
+        require("--workers", self.workers, WORKERS)
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""

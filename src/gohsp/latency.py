@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gohsp import models
 from gohsp.core.allocation import WidthSettings, allowed_widths, smallest, smallest_block
-from gohsp.errors import RecipeError
+from gohsp.settings import require_settings, whole
 from gohsp.structure import KINDS, BlockShape, BlockStructure, BlockTimes, Kind, LatencyTable, ModelStructure
 
 _GRID = {"head": 4, "qk": 5, "vo": 5, "ffn": 8}
@@ -33,16 +34,11 @@ class LatencySettings:
     """
 
     batch_size: int = 1
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounds: int = 21
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.rounds) < 1:
-            raise RecipeError(
-                f"latency: batch_size and rounds must be at least 1, got {self.batch_size} and {self.rounds}"
-            )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise RecipeError(f"latency.dtype is float32, bfloat16 or float16, got {self.dtype!r}")
+        require_settings(self, "latency", batch_size=whole(1, 2**16), rounds=whole(1, 10_000))
 
     @property
     def torch_dtype(self) -> torch.dtype:

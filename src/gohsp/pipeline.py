@@ -102,7 +102,7 @@ def prune(
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
     training.require_one_process()
-    recipe = recipe or Recipe()
+    recipe, goal = recipe or Recipe(), parse_budget(budget)
     source = source if isinstance(source, data.DataSource) else data.DataSource(source=source)
     inputs = {
         "the model": None if isinstance(model, nn.Module) else model,
@@ -130,13 +130,16 @@ def prune(
     models.check_finite(dense)
     models.require_classifier(dense)
     models.require_remakeable(dense)
-    goal = parse_budget(budget)
-    if shapes is not None:
+    if shapes is None:
+        allocation.require_fitting(structure, recipe.widths)
+    else:
         check_shapes(structure, shapes)
     if goal.kind != "latency":
         limit = goal.limit(model_cost(structure, structure.shapes, goal.kind))
         if shapes is None:
-            allocation.require_feasible(structure, goal.kind, limit, recipe.widths)
+            uniform = recipe.allocation == "uniform"
+            meet = allocation.uniform if uniform else allocation.require_feasible
+            meet(structure, goal.kind, limit, recipe.widths)
         else:
             _require_met(goal, model_cost(structure, shapes, goal.kind), limit)
     labels = _labels(dense, splits, trains=_trains(recipe)) if recipe.route == "train" else [None]
@@ -471,7 +474,7 @@ def _polished(bench: Bench, dense: nn.Module, structure: ModelStructure, small: 
             bench.embedded(teacher, bench.calibration, mirror=bench.mirror),
             [of_block.ffn for of_block in weights],
             settings,
-            divergence=lambda: max(sensitivity.divergence(reference, bench.predictions(small, bench.holdout)), 0.0),
+            divergence=lambda: sensitivity.divergence(reference, bench.predictions(small, bench.holdout)),
             seed=bench.recipe.seed,
             precision=bench.precision,
             store=bench.folder.spool,
@@ -490,7 +493,7 @@ def _compared(bench: Bench, dense: nn.Module, small: nn.Module) -> dict[str, Any
     images = sum(len(batch) for batch in sides[0])
     return {
         "images": images,
-        "kl": max(sensitivity.divergence(*sides), 0.0),
+        "kl": sensitivity.divergence(*sides),
         "agreement": 100 * same / images,
     }
 

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from gohsp.core.activations import Stages
 from gohsp.core.sensitivity import passed
-from gohsp.errors import RecipeError
+from gohsp.settings import POSITIVE, SHARE, require_settings, whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,9 @@ class PolishSettings:
     window: int = 3
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or min(self.batch_size, self.window) < 1 or not 0 < self.learning_rate < math.inf:
-            raise RecipeError(
-                "polish needs epochs >= 0, batch_size >= 1, window >= 1 and learning_rate > 0; got "
-                f"epochs={self.epochs}, batch_size={self.batch_size}, window={self.window}, "
-                f"learning_rate={self.learning_rate}"
-            )
-        if not 0 <= self.fisher <= 1:
-            raise RecipeError(f"polish.fisher is a share, 0 to 1; got {self.fisher}")
+        require_settings(
+            self, "polish", epochs=whole(0), learning_rate=POSITIVE, batch_size=whole(), fisher=SHARE, window=whole()
+        )
 
 
 @dataclass(frozen=True)

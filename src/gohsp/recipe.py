@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
 
 from gohsp.core.admm import AdmmSettings
 from gohsp.core.allocation import WidthSettings
@@ -19,7 +17,10 @@ from gohsp.core.ranking import RankingSettings
 from gohsp.errors import RecipeError, nearest
 from gohsp.latency import LatencySettings
 from gohsp.polish import PolishSettings
+from gohsp.settings import SEED, require_settings, whole
 from gohsp.training import StageSettings, TrainingSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +55,11 @@ class DataSettings:
     holdout_images: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("calibration_images", "allocation_images", "ranking_images", "holdout_images"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise RecipeError(f"data.{name} must be a whole number and at least 1, got {count!r}")
+        counts = ("calibration_images", "allocation_images", "ranking_images", "holdout_images")
+        require_settings(self, "data", **dict.fromkeys(counts, whole()))
         for name in ("train_split", "validation_split"):
-            split = getattr(self, name)
-            if not isinstance(split, str) or not split.strip():
-                raise RecipeError(f"data.{name} must name a split, such as 'train', got {split!r}")
-
-
-LARGEST_SEED = 2**31 - 1
-"""Of the seed and of what is derived from it for epochs, all generators take 32 bits."""
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that some generator does not take.
-
-    Raises:
-        RecipeError: It is no whole number from 0 to 2,147,483,647.
-    """
-    if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-        raise RecipeError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+            if not getattr(self, name).strip():
+                raise RecipeError(f"data.{name} must name a split, such as 'train', got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +110,18 @@ class Recipe:
     retrain_dense: bool = True
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        require_settings(self, "", seed=SEED, allocation_stages=whole(1, 100))
+        for stage in ("dense", "admm_stage", "finetune"):
+            getattr(self, stage).check(stage)
         if self.route == "oneshot" and self.dense.epochs > 0:
             raise RecipeError(
                 'route = "oneshot" trains no dense model, but dense.epochs is '
                 f'{self.dense.epochs}; give a trained model and epochs = 0, or take route = "train"'
             )
-        stages = 1 if self.allocation_stages is None else self.allocation_stages
-        if stages < 1 or (stages > 1 and self.allocation == "uniform"):
+        if self.allocation == "uniform" and (self.allocation_stages or 1) > 1:
             raise RecipeError(
-                f"allocation_stages is {stages} with allocation '{self.allocation}'; stages are 1 or "
-                'more, and more than 1 only with allocation = "measured"'
+                f'allocation_stages is {self.allocation_stages} with allocation = "uniform", which takes one; leave it '
+                'out, or take allocation = "measured"'
             )
         if self.data.resident and self.training.augment == "strong":
             raise RecipeError(
@@ -156,32 +141,24 @@ def from_mapping(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: An unknown key (the nearest valid one is named), a wrong type, or a value out of range.
     """
-    _check_keys(data, Recipe, where, "")
     try:
-        return TypeAdapter(Recipe).validate_python(_merged(dataclasses.asdict(Recipe()), data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}: '{place}' is {first['input']!r}: {first['msg']}") from error
+        return _changed(Recipe(), data, "")
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if nested else value
-    return result
-
-
-def _check_keys(data: Mapping[str, Any], cls: type, where: str, prefix: str) -> None:
-    hints = typing.get_type_hints(cls)
+def _changed(settings: T, data: Mapping[str, Any], prefix: str) -> T:
+    """``settings`` with the values of ``data``, which is nested as they are."""
+    present = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    changes = dict(data)
     for key, value in data.items():
-        if key not in hints:
-            raise RecipeError(f"{where}: unknown key '{prefix}{key}'; {nearest(key, hints)}")
-        if dataclasses.is_dataclass(hints[key]):
+        if key not in present:
+            raise RecipeError(f"unknown key '{prefix}{key}'; {nearest(key, present)}")
+        if dataclasses.is_dataclass(present[key]):
             if not isinstance(value, Mapping):
-                raise RecipeError(f"{where}: '{prefix}{key}' must be a table, got {value!r}")
-            _check_keys(value, typing.cast(type, hints[key]), where, f"{prefix}{key}.")
+                raise RecipeError(f"{prefix}{key} must be a table, got {value!r}")
+            changes[key] = _changed(present[key], value, f"{prefix}{key}.")
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
 def read(path: Path) -> Recipe:

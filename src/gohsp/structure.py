@@ -394,13 +394,16 @@ def check_shapes(structure: ModelStructure, shapes: Sequence[BlockShape]) -> Non
     """Check that a model of this structure can be cut down to ``shapes``.
 
     Raises:
-        PlanError: Wrong number of blocks, a width of 0 or above the present one, or a kind that may not be cut.
+        PlanError: Wrong number of blocks, a width that is no whole number from 1 to the present one, or a kind that
+            may not be cut.
     """
     if len(shapes) != len(structure.blocks):
         raise PlanError(f"the plan has {len(shapes)} blocks, the model has {len(structure.blocks)}")
     for i, (block, shape) in enumerate(zip(structure.blocks, shapes, strict=True)):
         for field, kind in (("heads", "head"), ("qk", "qk"), ("vo", "vo"), ("ffn", "ffn")):
             want, have = getattr(shape, field), getattr(block.shape, field)
+            if not _is_whole(want):
+                raise PlanError(f"block {i}: '{field}' must be a whole number, got {want!r}")
             if not 1 <= want <= have:
                 raise PlanError(f"block {i}: '{field}' must be from 1 to {have}, got {want}")
             if want < have and kind not in block.prunable:
@@ -408,6 +411,10 @@ def check_shapes(structure: ModelStructure, shapes: Sequence[BlockShape]) -> Non
                     f"block {i}: '{field}' cannot be cut in this model (allowed here: {sorted(block.prunable)}); "
                     f"keep it at {have}"
                 )
+
+
+def _is_whole(width: object) -> bool:
+    return isinstance(width, int) and not isinstance(width, bool)
 
 
 def shapes_to_json(shapes: Iterable[BlockShape]) -> list[dict[str, int]]:
@@ -427,7 +434,7 @@ def shapes_from_json(blocks: Sequence[Mapping[str, Any]]) -> tuple[BlockShape, .
     for i, block in enumerate(blocks):
         _require_keys(i, block)
         for key, width in block.items():
-            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            if not _is_whole(width) or width < 1:
                 raise PlanError(f"block {i} of the plan: '{key}' must be a whole number above 0, got {width!r}")
         shapes.append(BlockShape(**block))
     return tuple(shapes)
@@ -478,6 +485,7 @@ def amount(kind: BudgetKind, cost: float) -> str:
 
 
 _BUDGET = re.compile(r"(?P<kind>\w+)=(?P<sign>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>%|K|M|G|ms|s|)", re.IGNORECASE)
+_EXAMPLES: dict[str, str] = {"params": "params=4.0M", "macs": "macs=0.9G", "latency": "latency=8ms"}
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _TIMES = {"ms": 1.0, "s": 1e3}
 
@@ -489,9 +497,9 @@ def parse_budget(text: str) -> Budget:
     in ms or s.
 
     Raises:
-        BudgetError: Unreadable text, or an unknown kind.
+        BudgetError: Unreadable text, an unknown kind, or a bound that no plan can meet or that leaves nothing to cut.
     """
-    match = _BUDGET.fullmatch(text.strip())
+    match = _BUDGET.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise BudgetError(
             f"budget '{text}' cannot be read; write params=4.0M, params=-30%, macs=0.9G, macs=-50%, latency=-25% or "
@@ -510,4 +518,11 @@ def parse_budget(text: str) -> Budget:
         raise BudgetError(f"budget '{text}': a bound on {kind} ends with one of {[u for u in units if u]}, or %")
     else:
         number *= units[unit]
+    if relative and not 0 < number < 1:
+        raise BudgetError(
+            f"budget '{text}' leaves {100 * number:g} % of the model; ask for more than 0 and less than 100 %, as in "
+            f"{kind}=-30%"
+        )
+    if not 0 < number < float("inf"):
+        raise BudgetError(f"budget '{text}' must be a finite number above 0, as in {_EXAMPLES[kind]}")
     return Budget(kind=kind, requested=text, number=number, relative=relative)  # type: ignore[arg-type]

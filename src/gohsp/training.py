@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from gohsp.core import admm
 from gohsp.errors import CheckpointError, NonFiniteError, RecipeError, RunError, nearest
 from gohsp.measure import Metrics
 from gohsp.resident import ResidentLoader
+from gohsp.settings import NOT_NEGATIVE, POSITIVE, SHARE, WORKERS, Range, require_settings, whole
 
 logger = logging.getLogger(__name__)
 
@@ -85,24 +85,29 @@ class TrainingSettings:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
+        require_settings(
+            self,
+            "training",
+            batch_size=whole(),
+            weight_decay=NOT_NEGATIVE,
+            clip_grad=NOT_NEGATIVE,
+            label_smoothing=SHARE,
+            distillation=SHARE,
+            temperature=Range(0.01, 1000),
+            mixup=Range(0, 100),
+            cutmix=Range(0, 100),
+            ema=Range(0, 1, below=True),
+            workers=WORKERS,
+            evaluate_every=whole(),
+        )
         known = [str(name) for name in list_optimizers()]
         if self.optimizer not in known:
-            hint = nearest(self.optimizer, known)
-            raise RecipeError(f"training.optimizer '{self.optimizer}' is unknown; {hint}")
-        shares = {"label_smoothing": self.label_smoothing, "distillation": self.distillation, "ema": self.ema}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise RecipeError(f"training.{name} must be from 0 to 1, got {value}")
-        if self.batch_size < 1 or self.evaluate_every < 1 or self.workers < 0 or self.temperature <= 0:
-            raise RecipeError(
-                "training.batch_size and evaluate_every must be at least 1, workers at least 0 and temperature "
-                f"above 0; got {self.batch_size}, {self.evaluate_every}, {self.workers}, {self.temperature}"
-            )
+            raise RecipeError(f"training.optimizer '{self.optimizer}' is unknown; {nearest(self.optimizer, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """Length and rate of one training stage.
+    """Length and rate of one training stage; the recipe checks them, which knows the stage's name.
 
     Attributes:
         epochs: Passes over the training images; 0 leaves the stage out.
@@ -116,12 +121,13 @@ class StageSettings:
     warmup: float = 0.2
     schedule: Literal["cosine", "constant"] = "cosine"
 
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or not 0 < self.learning_rate < math.inf or not 0 <= self.warmup < math.inf:
-            raise RecipeError(
-                f"a stage needs epochs >= 0, learning_rate > 0, warmup >= 0; got epochs={self.epochs}, "
-                f"learning_rate={self.learning_rate}, warmup={self.warmup}"
-            )
+    def check(self, name: str) -> None:
+        """Check every setting; ``name`` is the stage's, by which a recipe writes them.
+
+        Raises:
+            RecipeError: One is out of range.
+        """
+        require_settings(self, name, epochs=whole(0), learning_rate=POSITIVE, warmup=Range(0, 1e6))
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,8 @@ def train(
     with fast_attention(autocast_dtype(accelerator), *used), progress_bar(disable=not show_progress) as bar:
         task = bar.add_task(name, total=stage.epochs * len(run.loader), completed=first * len(run.loader), rate="")
         for epoch in range(first, stage.epochs):
-            set_seed(seed + 1000 * (epoch + 1))  # an epoch's draws depend on its number, so that resuming repeats them
+            # An epoch's draws depend on its number, so that resuming repeats them; NumPy's seeds have 32 bits.
+            set_seed((seed + 1000 * (epoch + 1)) % 2**32)
             if state is not None and refresh is not None and epoch > 0:
                 state = refresh(state)
             began = time.perf_counter()

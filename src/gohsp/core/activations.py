@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.errors import UnsupportedModelError
+from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.structure import BlockStructure, Readout, UnitSlice
 
 GRADIENT_IMAGES = 32
 """Images of one backward pass of an analysis. What it needs of the forward pass is kept for all of them."""
+
+
+SHUT = torch.finfo(torch.float32).eps
+"""Gain of LayerScale up to which a channel counts as shut off: to write through it, weights would have to be huge."""
 
 
 def units(model: nn.Module, entry: UnitSlice, count: int) -> Tensor:
@@ -75,8 +79,35 @@ def attention_rows(model: nn.Module, block: BlockStructure, x: Tensor, tokens: T
 
 
 def readout_gain(model: nn.Module, readout: Readout) -> Tensor | None:
-    """LayerScale vector ``[size]`` behind a readout, or None."""
-    return model.get_parameter(readout.gain).detach() if readout.gain else None
+    """LayerScale vector ``[size]`` behind a readout, or None; up to :data:`SHUT` it is 0."""
+    if readout.gain is None:
+        return None
+    gain = model.get_parameter(readout.gain).detach()
+    return gain.where(gain.abs() > SHUT, 0.0)
+
+
+def require_finite(what: str, values: Tensor, *, cut: bool = False) -> None:
+    """Check what flows through a model, or sums of its squares.
+
+    Args:
+        what: What the values are, such as ``the input of module 'blocks.0.attn'``.
+        values: The values.
+        cut: Whether gohsp has changed the model's weights, while the model as given was found finite there.
+
+    Raises:
+        NonFiniteError: They hold NaN or infinity; the message tells the given model's fault from one of the cut's.
+    """
+    if torch.stack(values.aminmax()).isfinite().all():  # NaN goes through aminmax
+        return
+    if cut:
+        raise NonFiniteError(
+            f"{what} holds NaN, infinite or huge values after a cut, though not in the model as given: gohsp's doing. "
+            'Set training.precision = "no"; if that does not help, please report the architecture'
+        )
+    raise NonFiniteError(
+        f"{what} holds NaN, infinite or huge values in the model as given; check its weights for huge ones and the "
+        'images\' normalisation, or set training.precision = "no"'
+    )
 
 
 @contextmanager

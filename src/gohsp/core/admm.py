@@ -40,6 +40,7 @@ from gohsp.core.projection import (
     squared_size,
 )
 from gohsp.errors import RecipeError
+from gohsp.settings import NOT_NEGATIVE, POSITIVE, SHARE, Range, require_settings, whole
 from gohsp.structure import BlockShape, ModelStructure, Plan, check_shapes
 
 Penalty = Literal["decoupled", "coupled"]
@@ -83,22 +84,24 @@ class AdmmSettings:
     projection: ProjectionSettings = field(default_factory=ProjectionSettings)
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho_start <= self.rho_end:
-            raise RecipeError(f"admm: 0 < rho_start <= rho_end is needed, got {self.rho_start} and {self.rho_end}")
+        require_settings(
+            self,
+            "admm",
+            rho_start=POSITIVE,
+            rho_end=POSITIVE,
+            ramp=SHARE,
+            interval=whole(),
+            dual_step=Range(0, 1, above=True),
+            reselect=whole(),
+            freeze=SHARE,
+            hysteresis=NOT_NEGATIVE,
+            tolerance=POSITIVE,
+        )
+        if self.rho_start > self.rho_end:
+            raise RecipeError(f"admm.rho_start must be at most admm.rho_end, got {self.rho_start} and {self.rho_end}")
         if self.penalty == "decoupled" and self.rho_end > 1:
             raise RecipeError(
                 f"admm.rho_end is a fraction when the penalty is decoupled, at most 1; got {self.rho_end}"
-            )
-        if self.interval < 1 or self.reselect < 1:
-            raise RecipeError(f"admm.interval and reselect must be at least 1, got {self.interval}, {self.reselect}")
-        if self.dual_step is not None and not 0 < self.dual_step <= 1:
-            raise RecipeError(f"admm.dual_step must be above 0 and at most 1, got {self.dual_step}")
-        for name in ("ramp", "freeze"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"admm.{name} is a share of the stage, 0 to 1; got {getattr(self, name)}")
-        if self.hysteresis < 0 or self.tolerance <= 0:
-            raise RecipeError(
-                f"admm: hysteresis >= 0 and tolerance > 0 are needed, got {self.hysteresis}, {self.tolerance}"
             )
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise, product
 from typing import Any
 
 from gohsp.errors import BudgetError, RecipeError
+from gohsp.settings import SHARE, require_settings, whole
 from gohsp.structure import (
     KINDS,
     BlockShape,
@@ -48,11 +49,7 @@ class WidthSettings:
     min_ffn: float = 0.05
 
     def __post_init__(self) -> None:
-        if min(self.multiple, self.min_width, self.min_heads) < 1 or not 0 <= self.min_ffn <= 1:
-            raise RecipeError(
-                "widths: multiple, min_width and min_heads must be at least 1 and min_ffn a share, 0 to 1; got "
-                f"{self.multiple}, {self.min_width}, {self.min_heads}, {self.min_ffn}"
-            )
+        require_settings(self, "widths", multiple=whole(), min_width=whole(), min_heads=whole(), min_ffn=SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +190,26 @@ def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, s
     _require_within(limit, model_cost(structure, smallest(structure, settings), cost), cost)
 
 
+def require_fitting(structure: ModelStructure, settings: WidthSettings) -> None:
+    """Check that the floors and the step of widths are not above what this model has; the defaults fit every model.
+
+    Raises:
+        RecipeError: One is, so that it would keep every block as wide as it is.
+    """
+    counted: dict[str, tuple[Kind, ...]] = {
+        "multiple": ("qk", "vo", "ffn"),
+        "min_width": ("qk", "vo"),
+        "min_heads": ("head",),
+    }
+    for name, kinds in counted.items():
+        asked, most = getattr(settings, name), max(max(getattr(s, FIELDS[k]) for k in kinds) for s in structure.shapes)
+        if asked > max(most, getattr(WidthSettings(), name)):
+            raise RecipeError(
+                f"widths.{name} is {asked}, but {most} is the most that a block of this model has "
+                f"({', '.join(FIELDS[k] for k in kinds)}), so that nothing could be cut there; give at most {most}"
+            )
+
+
 def smallest(structure: ModelStructure, settings: WidthSettings) -> tuple[BlockShape, ...]:
     """The smallest allowed widths of every block."""
     return tuple(smallest_block(block, settings) for block in structure.blocks)
@@ -208,7 +225,7 @@ def _require_within(limit: float, smallest: float, cost: CostModel) -> None:
         kind = kind_of(cost)
         raise BudgetError(
             f"no plan meets {amount(kind, limit)}: the smallest possible model has {amount(kind, smallest)}; "
-            "raise the budget, or lower the floors (widths.min_heads, min_width, min_ffn)"
+            "raise the budget, or lower the floors (widths.min_heads, min_width, min_ffn) or the step (widths.multiple)"
         )
 
 

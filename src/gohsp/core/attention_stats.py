@@ -17,8 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import GRADIENT_IMAGES, attention_rows, evaluating, observe_inputs, readout_gain
-from gohsp.errors import DataError, NonFiniteError, UnsupportedModelError
+from gohsp.core.activations import (
+    GRADIENT_IMAGES,
+    attention_rows,
+    evaluating,
+    observe_inputs,
+    readout_gain,
+    require_finite,
+)
+from gohsp.errors import DataError, UnsupportedModelError
 from gohsp.structure import BlockStructure, ModelStructure
 
 Edge = Literal["jsd", "kl", "similarity", "cosine", "cka"]
@@ -185,9 +192,9 @@ class HeadStatisticsFitter:
         with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), self._autocast(images.device):
             logits = self._model(images)
         for name, x in seen.items():
-            _require_finite(f"the input of module '{name}'", x)
+            require_finite(f"the input of module '{name}'", x)
         if isinstance(logits, Tensor):
-            _require_finite("the model's output", logits)
+            require_finite("the model's output", logits)
         outputs = [seen[readout] for _, readout in names]
         if self._backward:
             self._add_gradients(logits, outputs)
@@ -232,7 +239,7 @@ class HeadStatisticsFitter:
         with self._autocast(first.device):
             maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
-            _require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
+            require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
         return torch.cat(maps, dim=1)
 
     @property
@@ -359,13 +366,6 @@ def residual_covariances(covariance: Tensor, heads: int) -> Tensor:
     inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
     grid = inverse.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
     return torch.linalg.inv(torch.stack([grid[h, :, h] for h in range(heads)]))
-
-
-def _require_finite(what: str, x: Tensor) -> None:
-    if not torch.stack(x.aminmax()).isfinite().all():  # NaN goes through aminmax
-        raise NonFiniteError(
-            f"{what} holds NaN or infinity; check the model's weights, its precision and the images' normalisation"
-        )
 
 
 class _Moments:

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import forward_all, observe_inputs
+from gohsp.core.activations import forward_all, observe_inputs, require_finite
 from gohsp.core.fisher import TokenWeights
 from gohsp.errors import NonFiniteError
 from gohsp.structure import ModelStructure
@@ -24,6 +24,15 @@ logger = logging.getLogger(__name__)
 
 RIDGE = 0.1
 """Default ridge, relative to the mean diagonal entry of the Gram matrix."""
+
+LEAST_ENERGY = 1e-30
+"""Mean square below which inputs of a map count as 0: it loses its digits, since moments are sums in float32."""
+
+ROUNDING = 5e-3
+"""Share of its root mean square up to which what varies of an input counts as rounding.
+
+Moments are sums of float32 products, which leave up to 2e-3 of a constant when its mean is taken off.
+"""
 
 RIDGE_STEP = 10**0.5
 """Ratio of neighbouring ridges that cross-validation compares."""
@@ -284,29 +293,20 @@ def collect_moments(
             (block.attention_readout.module, of.head_outputs),
             (block.ffn_readout.module, of.hidden),
         ):
-            require_finite(name, moment)
+            require_finite(f"the input of module '{name}'", moment)
     return moments
 
 
-def require_finite(module: str, moment: Tensor) -> None:
-    """Check a moment of the inputs of ``module``.
-
-    Raises:
-        NonFiniteError: It holds NaN or infinite values.
-    """
-    if not torch.isfinite(moment).all():
-        raise NonFiniteError(
-            f"the input of module '{module}' holds NaN or infinite values on the calibration images; "
-            "check the weights and the preprocessing"
-        )
+def ridge_level(gram: Tensor, ridge: float) -> Tensor:
+    """``ridge`` times the mean diagonal entry of ``gram``; where inputs are all but 0, of :data:`LEAST_ENERGY`."""
+    return ridge * gram.double().diagonal().mean().clamp_min(LEAST_ENERGY)
 
 
 def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """``gram`` with ``ridge`` times its mean diagonal entry added to the diagonal, float64."""
-    gram = gram.to(torch.float64, copy=True)
-    diagonal = gram.diagonal()
-    diagonal += ridge * diagonal.mean().clamp_min(1e-100)  # inputs that are always 0 stay invertible, too
-    return gram
+    """``gram`` with :func:`ridge_level` added to the diagonal, float64."""
+    result = gram.to(torch.float64, copy=True)
+    result.diagonal().add_(ridge_level(gram, ridge))
+    return result
 
 
 def cholesky(gram: Tensor) -> Tensor:
@@ -362,8 +362,7 @@ def residual_refit(fit: Regression, weight: Tensor, ridge: float = RIDGE) -> Ten
         weight: The present map ``[outputs, n]``.
         ridge: Relative to the mean diagonal entry of the Gram matrix.
     """
-    level = ridge * fit.gram.diagonal().mean()
-    return divided(fit.cross + level * weight.double(), ridged(fit.gram, ridge))
+    return divided(fit.cross + ridge_level(fit.gram, ridge) * weight.double(), ridged(fit.gram, ridge))
 
 
 def refit(gram: Tensor, weight: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -381,6 +380,20 @@ def apply_refit(weight: Tensor, keep: Tensor, takeover: Tensor) -> Tensor:
     result = torch.zeros_like(weight)
     result[:, keep] = weight[:, keep] + weight[:, ~keep] @ takeover.to(weight.dtype)
     return result
+
+
+def idle_inputs(gram: Tensor, units: int) -> Tensor:
+    """Mask ``[n]`` of the inputs that do nothing which the constant behind them, or 0, would not do as well.
+
+    Args:
+        gram: Second moment ``[n, n]`` of the inputs.
+        units: How many of them are units; one behind them is the constant.
+    """
+    energy = gram.diagonal()
+    varying = energy if len(gram) == units else energy - gram[:, -1].square()
+    idle = (varying <= ROUNDING**2 * energy) | (energy <= LEAST_ENERGY)
+    idle[units:] = False
+    return idle
 
 
 class BrainSurgeon:
@@ -438,7 +451,8 @@ def select_units(gram: Tensor, weight: Tensor, bonus: Tensor, count: int, *, rid
     excess = units - count
     if excess == 0:
         return keep
-    surgeon = BrainSurgeon(gram, weight, ridge)
+    # Measured with a ridge, idle units would seem to matter by the size of their weights.
+    surgeon = BrainSurgeon(gram, weight.masked_fill(idle_inputs(gram, units), 0.0), ridge)
     group = max(1, -(-excess // ROUNDS))
     while excess > 0:
         saliency = surgeon.saliency()[:units] * bonus

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import GRADIENT_IMAGES, evaluating
-from gohsp.errors import NonFiniteError
+from gohsp.core.activations import GRADIENT_IMAGES, evaluating, require_finite
 from gohsp.structure import ModelStructure
 
 
@@ -90,11 +89,7 @@ def _gradients(
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         logits = model(images).float()
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(
-                "the model's outputs hold NaN or infinite values on the calibration images; check the weights and the "
-                "preprocessing"
-            )
+        require_finite("the model's output", logits)
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         return torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), outputs)
 

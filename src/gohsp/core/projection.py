@@ -21,8 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import readout_gain, units
-from gohsp.core.compensation import RIDGE, BlockMoments, BrainSurgeon, apply_refit, refit_map, select_units, signed_sums
-from gohsp.errors import RecipeError
+from gohsp.core.compensation import (
+    RIDGE,
+    BlockMoments,
+    BrainSurgeon,
+    apply_refit,
+    idle_inputs,
+    refit_map,
+    select_units,
+    signed_sums,
+)
+from gohsp.settings import POSITIVE, SHARE, require_settings
 from gohsp.structure import BlockPlan, BlockShape, BlockStructure, ModelStructure, Plan, Readout, UnitSlice
 
 Metric = Literal["data", "euclidean"]
@@ -55,11 +64,9 @@ class ProjectionSettings:
     ffn_fisher: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("guidance", "attention_fisher", "ffn_fisher"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"projection.{name} is a share, 0 to 1; got {getattr(self, name)}")
-        if self.ridge <= 0:
-            raise RecipeError(f"projection.ridge must be above 0, got {self.ridge}")
+        require_settings(
+            self, "admm.projection", guidance=SHARE, ridge=POSITIVE, attention_fisher=SHARE, ffn_fisher=SHARE
+        )
 
 
 def bias_slice(readout: Readout) -> UnitSlice | None:
@@ -309,8 +316,9 @@ def _select_values_by_data(
     if shape.heads == have.heads and shape.vo == have.vo:
         return heads, vo
     weight, gram = full_map(values, block.attention_readout, moments.head_outputs)
-    surgeon = BrainSurgeon(gram, _scaled(weight, gain), settings.ridge)
     grid = torch.arange(have.heads * have.vo, device=heads.device).view(have.heads, have.vo)
+    weight = _scaled(weight, gain).masked_fill(idle_inputs(gram, grid.numel()), 0.0)
+    surgeon = BrainSurgeon(gram, weight, settings.ridge)
     if shape.heads < have.heads:
         strength = blend(surgeon.group_saliency(grid), ranking, settings.guidance) * bonus.heads
         heads = _top(strength, shape.heads)

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from gohsp.core.activations import units
 from gohsp.core.attention_stats import (
-    EDGES,
     GRADIENT_STATISTICS,
-    SCOPES,
     STATISTICS,
     Edge,
     HeadStatistics,
@@ -28,7 +26,7 @@ from gohsp.core.graph import (
     stationary_distribution,
     transition_matrix,
 )
-from gohsp.errors import RecipeError, nearest
+from gohsp.settings import SHARE, Range, require_settings
 from gohsp.structure import ModelStructure
 
 Teleport = Literal["uniform", "weight_norm", "contribution", "fisher", "fisher_residual", "taylor"]
@@ -60,16 +58,7 @@ class RankingSettings:
     tolerance: float = 1e-10
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "edge": EDGES, "scope": SCOPES, "teleport": TELEPORTS}
-        for field, allowed in choices.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                hint = f"{nearest(str(value), allowed)} (allowed: {', '.join(allowed)})"
-                raise RecipeError(f"ranking {field} '{value}' is unknown; {hint}")
-        if not 0 <= self.damping <= 1:
-            raise RecipeError(f"ranking damping must be from 0 (teleport alone) to 1 (chain alone), got {self.damping}")
-        if not 0 < self.tolerance < 1:
-            raise RecipeError(f"ranking tolerance must be between 0 and 1, such as 1e-10, got {self.tolerance}")
+        require_settings(self, "ranking", damping=SHARE, tolerance=Range(0, 1, above=True, below=True))
 
     @property
     def needs_logits(self) -> bool:

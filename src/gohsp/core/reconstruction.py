@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import evaluating, inputs_of, readout_gain, units
+from gohsp.core.activations import evaluating, inputs_of, readout_gain, require_finite, units
 from gohsp.core.compensation import (
     BlockMoments,
     InputFitter,
@@ -23,7 +23,6 @@ from gohsp.core.compensation import (
     RegressionFitter,
     cross_validated_ridge,
     refit,
-    require_finite,
     residual_refit,
     select_units,
     signed_sums,
@@ -148,11 +147,13 @@ class _Block:
         for b in range(len(stream)):
             before = target[b].to(self.device)
             z, h = self.inputs(self.dense, before, self.attention, self.ffn)
+            for readout, read in ((self.attention, z), (self.ffn, h)):  # squares, since moments will hold these
+                require_finite(f"the input of module '{readout.module}'", read.float().square().sum())
             between = before + branch(self.dense, self.attention, z)
             middle[b], target[b] = between, between + branch(self.dense, self.ffn, h)
             (x,) = self.inputs(self.model, stream[b].to(self.device), self.block.attention)
             inputs.update(x)
-        require_finite(self.block.attention, inputs.moment)
+        require_finite(f"the input of module '{self.block.attention}'", inputs.moment, cut=True)
         moments = BlockMoments(
             inputs.moment, inputs.within, self.unmeasured(have.heads * have.vo), self.unmeasured(have.ffn)
         )
@@ -186,7 +187,8 @@ class _Block:
         by_unit = self.selected(moments, replace(have, ffn=shape.ffn), "ffn", ridge)
         self.project(moments, by_unit, ridge)
         for b in range(len(stream)):
-            stream[b] = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
+            stream[b] = after = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
+            require_finite(f"the output of module '{self.block.name}'", after, cut=True)
         if self.support is not None:
             return self.support
         queries = dict(zip(by_query.heads, by_query.qk, strict=True))
@@ -221,7 +223,7 @@ class _Block:
             kept = torch.zeros(self.block.shape.ffn, dtype=torch.bool, device=total.gram.device)
             kept[list(self.support.ffn)] = True
             return kept
-        require_finite(self.ffn.module, total.gram)
+        require_finite(f"the input of module '{self.ffn.module}'", total.gram, cut=True)
         present, total = self.present_map(self.ffn, total)
         bonus = torch.ones(self.block.shape.ffn, dtype=torch.float64, device=present.device)
         fitted = residual_refit(total, present, self.settings.ridge)
@@ -252,7 +254,7 @@ class _Block:
             The ridge that held up best on folds, for the map on the inputs that stay where that is known.
         """
         total = fit.total
-        require_finite(readout.module, total.gram)
+        require_finite(f"the input of module '{readout.module}'", total.gram, cut=True)
         present, total = self.present_map(readout, total)
         n = present.shape[1]
         keep = None if kept is None else torch.cat([kept, kept.new_ones(n - len(kept))])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core.activations import readout_gain, rows, units
-from gohsp.core.compensation import BlockMoments
+from gohsp.core.compensation import ROUNDING, BlockMoments
 from gohsp.structure import BlockStructure, ModelStructure, UnitSlice
 
 _FLOOR = 1e-8
@@ -44,12 +44,9 @@ def rotate_queries_keys(model: nn.Module, block: BlockStructure, moments: BlockM
     heads, qk = block.shape.heads, block.shape.qk
     query = extended_rows(model, block.query, heads * qk)
     key = extended_rows(model, block.key, heads * qk)
-    width = query.shape[1]
     for h in range(heads):
         part = slice(h * qk, (h + 1) * qk)
-        to_query, to_key = balance_query_key(
-            query[part], key[part], moments.attention_input[:width, :width], moments.key_input[:width, :width]
-        )
+        to_query, to_key = balance_query_key(query[part], key[part], moments.attention_input, moments.key_input)
         _mix_rows(model, block.query, h, qk, to_query)
         _mix_rows(model, block.key, h, qk, to_key)
 
@@ -63,16 +60,15 @@ def rotate_values(model: nn.Module, block: BlockStructure, moments: BlockMoments
     columns = units(model, block.attention_readout.columns, heads * vo)
     gain = readout_gain(model, block.attention_readout)
     written = columns if gain is None else gain[:, None] * columns
-    spread = moments.head_outputs
-    if block.attention_readout.bias:  # the bias takes over means, so that only what varies counts
-        spread = spread - torch.outer(spread[:, -1], spread[:, -1])
+    sent = moments.head_outputs
     for h in range(heads):
         part = slice(h * vo, (h + 1) * vo)
-        forward, backward = order_values(written[:, part], spread[part, part])
+        mean = sent[part, -1] if block.attention_readout.bias else None
+        forward, backward = order_values(written[:, part], sent[part, part], mean)
         _mix_rows(model, block.value, h, vo, forward)
         columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
         mixing[part, part] = forward
-    turned = mixing @ moments.head_outputs @ mixing.T
+    turned = mixing @ sent @ mixing.T
     return replace(moments, head_outputs=(turned + turned.T) / 2)
 
 
@@ -88,52 +84,83 @@ def _mix_rows(model: nn.Module, slices: Sequence[UnitSlice], head: int, width: i
         part.copy_((matrix @ part.double()).to(part.dtype))
 
 
-def _half(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of ``rows moment rows^T`` ``[d, d]``, null directions dropped."""
-    values, vectors = torch.linalg.eigh(rows @ moment @ rows.T)
-    floor = values.max().clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR
-    root = values.clamp_min(floor).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+def _half(moment: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Square root ``[d, d]`` of ``rows moment rows^T``; the same with null directions held above a floor; its inverse.
+
+    Rows may be shorter than the moment, whose last entry (the constant's, without a bias) is then left out.
+    """
+    n = rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ moment[:n, :n] @ rows.T)
+    root, floor = values.clamp_min(0).sqrt(), values.max().clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR
+    held = values.clamp_min(floor).sqrt()
+    return (vectors * root) @ vectors.T, (vectors * held) @ vectors.T, (vectors / held) @ vectors.T
+
+
+def _size(moment: Tensor, rows: Tensor) -> Tensor:
+    """Root mean square of what ``rows`` make, all of them together."""
+    n = rows.shape[1]
+    return (rows @ moment[:n, :n]).mul(rows).sum().clamp_min(0).sqrt()
+
+
+def _gains(singular: Tensor, size: Tensor) -> Tensor | None:
+    """What balances both sides of a product with these singular values; None where it is all rounding of ``size``."""
+    if not singular[0] > ROUNDING * size:
+        return None
+    return singular.clamp_min(singular[0] * _FLOOR).sqrt()  # both sides stay invertible
 
 
 def balance_query_key(query: Tensor, key: Tensor, moment: Tensor, key_moment: Tensor) -> tuple[Tensor, Tensor]:
     """Invertible matrices that order a head's query/key dimensions by their share of the attention logits.
 
     With ``X = query C^1/2`` and ``Y = key K^1/2``, the singular vectors of ``X^T Y`` give the basis in which
-    dropping trailing dimensions is the best low-rank approximation (Eckart-Young) of the logits' map.
+    dropping trailing dimensions is the best low-rank approximation (Eckart-Young) of the logits' map. A head whose
+    logits do not differ within an image has no such order and stays as it is.
 
     Args:
         query: Rows ``[d, n]`` that make a head's queries from inputs (bias as last column, if any).
-        key: Rows ``[d, n]`` that make its keys.
-        moment: Second moment ``C`` ``[n, n]`` of the inputs.
-        key_moment: Second moment ``K`` ``[n, n]`` of the inputs about their image's mean: what all keys of an
-            image share shifts a query's logits alike, and the softmax does not see it.
+        key: Rows ``[d, n]`` that make its keys; they may have a bias where queries have none, or the reverse.
+        moment: Second moment ``C`` of the inputs, those of the longer rows.
+        key_moment: Second moment ``K`` of the inputs about their image's mean: what all keys of an image share
+            shifts a query's logits alike, and the softmax does not see it.
 
     Returns:
         ``(S, T)``, each ``[d, d]`` with ``S^T T = 1``: new queries ``S q``, new keys ``T k``.
     """
-    root_q, inverse_root_q = _half(moment.double(), query.double())
-    root_k, _ = _half(key_moment.double(), key.double())
-    u, s, _ = torch.linalg.svd(root_q @ root_k)
-    # A floor keeps both matrices invertible where trailing dimensions carry nothing.
-    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR).sqrt()
-    to_query = gain[:, None] * (u.T @ inverse_root_q)
+    query, key, moment, key_moment = query.double(), key.double(), moment.double(), key_moment.double()
+    root_q, _, inverse_root_q = _half(moment, query)
+    root_k, _, _ = _half(key_moment, key)
+    u, singular, _ = torch.linalg.svd(root_q @ root_k)
+    gains = _gains(singular, _size(moment, query) * _size(moment, key))
+    if gains is None:
+        return _unchanged(query), _unchanged(query)
+    to_query = gains[:, None] * (u.T @ inverse_root_q)
     return to_query, torch.linalg.inv(to_query).T
 
 
-def order_values(readout: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+def order_values(readout: Tensor, moment: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Invertible matrix that orders a head's value dimensions by their share of its contribution's energy.
+
+    A head that contributes nothing, or only what its readout's bias can take over, stays as it is.
 
     Args:
         readout: The head's columns ``[D, d]`` of the output projection, LayerScale included.
-        moment: Second moment or covariance ``[d, d]`` of the head's output.
+        moment: Second moment ``[d, d]`` of the head's output.
+        mean: Mean ``[d]`` of it, where a bias of the readout can take that over, so that only what varies counts.
 
     Returns:
         ``(T, T^-1)``: new values ``T v``, new columns ``readout T^-1``.
     """
-    root, inverse_root = _half(moment.double(), torch.eye(len(moment), dtype=torch.float64, device=moment.device))
-    _, s, vt = torch.linalg.svd(readout.double() @ root, full_matrices=False)
-    gain = s.clamp_min(s[0].clamp_min(torch.finfo(torch.float64).tiny) * _FLOOR).sqrt()
-    forward = gain[:, None] * (vt @ inverse_root)
-    backward = (root @ vt.T) / gain
-    return forward, backward
+    readout, moment = readout.double(), moment.double()
+    every = _unchanged(moment)
+    spread = moment if mean is None else moment - torch.outer(mean, mean)
+    root, held_root, inverse_root = _half(spread, every)
+    _, singular, vt = torch.linalg.svd(readout @ root, full_matrices=False)
+    gains = _gains(singular, readout.norm() * _size(moment, every))
+    if gains is None:
+        return every, every
+    return gains[:, None] * (vt @ inverse_root), (held_root @ vt.T) / gains
+
+
+def _unchanged(like: Tensor) -> Tensor:
+    """The matrix that changes nothing, for as many dimensions as ``like`` has rows."""
+    return torch.eye(len(like), dtype=torch.float64, device=like.device)

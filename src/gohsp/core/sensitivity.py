@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import Stages, evaluating, readout_gain
+from gohsp.core.activations import Stages, evaluating, readout_gain, require_finite
 from gohsp.core.allocation import FIELDS, Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.compensation import BlockMoments
 from gohsp.core.projection import ProjectionSettings, constrained, on_support, project, select
-from gohsp.errors import NonFiniteError
 from gohsp.structure import KINDS, BlockStructure, Kind, ModelStructure
 
 GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
@@ -76,12 +75,9 @@ def measure_curves(
                 for width in grid[:-1]:
                     with cut.to(kind, width):
                         after = divergence(reference, predictions(stages, stream, precision, first=i))
-                    if not math.isfinite(after):
-                        raise NonFiniteError(
-                            f"the predictions become NaN or infinite with {kind} of block {i} cut to {width}; take a "
-                            'wider data type (training.precision = "no")'
-                        )
-                    damage.append(max(after, 0.0))
+                    what = f"the predictions' divergence with {kind} of block {i} cut to {width}"
+                    require_finite(what, torch.tensor(after), cut=True)
+                    damage.append(after)
                     advance()
                 if damage:
                     of_block[kind] = DamageCurve(grid, (*damage, 0.0))
@@ -129,9 +125,9 @@ def passed(function: Callable[[Tensor], Tensor], x: Tensor, precision: torch.dty
 
 
 def divergence(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Mean KL divergence ``KL(reference || other)`` per image, in nats."""
+    """Mean KL divergence ``KL(reference || other)`` per image, in nats; rounding does not make it negative."""
     total = sum(F.kl_div(b, a, reduction="sum", log_target=True) for a, b in zip(reference, other, strict=True))
-    return float(total) / sum(len(a) for a in reference)
+    return max(float(total) / sum(len(a) for a in reference), 0.0)
 
 
 @dataclass(frozen=True)
