@@ -111,7 +111,7 @@ UNSAFE_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("pretrained_cfg", {"hf_hub_id": "x/y", "architecture": "vit_tiny_patch16_224"}),
     ("pretrained_cfg_overlay", {"file": "{canaries}/canary.pth"}),
     ("pretrained_cfg_overlay", {"url": "file://{canaries}/canary.pth"}),
-    *(("cache_dir", path) for path in ("{canaries}/cache", "/tmp/cache")),
+    *(("cache_dir", path) for path in ("{canaries}/cache", "/var/cache/x")),
     *(("features_only", True), ("out_indices", [0]), ("scriptable", True), ("exportable", True), ("no_jit", True)),
     *(("strict", False), ("block_fn", "os.system"), ("norm_layer", "os.system"), ("act_layer", "os.system")),
     *(("weight_init", "jax"), ("device", "cuda"), ("dtype", "int8"), ("model_name", "resnet18")),
