@@ -119,12 +119,13 @@ def test_a_key_close_to_none_gets_the_whole_list():
 def test_wrong_types_and_choices_are_refused_naming_the_key(path: str, value: Any):
     with pytest.raises(RecipeError) as error:
         recipes.from_mapping(nested(path, value), where="recipe 'x.toml'")
-    assert f"recipe 'x.toml': '{path}' is {value!r}" in str(error.value)
+    assert str(error.value).startswith(f"recipe 'x.toml': {path} ")
+    assert repr(value) in str(error.value)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_must_be_a_table(table: str):
-    with pytest.raises(RecipeError, match=f"'{table}' must be a table, got 3"):
+    with pytest.raises(RecipeError, match=f"'?{table}'? must be a table, got 3"):
         recipes.from_mapping({table: 3})
 
 

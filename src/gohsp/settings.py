@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import types
 import typing
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from gohsp.errors import RecipeError, nearest
+
+_MOST = 2**31 - 1
+"""No count is ever greater; what goes beyond the 32 bits of some library ends here."""
 
 _TYPES = {bool: "true or false", str: "a text", dict: "a table"}
 """What values of a type are called where a recipe is written."""
@@ -41,7 +45,9 @@ class Range:
 
     def __str__(self) -> str:
         text = f"a {'whole' if self.whole else 'finite'} number {'above' if self.above else 'of at least'} {self.least}"
-        return text if self.most == math.inf else f"{text} and {'below' if self.below else 'at most'} {self.most}"
+        if self.most in (math.inf, _MOST):
+            return text
+        return f"{text} and {'below' if self.below else 'at most'} {self.most}"
 
 
 SHARE = Range(0, 1)
@@ -49,7 +55,7 @@ NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, above=True)
 
 
-def whole(least: int = 1, most: int = 2**31 - 1) -> Range:
+def whole(least: int = 1, most: int = _MOST) -> Range:
     """Whole numbers; by default those that can count something."""
     return Range(least, most, whole=True)
 
@@ -89,8 +95,10 @@ def require_settings(settings: Any, table: str, **ranges: Range) -> None:
     """
     for name, hint in _hints(type(settings)).items():
         key, value = f"{table}.{name}" if table else name, getattr(settings, name)
-        if value is None and type(None) in typing.get_args(hint):
-            continue
+        if isinstance(hint, types.UnionType):  # with None
+            if value is None:
+                continue
+            hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
         kind = typing.get_origin(hint) or hint
         if name in ranges:
             require(key, value, ranges[name])
