@@ -337,21 +337,42 @@ def divided(rows: Tensor, gram: Tensor) -> Tensor:
     return torch.cholesky_solve(rows.T, cholesky(gram)).T
 
 
-def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE) -> Tensor:
+def idle_inputs(gram: Tensor, units: int) -> Tensor:
+    """Mask ``[n]`` of the inputs that do nothing which the constant behind them, or 0, would not do as well.
+
+    Args:
+        gram: Second moment ``[n, n]`` of the inputs.
+        units: How many of them are units; one behind them is the constant.
+    """
+    energy = gram.diagonal()
+    varying = energy if len(gram) == units else energy - gram[:, -1].square()
+    idle = (varying <= ROUNDING**2 * energy) | (energy <= LEAST_ENERGY)
+    idle[units:] = False
+    return idle
+
+
+def refit_map(gram: Tensor, keep: Tensor, ridge: float = RIDGE, *, units: int | None = None) -> Tensor:
     """The matrix ``M`` ``[removed, kept]`` by which kept inputs take over removed ones.
 
     With ``V`` the map before the cut, ``V_keep + V_removed M`` minimises
-    ``E ||V x - Z x_keep||^2 + ridge ||Z - V_keep||^2`` over ``Z``.
+    ``E ||V x - Z x_keep||^2 + ridge ||Z - V_keep||^2`` over ``Z``. What is constant goes to the constant, whatever the
+    ridge.
 
     Args:
         gram: Second moment ``[n, n]`` of the inputs.
         keep: Boolean mask ``[n]``.
         ridge: Relative to the mean diagonal entry.
+        units: How many inputs are units; one behind them is the constant. None for all.
     """
     if keep.all():
         return gram.new_zeros(0, len(keep), dtype=torch.float64)
     kept = ridged(gram, ridge)[keep][:, keep]
-    return gram.double()[~keep][:, keep] @ inverse(kept)
+    takeover = gram.double()[~keep][:, keep] @ inverse(kept)
+    if units is not None and units < len(gram):
+        idle = idle_inputs(gram, units)[~keep]
+        takeover[idle] = 0
+        takeover[idle, -1] = gram.double()[~keep, -1][idle]
+    return takeover
 
 
 def residual_refit(fit: Regression, weight: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -380,20 +401,6 @@ def apply_refit(weight: Tensor, keep: Tensor, takeover: Tensor) -> Tensor:
     result = torch.zeros_like(weight)
     result[:, keep] = weight[:, keep] + weight[:, ~keep] @ takeover.to(weight.dtype)
     return result
-
-
-def idle_inputs(gram: Tensor, units: int) -> Tensor:
-    """Mask ``[n]`` of the inputs that do nothing which the constant behind them, or 0, would not do as well.
-
-    Args:
-        gram: Second moment ``[n, n]`` of the inputs.
-        units: How many of them are units; one behind them is the constant.
-    """
-    energy = gram.diagonal()
-    varying = energy if len(gram) == units else energy - gram[:, -1].square()
-    idle = (varying <= ROUNDING**2 * energy) | (energy <= LEAST_ENERGY)
-    idle[units:] = False
-    return idle
 
 
 class BrainSurgeon:

@@ -378,8 +378,9 @@ def on_support(
         (block.ffn_readout, ffn, moments.hidden),
     ):
         _, gram = full_map(values, readout, moment)
-        keep = torch.cat([keep, keep.new_ones(len(gram) - len(keep))])
-        takeovers.append((readout, keep, refit_map(gram, keep, settings.ridge).float()))
+        count = len(keep)
+        keep = torch.cat([keep, keep.new_ones(len(gram) - count)])
+        takeovers.append((readout, keep, refit_map(gram, keep, settings.ridge, units=count).float()))
     return BlockProjection(plan, dict.fromkeys(block.query + block.key, qk), tuple(takeovers))
 
 

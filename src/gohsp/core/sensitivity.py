@@ -20,7 +20,7 @@ from gohsp.structure import KINDS, BlockStructure, Kind, ModelStructure
 GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
 """Where between the smallest and the present width damage is measured; denser where curves are steep."""
 
-EDITION = 5
+EDITION = 6
 """Raised with every change by which curves come out otherwise, so that cached ones are not used any more."""
 
 
