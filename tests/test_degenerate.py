@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 import gohsp
 from gohsp import data
 from gohsp import recipe as recipes
+from gohsp.errors import NonFiniteError
 
 HEADS, WIDTH, FFN, DIM = 4, 4, 32, 16
 TINY = {
