@@ -160,6 +160,37 @@ def test_values_out_of_range_are_refused_naming_the_setting(path: str, value: fl
         recipes.from_mapping(nested(path, value))
 
 
+def leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its key, and its default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value, key = getattr(settings, field.name), f"{prefix}{field.name}"
+        found |= leaves(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return found
+
+
+NUMBERS = [key for key, value in leaves(Recipe()).items() if type(value) in (int, float)]
+OPTIONAL = ["allocation_stages", "admm.dual_step"]
+FLAGS = [key for key, value in leaves(Recipe()).items() if type(value) is bool]
+
+
+@pytest.mark.parametrize("key", NUMBERS + OPTIONAL)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, -1e-9, True, "1", [1], 10**400, None])
+def test_no_number_may_be_nonsense(key: str, value: Any):
+    if value is None and key in OPTIONAL:
+        assert recipes.from_mapping(nested(key, value)) == Recipe()
+    else:
+        with pytest.raises(RecipeError, match=rf"(^|\W){key} must be a (whole|finite) number "):
+            recipes.from_mapping(nested(key, value))
+
+
+@pytest.mark.parametrize("key", FLAGS)
+@pytest.mark.parametrize("value", ["no", 1, 0.0, None])
+def test_a_flag_is_true_or_false(key: str, value: Any):
+    with pytest.raises(RecipeError, match=rf"{key} must be true or false, got {value!r}"):
+        recipes.from_mapping(nested(key, value))
+
+
 def test_an_unknown_optimizer_is_refused_with_the_nearest():
     with pytest.raises(RecipeError, match=r"training\.optimizer 'adamww' is unknown; did you mean 'adamw'"):
         recipes.from_mapping({"training": {"optimizer": "adamww"}})

@@ -80,6 +80,11 @@ def train(
     return training.train(model, loader, stage, settings, **{**fixed, **options})
 
 
+def test_every_seed_of_32_bits_trains() -> None:
+    result = train(tiny(), batches(16), CONSTANT, seed=2**32 - 1)
+    assert len(result.curve) == CONSTANT.epochs
+
+
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 

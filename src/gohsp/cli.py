@@ -196,7 +196,7 @@ class Prune:
             recipe=recipe,
             weights=self.source.weights,
             pretrained=self.source.pretrained,
-            shapes=_read_plan(self.plan) if self.plan else None,
+            shapes=read_plan(self.plan) if self.plan else None,
             resume=self.resume,
             overwrite=self.overwrite,
             command=command,
@@ -303,7 +303,12 @@ def _made(folder: str) -> Path:
     return Path(folder)
 
 
-def _read_plan(path: Path) -> tuple[BlockShape, ...]:
+def read_plan(path: Path) -> tuple[BlockShape, ...]:
+    """Read the widths of an edited ``plan.json``.
+
+    Raises:
+        PlanError: No such file, no JSON, or what :func:`gohsp.structure.shapes_from_json` refuses.
+    """
     try:
         return shapes_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Range:
             return False
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
-        return low and high and value != math.inf
+        return low and high and value <= sys.float_info.max
 
     def __str__(self) -> str:
         text = f"a {'whole' if self.whole else 'finite'} number {'above' if self.above else 'of at least'} {self.least}"
@@ -60,8 +61,8 @@ def whole(least: int = 1, most: int = _MOST) -> Range:
     return Range(least, most, whole=True)
 
 
-SEED = whole(0)
-"""Of what is derived from it for epochs, too, all generators take 32 bits."""
+SEED = whole(0, 2**32 - 1)
+"""What every generator takes."""
 
 WORKERS = whole(0, 1024)
 

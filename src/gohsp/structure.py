@@ -400,6 +400,8 @@ def check_shapes(structure: ModelStructure, shapes: Sequence[BlockShape]) -> Non
     if len(shapes) != len(structure.blocks):
         raise PlanError(f"the plan has {len(shapes)} blocks, the model has {len(structure.blocks)}")
     for i, (block, shape) in enumerate(zip(structure.blocks, shapes, strict=True)):
+        if not isinstance(shape, BlockShape):
+            raise PlanError(f"block {i} of the plan must be a BlockShape, got {shape!r}")
         for field, kind in (("heads", "head"), ("qk", "qk"), ("vo", "vo"), ("ffn", "ffn")):
             want, have = getattr(shape, field), getattr(block.shape, field)
             if not _is_whole(want):

@@ -15,8 +15,10 @@ from gohsp.core.compensation import (
     MomentFitter,
     Regression,
     RegressionFitter,
+    apply_refit,
     collect_moments,
     cross_validated_ridge,
+    idle_inputs,
     inverse,
     refit,
     refit_map,
@@ -329,6 +331,38 @@ def test_non_finite_activations_are_named(model: nn.Module, structure: ModelStru
         model.blocks[1].mlp.fc1.bias[3] = torch.nan
     with pytest.raises(NonFiniteError, match=r"input of module 'blocks\.1\.mlp\.fc2' holds NaN"):
         collect_moments(model, structure, [images])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.sampled_from(["alive", "zero", "constant"]), min_size=2, max_size=8), st.booleans())
+def test_idle_inputs_go_first_and_without_a_trace(seed: int, kinds: list[str], bias: bool) -> None:
+    """Whatever the ridge, and whatever their weights are: 0 is worth nothing, and a bias is as good as a constant."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(kinds)
+    x = 0.1 * torch.randn(64, n, generator=generator).double()
+    for j, kind in enumerate(kinds):
+        if kind != "alive":
+            x[:, j] = 2.0 if kind == "constant" else 0.0
+    if bias:
+        x = torch.cat([x, torch.ones(64, 1, dtype=torch.float64)], dim=1)
+    weight = torch.randn(3, x.shape[1], generator=generator).double()
+    gram = x.T @ x / 64
+    idle = torch.tensor([kind == "zero" or (bias and kind == "constant") for kind in kinds])
+    assert torch.equal(idle_inputs(gram, n)[:n], idle)
+    keep = select_units(gram, weight, torch.ones(n, dtype=torch.float64), n - int(idle.sum()), ridge=0.1)
+    assert torch.equal(keep[:n], ~idle)
+    if idle.any() and keep.any():
+        after = apply_refit(weight, keep, refit_map(gram, keep, 0.1, units=n))
+        torch.testing.assert_close(x @ after.T, x @ weight.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20])
+def test_what_reads_nothing_stays_as_it_is(scale: float) -> None:
+    fitter = RegressionFitter(4, 3, torch.device("cpu"))
+    x, y = scale * torch.randn(8, 5, 4), torch.randn(8, 5, 3)
+    fitter.update(x, y)
+    fit, weight = fitter.total.first(4), torch.randn(3, 4).double()
+    torch.testing.assert_close(residual_refit(fit, weight), weight, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])

@@ -196,6 +196,26 @@ def test_a_refused_name_comes_with_the_nearest() -> None:
         RankingSettings(teleport="tailor")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("teleport", TELEPORTS)
+def test_heads_that_are_one_score_alike(
+    edge: Any, scope: Any, teleport: Any, model: nn.Module, structure: ModelStructure, images: Tensor
+) -> None:
+    """Two heads with the same weights: no edge between them, and no reason to rank one above the other."""
+    with torch.no_grad():
+        for part in (0, 32, 64):
+            for rows in (model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.bias):
+                rows[part + 8 : part + 16] = rows[part : part + 8]
+        model.blocks[0].attn.proj.weight[:, 8:16] = model.blocks[0].attn.proj.weight[:, :8]
+        model.blocks[1].attn.qkv.weight[:] = 0  # these heads see and send nothing but their biases
+    settings = RankingSettings(edge=edge, scope=scope, teleport=teleport)
+    scores = rank_heads(model, structure, [images], settings).scores
+    assert sum(flat(scores).tolist()) == pytest.approx(1)
+    assert (flat(scores) >= 0).all()
+    assert scores[0][0] == pytest.approx(scores[0][1], rel=1e-3, abs=1e-6)
+
+
 def leave_one_out(model: Any, batches: list[Tensor], labels: Tensor) -> Tensor:
     """Rise of the mean cross entropy when one head's columns of the output projection are zero ``[nodes]``."""
 

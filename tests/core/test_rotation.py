@@ -98,6 +98,59 @@ def test_attention_does_not_see_what_all_keys_of_an_image_share(
     torch.testing.assert_close(probabilities, attention_rows(model, block, x), rtol=1e-4, atol=1e-5)
 
 
+kinds = st.sampled_from(["alive", "zero", "constant", "rank one", "tiny"])
+
+
+def injured(rows: Tensor, kind: str) -> Tensor:
+    """Rows ``[d, n]``, bias last, of which nothing, the bias or one direction is left; or all of it, times 1e-40."""
+    if kind == "zero":
+        return torch.zeros_like(rows)
+    if kind == "constant":
+        return torch.cat([torch.zeros_like(rows[:, :-1]), rows[:, -1:]], dim=1)
+    if kind == "rank one":
+        return rows[:, :1] * rows[:1]
+    return rows * 1e-40 if kind == "tiny" else rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 5), kinds, kinds, st.sampled_from([1, 4]))
+def test_queries_and_keys_of_dead_heads_are_left_alive_ones_lose_nothing(
+    seed: int, d: int, of_queries: str, of_keys: str, tokens: int
+) -> None:
+    """Against the logits themselves: nothing changes, and what carries nothing comes last."""
+    query, key, x = random(seed, (d, 7), (d, 7), (40 * tokens, 7))
+    query, key = injured(query, of_queries), injured(key, of_keys)
+    x[:, -1] = 1
+    within = (x.view(40, tokens, 7) - x.view(40, tokens, 7).mean(1, keepdim=True)).flatten(0, 1)
+    to_query, to_key = balance_query_key(query, key, x.T @ x / len(x), within.T @ within / len(x))
+    new_query, new_key = ((matrix @ rows).float() for matrix, rows in ((to_query, query), (to_key, key)))
+    assert torch.isfinite(new_query).all()
+    assert torch.isfinite(new_key).all()
+
+    def centred(q: Tensor, k: Tensor) -> Tensor:
+        return (x @ q.double().T) @ (within @ k.double().T).T
+
+    logits = centred(query, key)
+    scale = float((x @ query.T).norm() * (x @ key.T).norm())
+    torch.testing.assert_close(centred(new_query, new_key), logits, rtol=0, atol=1e-5 * scale)
+    kept = max(1, int((torch.linalg.svdvals(logits) > 1e-6 * scale).sum()))
+    torch.testing.assert_close(centred(new_query[:kept], new_key[:kept]), logits, rtol=0, atol=1e-5 * scale)
+
+
+def test_keys_may_have_a_bias_where_queries_have_none() -> None:
+    query, key, x = random(0, (3, 6), (3, 7), (40, 7))
+    x[:, -1] = 1
+    centred = x - x.mean(0)
+    moment, key_moment = x.T @ x / 40, centred.T @ centred / 40
+    padded = torch.cat([query, torch.zeros(3, 1, dtype=torch.float64)], dim=1)
+    for mine, expected in zip(
+        balance_query_key(query, key, moment, key_moment),
+        balance_query_key(padded, key, moment, key_moment),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.abs(), expected.abs())
+
+
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.integers(1, 5), st.integers(5, 8))
 def test_ordered_values(seed: int, d: int, outputs: int) -> None:
@@ -110,6 +163,31 @@ def test_ordered_values(seed: int, d: int, outputs: int) -> None:
         truncated = (readout @ backward)[:, :kept] @ forward[:kept]
         error = ((readout - truncated) @ moment @ (readout - truncated).T).trace()
         torch.testing.assert_close(error, singular[kept:].square().sum(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seeds,
+    st.integers(1, 5),
+    st.sampled_from(["alive", "zero", "constant", "half constant"]),
+    st.sampled_from([0.0, 1e-40, 1.0]),
+    st.booleans(),
+)
+def test_values_of_dead_heads_are_left_alive_ones_lose_nothing(
+    seed: int, d: int, kind: str, factor: float, bias: bool
+) -> None:
+    readout, x = random(seed, (6, d), (200, d))
+    x = {"alive": x, "zero": 0 * x, "constant": x[:1].expand(200, d), "half constant": x.clone()}[kind]
+    if kind == "half constant":
+        x[:, : d // 2] = 3.0
+    readout = factor * readout
+    forward, backward = order_values(readout, x.T @ x / 200, x.mean(0) if bias else None)
+    torch.testing.assert_close(forward @ backward, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-7)
+    values, columns = (x @ forward.T).float(), (readout @ backward).float()
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(columns).all()
+    scale = float((x @ readout.T).norm())
+    torch.testing.assert_close(values.double() @ columns.double().T, x @ readout.T, rtol=0, atol=1e-5 * scale)
 
 
 def test_values_are_ordered_by_what_layer_scale_lets_through(make_model: Callable[..., nn.Module]) -> None:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 RIDGE = 0.1
 """Default ridge, relative to the mean diagonal entry of the Gram matrix."""
 
-LEAST_ENERGY = 1e-30
-"""Mean square below which inputs of a map count as 0: it loses its digits, since moments are sums in float32."""
+LEAST_ENERGY = torch.finfo(torch.float32).eps ** 2
+"""Mean square up to which inputs of a map count as 0: a stream of order 1 loses what they write in its rounding."""
 
 ROUNDING = 5e-3
 """Share of its root mean square up to which what varies of an input counts as rounding.
