@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -379,42 +377,6 @@ def test_a_damaged_recipe_or_plan_is_one_clear_error(
 # An end at any moment
 
 
-def ends_at_renames(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
-    """Interrupt at the rename of this number; returns the list that the names go to."""
-    replace, names = os.replace, []
-
-    def counted(source: Any, target: Any) -> None:
-        names.append(Path(target).name)
-        if len(names) == number:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", counted)
-    return names
-
-
-def test_a_run_that_ends_at_any_rename_goes_on_to_the_same_result(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-):
-    prune(model, tmp_path / "warm")
-    with monkeypatch.context() as patch:
-        names = ends_at_renames(patch, 0)
-        whole = prune(model, tmp_path / "whole")
-    assert names[0] == "request.json"
-    assert names[-2:] == ["report.html", "report.json"]
-    for number in range(1, len(names) + 1):
-        out = tmp_path / f"run{number}"
-        with monkeypatch.context() as patch:
-            ends_at_renames(patch, number)
-            with pytest.raises(KeyboardInterrupt):
-                prune(model, out)
-        result = prune(model, out, resume=True)
-        assert sorted(contents(out)) == sorted(contents(tmp_path / "whole")), names[number - 1]
-        assert torch.equal(weights(out), weights(whole.model)), names[number - 1]
-        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-        assert result.report["fidelity"] == whole.report["fidelity"]
-
-
 def test_resuming_a_finished_run_returns_its_result_and_cleans_up(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -464,35 +426,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, model: Path, monkeyp
     assert len(refused) == 2
 
 
-def test_a_run_that_is_killed_leaves_nothing_outside_its_folder_and_goes_on(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Also not a lock: the next run begins at once."""
-    out, temporary = tmp_path / "run", tmp_path / "temporary"
-    temporary.mkdir()
-    recipe = {**ONESHOT, "latency": {"rounds": 10**6}}  # it is ended in there
-    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    (tmp_path / "recipe.toml").write_text(recipes.to_toml(recipes.from_mapping(recipe)))
-    arguments = ["prune", str(model), "--data", "digits", "--budget", "params=-20%", "--out", str(out)]
-    arguments += ["--plan", str(tmp_path / "plan.json"), "--recipe", str(tmp_path / "recipe.toml")]
-    start = [sys.executable, "-c", "from gohsp.cli import main; main()", *arguments]
-    process = subprocess.Popen(start, env={**os.environ, "TMPDIR": str(temporary)})
-    while process.poll() is None and not list((out / "state").glob("cut.*.json")):
-        time.sleep(0.05)
-    process.kill()
-    process.wait(timeout=60)
-    assert list((out / "state").glob("cut.*.json"))
-    assert not list(temporary.rglob("*.safetensors"))
-    monkeypatch.setattr("gohsp.latency.interleaved", lambda contestants, *_: [1.0] * len(contestants))
-    monkeypatch.setattr("gohsp.run._PATIENCE", 0.0)
-    monkeypatch.setattr("gohsp.pipeline.ranking.rank_heads", interrupt)  # it is done
-    prune(str(model), out, recipe, resume=True)
-    assert not (out / "state").exists()
-
-
 @pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_termination_ends_a_command_as_an_interruption_does(
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     model: Path,
     end: signal.Signals,
     status: int,
@@ -504,7 +441,8 @@ def test_termination_ends_a_command_as_an_interruption_does(
         os.kill(os.getpid(), end)
         time.sleep(1)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))  # a suite in the background ignores it
     monkeypatch.setattr("gohsp.core.ranking.rank_heads", signalled)
     out = str(tmp_path / "run")
     word = "terminated" if end == signal.SIGTERM else "interrupted"

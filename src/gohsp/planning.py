@@ -154,7 +154,12 @@ def _curves(bench: Bench, basis: Basis, model: nn.Module) -> allocation.Curves:
     # What moments and scores follow from, not themselves: their last bits differ with the number of threads.
     settings = [dataclasses.asdict(s) for s in (recipe.widths, recipe.admm.projection, recipe.ranking)]
     counts = [recipe.data.allocation_images, recipe.data.ranking_images, recipe.seed]
-    provenance = [models.specification(model), str(bench.precision), importlib.metadata.version("gohsp")]
+    provenance = [
+        models.specification(model),
+        shapes_to_json(structure.shapes),
+        str(bench.precision),
+        importlib.metadata.version("gohsp"),
+    ]
     key = cache.key_of(
         itertools.chain(model.state_dict().values(), bench.calibration),
         [*provenance, *settings, *counts, sensitivity.GRID, sensitivity.EDITION],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import surgery
-from gohsp.core.activations import Stages, evaluating
+from gohsp.core.activations import Stages, evaluating, require_finite
 from gohsp.errors import CheckpointError, DataError, EqualityError, NonFiniteError, UnsupportedModelError
 from gohsp.models import timm as _timm
 from gohsp.structure import BlockShape, ModelStructure, Plan
@@ -232,6 +232,7 @@ def require_remakeable(model: nn.Module) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: The model cannot be described, or the one made again is another; the message names the
             modules, tensors or outputs that differ.
+        NonFiniteError: It computes NaN or infinite values.
     """
     spec, structure = specification(model), describe(model)
     try:
@@ -312,7 +313,8 @@ def _difference_in_evaluation(model: nn.Module, again: nn.Module) -> float:
     """Relative difference of the outputs on one image of noise."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *adapter_for(model).input_size(model), generator=generator).to(_dtype(model))
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
+        require_finite("the model's output", model(image.to(next(model.parameters()).device)))
         return relative_difference(model, again.eval(), image)
 
 
