@@ -1,6 +1,6 @@
-"""ADMM with structured constraints: soft pruning while the network trains (design, section 5).
+"""ADMM with structured constraints: soft pruning while the network trains (``docs/admm.md``).
 
-    minimise  L(W)   subject to   W in S          (S: the plan's structured sparsity set, see `projection`)
+    minimise  L(W)   subject to   W in S          (S: the structured sparsity set of given widths, see `projection`)
 
 Scaled form, with penalty ``rho``; every function here is one line of it:
 
@@ -10,38 +10,49 @@ Scaled form, with penalty ``rho``; every function here is one line of it:
 
 In a training loop of your own::
 
-    state = admm.start(model, structure, shapes, moments, scores, settings)
+    state = admm.start(model, network, widths, moments, scores, settings)
     for step, (images, labels) in enumerate(loader):
         loss(model(images), labels).backward()
         admm.add_penalty_gradients(state)        # does nothing unless the penalty is coupled
         optimizer.step(); optimizer.zero_grad()
         state = admm.after_step(state, progress=(step + 1) / len(loader))
-    plan = admm.finish(state)                    # weights now lie on the set; hand the plan to compact()
+    kept = admm.finish(state)                    # weights now lie on the set; hand this to compact()
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from gohsp.core.compensation import BlockMoments, tensors_of
+from gohsp.core.moments import Moments, SublayerMoments, tensors_of
 from gohsp.core.projection import (
-    BlockProjection,
-    ProjectionSettings,
+    HeadScores,
+    Metric,
+    RepairSettings,
+    SublayerProjection,
     Values,
     constrained,
     on_support,
     project,
-    select_plan,
+    select_all,
     squared_size,
 )
 from gohsp.errors import RecipeError
 from gohsp.settings import NOT_NEGATIVE, POSITIVE, SHARE, Range, require_settings, whole
-from gohsp.structure import BlockShape, ModelStructure, Plan, check_shapes
+from gohsp.structure import (
+    Kept,
+    Network,
+    SublayerKept,
+    Widths,
+    check_widths,
+    keep_none,
+    kept_from_json,
+    kept_to_json,
+)
 
 Penalty = Literal["decoupled", "coupled"]
 Status = Literal["converged", "not converged"]
@@ -55,6 +66,8 @@ class AdmmSettings:
     """How the penalty acts and grows.
 
     Attributes:
+        metric: Of the projection: the ``data``'s, or that of the weights, units being compared by their ``activation`` or
+            by their ``norm`` (:mod:`gohsp.core.projection`).
         penalty: ``decoupled`` moves W by the fraction ``rho`` of its distance to the anchor after each optimiser
             step, as AdamW decays weights; ``coupled`` adds ``rho (W - Z + U)`` to the gradients before it.
         rho_start: Penalty at the start.
@@ -68,9 +81,9 @@ class AdmmSettings:
         hysteresis: Units of the present support count ``1 + hysteresis`` fold when it is selected afresh, so that
             masks do not flip for nothing.
         tolerance: Relative primal residual below which the stage has converged.
-        projection: Metric, strength and guidance.
     """
 
+    metric: Metric = "data"
     penalty: Penalty = "decoupled"
     rho_start: float = 0.01
     rho_end: float = 0.1
@@ -81,7 +94,6 @@ class AdmmSettings:
     freeze: float = 0.6
     hysteresis: float = 0.3
     tolerance: float = 1e-2
-    projection: ProjectionSettings = field(default_factory=ProjectionSettings)
 
     def __post_init__(self) -> None:
         require_settings(
@@ -126,7 +138,7 @@ class Residuals:
 
 @dataclass(frozen=True, kw_only=True)
 class AdmmState:
-    """Everything between two steps.
+    """Everything between two steps; tensors by the names of sub-layers.
 
     ``anchors`` (Z - U) and ``duals`` (U) are updated in place; ``weights`` are views of the model's parameters,
     so the model must stay on its device while a state is in use. ``norms`` are the moments in float32, which
@@ -134,16 +146,17 @@ class AdmmState:
     """
 
     model: nn.Module
-    structure: ModelStructure
-    shapes: tuple[BlockShape, ...]
-    moments: tuple[BlockMoments, ...]
-    scores: Sequence[Sequence[float]] | None
+    network: Network
+    widths: Widths
+    moments: Moments
+    scores: HeadScores | None
     settings: AdmmSettings
-    weights: tuple[Values, ...]
-    anchors: tuple[Values, ...]
-    duals: tuple[Values, ...]
-    projections: tuple[BlockProjection, ...]
-    norms: tuple[BlockMoments, ...]
+    repair: RepairSettings
+    weights: Mapping[str, Values]
+    anchors: Mapping[str, Values]
+    duals: Mapping[str, Values]
+    projections: Mapping[str, SublayerProjection]
+    norms: Moments
     reference: float
     rho: float
     step: int = 0
@@ -151,9 +164,10 @@ class AdmmState:
     trace: tuple[Residuals, ...] = ()
 
     @property
-    def plan(self) -> Plan:
+    def kept(self) -> dict[str, SublayerKept]:
         """The present support."""
-        return Plan(tuple(p.plan for p in self.projections))
+        gone = {sub.name: keep_none(sub.widths) for sub in self.network.sublayers if sub.name not in self.projections}
+        return {name: projection.kept for name, projection in self.projections.items()} | gone
 
     @property
     def status(self) -> Status:
@@ -164,76 +178,91 @@ class AdmmState:
 
 def start(
     model: nn.Module,
-    structure: ModelStructure,
-    shapes: Sequence[BlockShape],
-    moments: Sequence[BlockMoments],
-    scores: Sequence[Sequence[float]] | None,
+    network: Network,
+    widths: Widths,
+    moments: Moments,
+    scores: HeadScores | None,
     settings: AdmmSettings,
     *,
-    support: Plan | None = None,
+    repair: RepairSettings | None = None,
+    support: Kept | None = None,
 ) -> AdmmState:
     """Begin with ``Z`` the projection of the present weights and ``U`` zero.
 
     Args:
         model: The model being trained; its parameters are read and pulled in place.
-        structure: Its structure.
-        shapes: Widths to reach.
-        moments: Second moments of its blocks.
-        scores: Head scores of the graph ranking by block, or None for no guidance.
+        network: Its description.
+        widths: Widths to reach.
+        moments: Second moments of its sub-layers.
+        scores: Head scores of the graph ranking, or None for no guidance.
         settings: Penalty, schedule, metric.
+        repair: Guidance and ridge; None for the defaults.
         support: The units to begin with, where they are chosen already; None selects them.
 
     Raises:
-        PlanError: ``shapes`` do not fit the structure.
+        PlanError: ``widths`` do not fit the network.
     """
-    check_shapes(structure, shapes)
-    metric = settings.projection.metric
-    weights = tuple(constrained(model, block, metric) for block in structure.blocks)
+    check_widths(network, widths)
+    weights = {sub.name: constrained(model, sub, settings.metric) for sub in network.present}
     state = AdmmState(
         model=model,
-        structure=structure,
-        shapes=tuple(shapes),
-        moments=tuple(moments),
+        network=network,
+        widths=dict(widths),
+        moments=dict(moments),
         scores=scores,
         settings=settings,
+        repair=repair or RepairSettings(),
         weights=weights,
-        anchors=(),
-        duals=tuple({k: torch.zeros_like(v) for k, v in values.items()} for values in weights),
-        projections=(),
+        anchors={},
+        duals={name: {k: torch.zeros_like(v) for k, v in values.items()} for name, values in weights.items()},
+        projections={},
         norms=_single(moments),
         reference=0.0,
         rho=settings.rho_start,
     )
     projections = _projections(state, weights, support or _selected(state, weights, None))
-    anchors = tuple(project(p, values) for p, values in zip(projections, weights, strict=True))
-    reference = sum(
-        squared_size(block, values, m, metric)
-        for block, values, m in zip(structure.blocks, weights, state.norms, strict=True)
-    )
+    anchors = {name: project(projections[name], values) for name, values in weights.items()}
+    reference = sum(_size(state, name, values) for name, values in weights.items())
     return replace(state, projections=projections, anchors=anchors, reference=reference)
 
 
-def _single(moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
-    return tuple(BlockMoments(*(moment.float() for moment in tensors_of(m))) for m in moments)
+def _single(moments: Moments) -> dict[str, SublayerMoments]:
+    return {name: type(of)(*(moment.float() for moment in tensors_of(of))) for name, of in moments.items()}
 
 
-def _selected(state: AdmmState, values: Sequence[Values], present: Plan | None) -> Plan:
-    return select_plan(
+def _size(state: AdmmState, name: str, values: Values, *, probes: int | None = None) -> float:
+    """Squared norm of a sub-layer's tensors in the state's metric."""
+    sub = next(sub for sub in state.network.present if sub.name == name)
+    return squared_size(sub, values, state.norms[name], state.settings.metric, probes=probes)
+
+
+def _selected(state: AdmmState, values: Mapping[str, Values], present: Kept | None) -> dict[str, SublayerKept]:
+    return select_all(
         state.model,
-        state.structure,
+        state.network,
         values,
         state.moments,
-        state.shapes,
-        state.settings.projection,
+        state.widths,
+        state.repair,
+        metric=state.settings.metric,
         scores=state.scores,
         present=present,
         hysteresis=state.settings.hysteresis,
     )
 
 
-def _projections(state: AdmmState, values: Sequence[Values], plan: Plan) -> tuple[BlockProjection, ...]:
-    of_blocks = zip(state.structure.blocks, values, state.moments, plan.blocks, strict=True)
-    return tuple(on_support(*of_block, state.settings.projection) for of_block in of_blocks)
+def _projections(state: AdmmState, values: Mapping[str, Values], kept: Kept) -> dict[str, SublayerProjection]:
+    return {
+        sub.name: on_support(
+            sub,
+            values[sub.name],
+            state.moments[sub.name],
+            kept[sub.name],
+            state.repair,
+            metric=state.settings.metric,
+        )
+        for sub in state.network.present
+    }
 
 
 def add_penalty_gradients(state: AdmmState, loss_scale: float = 1.0) -> None:
@@ -248,13 +277,13 @@ def add_penalty_gradients(state: AdmmState, loss_scale: float = 1.0) -> None:
     if state.settings.penalty == "decoupled":
         return
     gradients, weights, anchors = [], [], []
-    for values, anchored in zip(state.weights, state.anchors, strict=True):
+    for name, values in state.weights.items():
         for entry, weight in values.items():
             gradient = state.model.get_parameter(entry.parameter).grad
             if gradient is not None:
                 gradients.append(gradient.narrow(entry.axis, entry.start, weight.shape[entry.axis]))
                 weights.append(weight)
-                anchors.append(anchored[entry])
+                anchors.append(state.anchors[name][entry])
     if gradients:
         torch._foreach_add_(gradients, weights, alpha=loss_scale * state.rho)
         torch._foreach_add_(gradients, anchors, alpha=-loss_scale * state.rho)
@@ -271,8 +300,8 @@ def after_step(state: AdmmState, progress: float) -> AdmmState:
         The state after; use it instead of ``state`` from here on.
     """
     if state.settings.penalty == "decoupled":
-        weights = [w for values in state.weights for w in values.values()]
-        anchors = [anchored[k] for values, anchored in zip(state.weights, state.anchors, strict=True) for k in values]
+        weights = [w for values in state.weights.values() for w in values.values()]
+        anchors = [state.anchors[name][k] for name, values in state.weights.items() for k in values]
         torch._foreach_lerp_(weights, anchors, state.rho)
     state = replace(state, step=state.step + 1)
     return dual_update(state, progress) if state.step % state.settings.interval == 0 else state
@@ -300,23 +329,21 @@ def critical_dual_step(settings: AdmmSettings, rho: float) -> float:
 @torch.no_grad()
 def dual_update(state: AdmmState, progress: float) -> AdmmState:
     """Z-step, U-step and the next ``rho``; ``U`` is rescaled with it, so that the dual variable ``rho U`` stays."""
-    settings, metric = state.settings, state.settings.projection.metric
-    shifted = tuple(
-        {k: w + u[k] for k, w in values.items()} for values, u in zip(state.weights, state.duals, strict=True)
-    )
+    settings = state.settings
+    shifted = {name: {k: w + state.duals[name][k] for k, w in values.items()} for name, values in state.weights.items()}
     projections, flips = state.projections, 0
     if progress <= settings.freeze and (state.dual_updates + 1) % settings.reselect == 0:
-        projections = _projections(state, shifted, _selected(state, shifted, state.plan))
-        flips = count_flips(state.structure, state.plan, Plan(tuple(p.plan for p in projections)))
+        projections = _projections(state, shifted, _selected(state, shifted, state.kept))
+        flips = count_flips(state.network, state.kept, {name: p.kept for name, p in projections.items()})
     rho, gamma = rho_at(settings, progress), critical_dual_step(settings, state.rho)
     primal = dual_size = 0.0
-    for i, block in enumerate(state.structure.blocks):
-        weight, anchor, dual = state.weights[i], state.anchors[i], state.duals[i]
-        z = project(projections[i], shifted[i])
+    for name, weight in state.weights.items():
+        anchor, dual = state.anchors[name], state.duals[name]
+        z = project(projections[name], shifted[name])
         gap = {k: weight[k] - z[k] for k in weight}
         move = {k: z[k] - anchor[k] - dual[k] for k in weight}
-        primal += squared_size(block, gap, state.norms[i], metric, probes=PROBES)
-        dual_size += squared_size(block, move, state.norms[i], metric, probes=PROBES)
+        primal += _size(state, name, gap, probes=PROBES)
+        dual_size += _size(state, name, move, probes=PROBES)
         for k in weight:
             dual[k].add_(gap[k], alpha=gamma).mul_(state.rho / rho)
             torch.sub(z[k], dual[k], out=anchor[k])
@@ -333,41 +360,42 @@ def dual_update(state: AdmmState, progress: float) -> AdmmState:
     )
 
 
-def count_flips(structure: ModelStructure, before: Plan, after: Plan) -> int:
-    """Units of all kinds that are in one plan and not in the other."""
+def count_flips(network: Network, before: Kept, after: Kept) -> int:
+    """Units of all kinds that are kept in one cut and not in the other."""
     flips = 0
-    for block, a, b in zip(structure.blocks, before.blocks, after.blocks, strict=True):
-        for kind in ("qk", "vo", "ffn"):
-            flips += len(set(a.units(kind, block.shape)) ^ set(b.units(kind, block.shape)))
+    for sub in network.present:
+        for kind in sub.widths.unit_kinds:
+            a, b = (of[sub.name].flat(kind, sub.widths) for of in (before, after))  # type: ignore[arg-type]
+            flips += len(set(a) ^ set(b))
     return flips
 
 
-def refresh(state: AdmmState, moments: Sequence[BlockMoments]) -> AdmmState:
+def refresh(state: AdmmState, moments: Moments) -> AdmmState:
     """Take over second moments measured anew; the support stays, its refit follows them."""
-    state = replace(state, moments=tuple(moments), norms=_single(moments))
-    return replace(state, projections=_projections(state, state.weights, state.plan))
+    state = replace(state, moments=dict(moments), norms=_single(moments))
+    return replace(state, projections=_projections(state, state.weights, state.kept))
 
 
 @torch.no_grad()
-def finish(state: AdmmState) -> Plan:
+def finish(state: AdmmState) -> dict[str, SublayerKept]:
     """Final projection: put the weights themselves on the set, in place.
 
     Returns:
-        The plan, ready for compaction.
+        What stays, ready for compaction.
     """
-    for values, projection in zip(state.weights, state.projections, strict=True):
-        for entry, target in project(projection, values).items():
+    for name, values in state.weights.items():
+        for entry, target in project(state.projections[name], values).items():
             values[entry].copy_(target)
-    return state.plan
+    return state.kept
 
 
 def export(state: AdmmState) -> dict[str, Any]:
     """What :func:`restore` needs, as tensors and plain data."""
     return {
-        "anchors": [list(values.values()) for values in state.anchors],
-        "duals": [list(values.values()) for values in state.duals],
-        "moments": [list(tensors_of(m)) for m in state.moments],
-        "plan": state.plan.to_json(),
+        "anchors": {name: list(values.values()) for name, values in state.anchors.items()},
+        "duals": {name: list(values.values()) for name, values in state.duals.items()},
+        "moments": {name: list(tensors_of(of)) for name, of in state.moments.items()},
+        "kept": kept_to_json(state.kept),
         "reference": state.reference,
         "rho": state.rho,
         "step": state.step,
@@ -379,18 +407,17 @@ def export(state: AdmmState) -> dict[str, Any]:
 def restore(state: AdmmState, exported: Mapping[str, Any]) -> AdmmState:
     """Continue from what :func:`export` returned; ``state`` is a fresh one of the same model and settings."""
     for mine, theirs in ((state.anchors, exported["anchors"]), (state.duals, exported["duals"])):
-        for values, tensors in zip(mine, theirs, strict=True):
-            for value, tensor in zip(values.values(), tensors, strict=True):
+        for name, values in mine.items():
+            for value, tensor in zip(values.values(), theirs[name], strict=True):
                 value.copy_(tensor)
-    plan = Plan.from_json(exported["plan"])
-    projections = tuple(replace(p, plan=kept) for p, kept in zip(state.projections, plan.blocks, strict=True))
+    kept = kept_from_json(exported["kept"])
     state = replace(
         state,
-        projections=projections,
+        projections={name: replace(p, kept=kept[name]) for name, p in state.projections.items()},
         reference=exported["reference"],
         rho=exported["rho"],
         step=exported["step"],
         dual_updates=exported["dual_updates"],
         trace=tuple(Residuals(**r) for r in exported["trace"]),
     )
-    return refresh(state, [BlockMoments(*m) for m in exported["moments"]])
+    return refresh(state, {name: type(state.moments[name])(*of) for name, of in exported["moments"].items()})

@@ -1,60 +1,78 @@
-"""How much to cut where: damage curves and a budget in, widths out (design, section 4).
+"""How much to cut where: damage curves and a budget in, widths out (``docs/oneshot.md``).
 
-A *damage curve* says, for one block and kind, what cutting that piece alone to some width does to the model.
-Where the numbers come from is the caller's business; :mod:`gohsp.core.sensitivity` measures them.
+A *damage curve* says, for one sub-layer and kind of unit, what cutting that piece alone to some width does to the model.
+Where the numbers come from is the caller's business; :mod:`gohsp.core.curves` measures them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, Literal
 
 from gohsp.errors import BudgetError, RecipeError
 from gohsp.settings import SHARE, require_settings, whole
 from gohsp.structure import (
-    KINDS,
-    BlockShape,
-    BlockStructure,
-    CostModel,
+    FIELDS,
+    Absent,
+    AttentionWidths,
+    Bound,
+    Cost,
+    FfnWidths,
     Kind,
-    ModelStructure,
+    Network,
+    PresentSublayer,
+    Sublayer,
+    SublayerWidths,
+    Widths,
+    absent,
     amount,
-    block_cost,
-    fixed_cost,
-    kind_of,
-    model_cost,
+    cost_of,
+    is_absent,
+    narrowed,
+    width,
 )
-
-FIELDS: dict[Kind, str] = {"head": "heads", "qk": "qk", "vo": "vo", "ffn": "ffn"}
-"""The field of a block shape that each kind of unit is counted by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WidthSettings:
-    """Which widths are allowed.
+    """Which widths are allowed, and how they are chosen.
 
     Attributes:
+        choice: ``measured``: damage curves and a knapsack; ``uniform``: the same share everywhere.
+        stages: How often damage curves are measured on the way to the budget, each time on the network as cut and
+            repaired so far; each costs about as much as the first and a cut. None takes one for every 27 % of the
+            parameters that go: 1 for a cut by a third, 2 by a half, 3 by 60 %.
+        depth: Whether whole sub-layers may go, by measured damage.
         multiple: Query/key, value and FFN widths are multiples of this; the present width is always allowed.
         min_width: Smallest query/key and value width.
-        min_heads: Fewest heads of a block.
-        min_ffn: Smallest share of a block's hidden units.
+        min_heads: Fewest heads of an attention that stays.
+        min_ffn: Smallest share of the hidden units of an FFN that stays.
     """
 
+    choice: Literal["measured", "uniform"] = "measured"
+    stages: int | None = None
+    depth: bool = True
     multiple: int = 8
     min_width: int = 8
     min_heads: int = 1
     min_ffn: float = 0.05
 
     def __post_init__(self) -> None:
-        require_settings(self, "widths", multiple=whole(), min_width=whole(), min_heads=whole(), min_ffn=SHARE)
+        counts = {"multiple": whole(), "min_width": whole(), "min_heads": whole()}
+        require_settings(self, "widths", stages=whole(1, 100), min_ffn=SHARE, **counts)
+        if self.choice == "uniform" and (self.stages or 1) > 1:
+            raise RecipeError(
+                f'widths.stages is {self.stages} with widths.choice = "uniform", which takes one; leave it out, or take '
+                'choice = "measured"'
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class DamageCurve:
-    """Damage by width, for one block and kind.
+    """Damage by width, for one sub-layer and kind.
 
     Attributes:
         widths: Ascending; the last is the present width.
@@ -85,72 +103,90 @@ class DamageCurve:
         raise BudgetError(f"no damage was measured at width {width}; the curve covers {self.widths}")
 
 
-Curves = tuple[Mapping[Kind, DamageCurve], ...]
-"""One mapping a block; a kind that is missing is not cut there."""
+Curves = Mapping[str, Mapping[Kind, DamageCurve]]
+"""Curves by sub-layer and kind; a kind that is missing is not cut there."""
 
 
-def curves_to_json(curves: Curves) -> list[dict[str, Any]]:
-    """Plain data, a block each."""
-    return [{k: {"widths": c.widths, "damage": c.damage} for k, c in of_block.items()} for of_block in curves]
+def curves_to_json(curves: Curves) -> dict[str, Any]:
+    """Plain data."""
+    return {
+        name: {kind: {"widths": c.widths, "damage": c.damage} for kind, c in of.items()} for name, of in curves.items()
+    }
 
 
-def curves_from_json(blocks: Sequence[Mapping[Kind, Mapping[str, Any]]]) -> Curves:
+def curves_from_json(tables: Mapping[str, Mapping[Kind, Mapping[str, Any]]]) -> Curves:
     """Read what :func:`curves_to_json` wrote."""
-    return tuple({k: DamageCurve(tuple(c["widths"]), tuple(c["damage"])) for k, c in b.items()} for b in blocks)
+    return {
+        name: {kind: DamageCurve(tuple(c["widths"]), tuple(c["damage"])) for kind, c in of.items()}
+        for name, of in tables.items()
+    }
 
 
-def allowed_widths(block: BlockStructure, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:
-    """Widths that a plan may give ``kind`` in this block, ascending; the present one is last."""
-    have = getattr(block.shape, FIELDS[kind])
-    if kind not in block.prunable:
-        return (have,)
+def allowed_widths(sub: PresentSublayer, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:
+    """Widths that an allocation may give ``kind`` in a sub-layer, ascending; the present one is last.
+
+    The first is 0 where the whole sub-layer may go: it goes with its heads or its hidden units.
+    """
+    have = width(sub.widths, kind)
+    removable = settings.depth and sub.removable and kind in ("head", "ffn")
+    gone = (0,) if removable else ()
+    if kind not in sub.prunable:
+        return (*gone, have)
     if kind == "head":
-        return tuple(range(min(settings.min_heads, have), have + 1))
+        return (*gone, *range(min(settings.min_heads, have), have + 1))
     step = settings.multiple
-    floor = settings.min_width if kind in ("qk", "vo") else max(settings.min_ffn * have, block.ffn_floor)
+    floor = settings.min_width if kind in ("qk", "vo") else max(settings.min_ffn * have, getattr(sub, "floor", 0))
     first = max(step, math.ceil(floor / step) * step)
-    return (*range(first, have, step), have)
+    return (*gone, *range(first, have, step), have)
+
+
+def smallest(network: Network, settings: WidthSettings) -> dict[str, SublayerWidths]:
+    """The smallest allowed widths of every sub-layer; absent where they may go."""
+    return {sub.name: smallest_of(sub, settings) for sub in network.sublayers}
+
+
+def smallest_of(sub: Sublayer, settings: WidthSettings) -> SublayerWidths:
+    """The smallest allowed widths of a sub-layer."""
+    if isinstance(sub, Absent):
+        return sub.widths
+    least = {FIELDS[kind]: allowed_widths(sub, kind, settings)[0] for kind in sub.widths.kinds}
+    return type(sub.widths)(**least) if all(least.values()) else absent(sub.widths)
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One way to shape a part of a block: the whole attention, or the FFN."""
+    """One way to shape a sub-layer."""
 
-    fields: Mapping[str, int]
+    widths: SublayerWidths
     cost: float
     damage: float
 
 
-def allocate(
-    structure: ModelStructure, curves: Curves, cost: CostModel, limit: float, settings: WidthSettings
-) -> tuple[BlockShape, ...]:
-    """Minimise the summed damage subject to a budget: a multiple-choice knapsack, by Lagrangian bisection.
+def allocate(network: Network, curves: Curves, bound: Bound, settings: WidthSettings) -> dict[str, SublayerWidths]:
+    """Minimise the summed damage subject to a bound: a multiple-choice knapsack, by Lagrangian bisection.
 
     A bisection finds the smallest price per parameter (or MAC) at which the cheapest choices fit; what room is
     left is then filled by the upgrades that repair most.
 
     Args:
-        structure: The model.
-        curves: Damage by block and kind. The head curve, made with the ranking's order, lets whole heads compete
+        network: The network.
+        curves: Damage by sub-layer and kind. The head curve, made with the ranking's order, lets whole heads compete
             with narrower ones.
-        cost: What the budget counts, or a table of measured times.
-        limit: Upper bound on the whole model's cost.
+        bound: Upper bound on the whole network's cost.
         settings: Allowed widths.
 
     Raises:
-        BudgetError: Even the smallest allowed widths cost more than ``limit``.
+        BudgetError: Even the smallest allowed widths cost more than the bound.
     """
-    groups = [
-        g for b, c in zip(structure.blocks, curves, strict=True) for g in _groups(structure, b, c, cost, settings)
-    ]
-    fixed = fixed_cost(structure, cost)
-    _require_within(limit, fixed + sum(min(o.cost for o in group) for group in groups), cost)
+    groups = [_options(sub, curves.get(sub.name, {}), bound.cost, settings) for sub in network.sublayers]
+    fixed = bound.cost.fixed(network)
+    _require_within(bound, fixed + sum(min(o.cost for o in group) for group in groups))
 
     def cheapest(price: float) -> list[_Option]:
         return [min(group, key=lambda o: (o.damage + price * o.cost, o.cost)) for group in groups]
 
     def fits(choice: Sequence[_Option]) -> bool:
-        return fixed + sum(o.cost for o in choice) <= limit
+        return fixed + sum(o.cost for o in choice) <= bound.limit
 
     low, high = 0.0, 1e-12
     while not fits(cheapest(high)):
@@ -158,43 +194,40 @@ def allocate(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(cheapest(middle)) else (middle, high)
-    choice = _fill(cheapest(high), groups, limit - fixed)
-    merged = [dict(a.fields) | dict(f.fields) for a, f in zip(choice[::2], choice[1::2], strict=True)]
-    return tuple(BlockShape(**fields) for fields in merged)
+    choice = _fill(cheapest(high), groups, bound.limit - fixed)
+    return {sub.name: option.widths for sub, option in zip(network.sublayers, choice, strict=True)}
 
 
-def predicted_damage(structure: ModelStructure, curves: Curves, shapes: Sequence[BlockShape]) -> float:
-    """The summed damage that the curves foresee for a plan's widths, each piece counted alone."""
-    return sum(
-        _attention_damage(block, of_block, shape) + _damage(of_block, "ffn", shape)
-        for block, of_block, shape in zip(structure.blocks, curves, shapes, strict=True)
-    )
+def predicted_damage(network: Network, curves: Curves, widths: Widths) -> float:
+    """The summed damage that the curves foresee for widths, each piece counted alone."""
+    return sum(_damage(sub.widths, curves.get(sub.name, {}), widths[sub.name]) for sub in network.present)
 
 
-def _damage(curves: Mapping[Kind, DamageCurve], kind: Kind, shape: BlockShape) -> float:
-    return curves[kind](getattr(shape, FIELDS[kind])) if kind in curves else 0.0
+def _damage(have: SublayerWidths, curves: Mapping[Kind, DamageCurve], want: SublayerWidths) -> float:
+    def of(kind: Kind) -> float:
+        return curves[kind](width(want, kind)) if kind in curves else 0.0
 
-
-def _attention_damage(block: BlockStructure, curves: Mapping[Kind, DamageCurve], shape: BlockShape) -> float:
+    if isinstance(have, FfnWidths) or is_absent(want):
+        return of(have.kinds[0])
+    assert isinstance(want, AttentionWidths)
     # A head that is gone cannot be damaged by narrower dimensions as well.
-    narrower = _damage(curves, "qk", shape) + _damage(curves, "vo", shape)
-    return _damage(curves, "head", shape) + narrower * shape.heads / block.shape.heads
+    return of("head") + (of("qk") + of("vo")) * want.heads / have.heads
 
 
-def require_feasible(structure: ModelStructure, cost: CostModel, limit: float, settings: WidthSettings) -> None:
-    """Check that the smallest allowed widths fit under ``limit``, before anything is measured.
+def require_feasible(network: Network, bound: Bound, settings: WidthSettings) -> None:
+    """Check that the smallest allowed widths keep a bound, before anything is measured.
 
     Raises:
         BudgetError: They do not; the message says what the smallest possible model costs.
     """
-    _require_within(limit, model_cost(structure, smallest(structure, settings), cost), cost)
+    _require_within(bound, bound.of(network, smallest(network, settings)))
 
 
-def require_fitting(structure: ModelStructure, settings: WidthSettings) -> None:
-    """Check that the floors and the step of widths are not above what this model has; the defaults fit every model.
+def require_fitting(network: Network, settings: WidthSettings) -> None:
+    """Check that the floors and the step of widths are not above what this network has; the defaults fit every one.
 
     Raises:
-        RecipeError: One is, so that it would keep every block as wide as it is.
+        RecipeError: One is, so that it would keep every sub-layer as wide as it is.
     """
     counted: dict[str, tuple[Kind, ...]] = {
         "multiple": ("qk", "vo", "ffn"),
@@ -202,56 +235,39 @@ def require_fitting(structure: ModelStructure, settings: WidthSettings) -> None:
         "min_heads": ("head",),
     }
     for name, kinds in counted.items():
-        asked, most = getattr(settings, name), max(max(getattr(s, FIELDS[k]) for k in kinds) for s in structure.shapes)
+        present = [width(of, kind) for of in network.widths.values() for kind in of.kinds if kind in kinds]
+        asked, most = getattr(settings, name), max(present, default=0)
         if asked > max(most, getattr(WidthSettings(), name)):
             raise RecipeError(
-                f"widths.{name} is {asked}, but {most} is the most that a block of this model has "
+                f"widths.{name} is {asked}, but {most} is the most that a sub-layer of this model has "
                 f"({', '.join(FIELDS[k] for k in kinds)}), so that nothing could be cut there; give at most {most}"
             )
 
 
-def smallest(structure: ModelStructure, settings: WidthSettings) -> tuple[BlockShape, ...]:
-    """The smallest allowed widths of every block."""
-    return tuple(smallest_block(block, settings) for block in structure.blocks)
-
-
-def smallest_block(block: BlockStructure, settings: WidthSettings) -> BlockShape:
-    """The smallest allowed widths of a block."""
-    return BlockShape(**{FIELDS[kind]: allowed_widths(block, kind, settings)[0] for kind in KINDS})
-
-
-def _require_within(limit: float, smallest: float, cost: CostModel) -> None:
-    if smallest > limit:
-        kind = kind_of(cost)
+def _require_within(bound: Bound, least: float) -> None:
+    if least > bound.limit:
+        kind = bound.cost.kind
         raise BudgetError(
-            f"no plan meets {amount(kind, limit)}: the smallest possible model has {amount(kind, smallest)}; "
-            "raise the budget, or lower the floors (widths.min_heads, min_width, min_ffn) or the step (widths.multiple)"
+            f"no plan meets {amount(kind, bound.limit)}: the smallest possible model has {amount(kind, least)}; raise the "
+            "budget, exclude less, or lower the floors (widths.min_heads, min_width, min_ffn, depth) or the step "
+            "(widths.multiple)"
         )
 
 
-def _groups(
-    structure: ModelStructure,
-    block: BlockStructure,
-    curves: Mapping[Kind, DamageCurve],
-    cost: CostModel,
-    settings: WidthSettings,
-) -> Iterator[list[_Option]]:
-    """The block's attention options and its FFN options."""
-    have = block.shape
-
-    def widths(of: Kind) -> tuple[int, ...]:
-        return allowed_widths(block, of, settings) if of in curves else (getattr(have, FIELDS[of]),)
-
-    def option(damage: float, shape: BlockShape, fields: Sequence[str]) -> _Option:
-        return _Option({f: getattr(shape, f) for f in fields}, block_cost(structure, block, shape, cost), damage)
-
-    attention = [
-        BlockShape(heads=heads, qk=qk, vo=vo, ffn=0)
-        for heads, qk, vo in product(widths("head"), widths("qk"), widths("vo"))
-    ]
-    yield [option(_attention_damage(block, curves, shape), shape, ("heads", "qk", "vo")) for shape in attention]
-    hidden = [BlockShape(heads=0, qk=0, vo=0, ffn=n) for n in widths("ffn")]
-    yield [option(_damage(curves, "ffn", shape), shape, ("ffn",)) for shape in hidden]
+def _options(sub: Sublayer, curves: Mapping[Kind, DamageCurve], cost: Cost, settings: WidthSettings) -> list[_Option]:
+    """Every allowed shape of a sub-layer; kinds without a curve stay as they are."""
+    have = sub.widths
+    if isinstance(sub, Absent):
+        return [_Option(have, cost.sublayer(sub, have), 0.0)]
+    allowed = [allowed_widths(sub, kind, settings) if kind in curves else (width(have, kind),) for kind in have.kinds]
+    shapes = {
+        type(have)(**dict(zip((FIELDS[kind] for kind in have.kinds), combination, strict=True)))
+        if all(combination)
+        else absent(have)
+        for combination in product(*allowed)
+    }
+    ordered = sorted(shapes, key=lambda shape: [width(shape, kind) for kind in have.kinds])
+    return [_Option(shape, cost.sublayer(sub, shape), _damage(have, curves, shape)) for shape in ordered]
 
 
 def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: float) -> list[_Option]:
@@ -272,52 +288,47 @@ def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: flo
         choice[i] = option
 
 
-def uniform(
-    structure: ModelStructure, cost: CostModel, limit: float, settings: WidthSettings
-) -> tuple[BlockShape, ...]:
-    """The same share of every width in every block, all heads kept: the plain way, for comparison.
+def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str, SublayerWidths]:
+    """The same share of every width in every sub-layer, all heads kept: the plain way, for comparison.
 
-    Room that rounding leaves is given to FFNs, last block first.
+    Room that rounding leaves is given to FFNs, last one first.
 
     Raises:
-        BudgetError: Even the smallest allowed widths, or all heads at their smallest, cost more than ``limit``.
+        BudgetError: Even the smallest allowed widths with all heads kept cost more than the bound.
     """
+    settings = replace(settings, depth=False)
 
-    def at(share: float) -> tuple[BlockShape, ...]:
-        return tuple(_shrunk(b, lambda have: share * have, settings) for b in structure.blocks)
+    def at(share: float) -> dict[str, SublayerWidths]:
+        return {sub.name: _shrunk(sub, share, settings) for sub in network.sublayers}
 
-    require_feasible(structure, cost, limit, settings)
-    if (smallest := model_cost(structure, at(0.0), cost)) > limit:
+    require_feasible(network, bound, settings)
+    if (least := bound.of(network, at(0.0))) > bound.limit:
         raise BudgetError(
-            f"uniform widths with all heads kept cost at least {amount(kind_of(cost), smallest)}, the budget allows "
-            f"{amount(kind_of(cost), limit)}; "
-            'use allocation = "measured"'
+            f"uniform widths with all heads kept cost at least {amount(bound.cost.kind, least)}, the budget allows "
+            f'{amount(bound.cost.kind, bound.limit)}; use widths.choice = "measured"'
         )
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if model_cost(structure, at(middle), cost) <= limit else (low, middle)
-    shapes = list(at(low))
-    for i in reversed(range(len(shapes))):
-        for ffn in allowed_widths(structure.blocks[i], "ffn", settings):
-            shape = shapes[i]
-            wider = BlockShape(heads=shape.heads, qk=shape.qk, vo=shape.vo, ffn=max(ffn, shape.ffn))
-            trial = [*shapes[:i], wider, *shapes[i + 1 :]]
-            if model_cost(structure, trial, cost) <= limit:
-                shapes = trial
-        if model_cost(structure, shapes, cost) > 0.995 * limit:
+        low, high = (middle, high) if bound.met(network, at(middle)) else (low, middle)
+    widths = at(low)
+    for sub in reversed(network.present):
+        if "ffn" not in sub.widths.kinds:
+            continue
+        for units in allowed_widths(sub, "ffn", settings):
+            trial = widths | {sub.name: FfnWidths(units=max(units, width(widths[sub.name], "ffn")))}
+            if bound.met(network, trial):
+                widths = trial
+        if cost_of(network, widths, bound.cost) > 0.995 * bound.limit:
             break
-    return tuple(shapes)
+    return widths
 
 
-def _shrunk(block: BlockStructure, target: Callable[[int], float], settings: WidthSettings) -> BlockShape:
-    """Every width at the largest allowed value not above ``target`` of the present one; heads stay."""
-
-    def width(kind: Kind, have: int) -> int:
-        allowed = allowed_widths(block, kind, settings)
-        return max((w for w in allowed if w <= target(have)), default=allowed[0])
-
-    shape = block.shape
-    return BlockShape(
-        heads=shape.heads, qk=width("qk", shape.qk), vo=width("vo", shape.vo), ffn=width("ffn", shape.ffn)
-    )
+def _shrunk(sub: Sublayer, share: float, settings: WidthSettings) -> SublayerWidths:
+    """Every width at the largest allowed value not above its share; heads stay."""
+    shrunk = sub.widths
+    for kind in sub.widths.kinds:
+        if kind != "head" and not isinstance(sub, Absent):
+            allowed, most = allowed_widths(sub, kind, settings), share * width(sub.widths, kind)
+            shrunk = narrowed(shrunk, kind, max((w for w in allowed if w <= most), default=allowed[0]))
+    return shrunk

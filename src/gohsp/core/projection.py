@@ -1,207 +1,227 @@
-"""Projection of a block's weights on the structured sparsity set of a plan (design, section 5).
+"""Projection of a sub-layer's weights on the structured sparsity set of given widths (``docs/admm.md``).
 
 The set: at most ``heads`` heads are non-zero, each of them in at most ``qk`` query/key and ``vo`` value
-dimensions, and at most ``ffn`` hidden units are. Two metrics:
+dimensions, and at most ``units`` hidden units are. Three metrics:
 
-- ``euclidean`` zeroes the units that are weakest, in every tensor that they couple;
-- ``data`` minimises the change of what the block's readouts compute on calibration data: units go by
-  optimal-brain-surgeon saliency and those that stay take over their work. Only readouts and query/key rows
-  are constrained, since a unit whose readout column is zero is gone whatever feeds it.
+- ``data`` minimises the change of what readouts compute on calibration data: units go by optimal-brain-surgeon saliency
+  and those that stay take over their work. Only readouts and query/key rows are constrained, since a unit whose readout
+  column is zero is gone whatever feeds it.
+- ``activation`` zeroes, in every tensor that they couple, the units that are weakest by their readout column's norm times
+  the scale of their activation.
+- ``norm`` does so by the norm of all their weights.
 
 A projection has two parts: *select* a support, and *project* on it, which is a linear map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import readout_gain, units
-from gohsp.core.compensation import (
-    RIDGE,
-    BlockMoments,
-    BrainSurgeon,
-    apply_refit,
-    idle_inputs,
-    refit_map,
-    select_units,
-    signed_sums,
-)
+from gohsp.core.capture import readout_gain, units
+from gohsp.core.moments import AttentionMoments, FfnMoments, Moments, SublayerMoments
+from gohsp.core.ridge import RIDGE, apply_refit, idle_inputs, refit_map, signed_sums
+from gohsp.core.surgeon import BrainSurgeon, select_units
 from gohsp.settings import POSITIVE, SHARE, require_settings
-from gohsp.structure import BlockPlan, BlockShape, BlockStructure, ModelStructure, Plan, Readout, UnitSlice
+from gohsp.structure import (
+    Attention,
+    AttentionKept,
+    AttentionWidths,
+    FfnKept,
+    FfnWidths,
+    Kept,
+    Network,
+    PresentSublayer,
+    Readout,
+    Rows,
+    SublayerKept,
+    SublayerWidths,
+    UnitKind,
+    UnitSlice,
+    Widths,
+    is_absent,
+    keep_none,
+    unit_count,
+)
 
-Metric = Literal["data", "euclidean"]
-Strength = Literal["activation", "norm"]
+Metric = Literal["data", "activation", "norm"]
 Values = dict[UnitSlice, Tensor]
-"""A block's constrained tensors: what each slice holds for all units."""
+"""A sub-layer's constrained tensors: what each slice holds for all units."""
+HeadScores = Mapping[str, tuple[float, ...]]
+"""Scores of the heads of each attention, by its name; higher stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProjectionSettings:
-    """How units are compared and weights projected.
+class RepairSettings:
+    """How units are chosen, and what is left made to do the work of all.
 
     Attributes:
-        metric: See the module's text.
-        strength: In the Euclidean metric, a unit's strength: its weights' norm, or its readout column's norm
-            times the scale of its activation.
         guidance: Share of the graph ranking in a head's strength, 0 (none) to 1 (ranking alone): the soft
             pruning guideline of the paper.
-        ridge: Ridge of the refits, relative to the mean diagonal entry of the Gram matrix.
-        attention_fisher: Share of the weight of tokens, in what attention writes, that follows the Fisher
-            information of the predictions; the rest is spread evenly.
-        ffn_fisher: The same in what FFNs write.
+        ridge: Ridge of the refits, relative to the mean diagonal entry of the Gram matrix; where it can be, it is the
+            start of a search on held-out parts of the calibration images.
     """
 
-    metric: Metric = "data"
-    strength: Strength = "activation"
     guidance: float = 0.5
     ridge: float = RIDGE
-    attention_fisher: float = 0.3
-    ffn_fisher: float = 0.0
 
     def __post_init__(self) -> None:
-        require_settings(
-            self, "admm.projection", guidance=SHARE, ridge=POSITIVE, attention_fisher=SHARE, ffn_fisher=SHARE
-        )
+        require_settings(self, "repair", guidance=SHARE, ridge=POSITIVE)
 
 
-def bias_slice(readout: Readout) -> UnitSlice | None:
-    """The readout's bias, as a slice of ``size`` entries, or None."""
-    return UnitSlice(parameter=readout.bias, axis=0, start=0, size=1) if readout.bias else None
-
-
-def constrained(model: nn.Module, block: BlockStructure, metric: Metric) -> Values:
-    """Views of the block's parameters that take part in the constraint; they share the model's memory."""
-    shape = block.shape
-    counts = {"qk": shape.heads * shape.qk, "vo": shape.heads * shape.vo, "ffn": shape.ffn}
+def constrained(model: nn.Module, sub: PresentSublayer, metric: Metric = "data") -> Values:
+    """Views of the sub-layer's parameters that take part in the constraint; they share the model's memory."""
     values: Values = {}
-    for kind, count in counts.items():
-        for entry in block.slices(kind):  # type: ignore[arg-type]
-            if metric == "euclidean" or kind == "qk" or entry.axis == 1:
-                values[entry] = units(model, entry, count)
-    if metric == "data":
-        for readout in (block.attention_readout, block.ffn_readout):
-            if entry := bias_slice(readout):
-                values[entry] = units(model, entry, readout.size)
+    for kind in sub.widths.unit_kinds:
+        for entry in sub.slices(kind):
+            if metric != "data" or kind == "qk" or entry.axis == 1:
+                values[entry] = units(model, entry, unit_count(sub.widths, kind))
+    if metric == "data" and (entry := sub.readout.bias_slice):
+        values[entry] = units(model, entry, sub.readout.size)
     return values
 
 
 def readout_map(values: Values, readout: Readout) -> Tensor:
     """A readout's ``[weight | bias]``; without a bias its weight."""
-    weight, entry = values[readout.columns], bias_slice(readout)
+    weight, entry = values[readout.columns], readout.bias_slice
     return weight if entry is None else torch.cat([weight, values[entry][:, None]], dim=1)
 
 
 def full_map(values: Values, readout: Readout, moment: Tensor) -> tuple[Tensor, Tensor]:
     """A readout's ``[weight | bias]`` and the matching second moment (constant dropped where there is no bias)."""
-    entry = bias_slice(readout)
-    return _full_map(values, (readout.columns, entry) if entry else (readout.columns,), moment)
-
-
-def _full_map(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for ``slices``: a weight, then its bias if it has one."""
-    weight = values[slices[0]]
-    if len(slices) == 1:
-        return weight, moment[:-1, :-1]
-    return torch.cat([weight, values[slices[1]][:, None]], dim=1), moment
+    weight = readout_map(values, readout)
+    return weight, moment[: weight.shape[1], : weight.shape[1]]
 
 
 def select(
-    block: BlockStructure,
+    sub: PresentSublayer,
     values: Values,
-    moments: BlockMoments,
-    shape: BlockShape,
-    settings: ProjectionSettings,
+    moments: SublayerMoments,
+    widths: SublayerWidths,
+    settings: RepairSettings,
     *,
+    metric: Metric = "data",
     ranking: Tensor | None = None,
-    gains: tuple[Tensor | None, Tensor | None] = (None, None),
-    present: BlockPlan | None = None,
+    gain: Tensor | None = None,
+    present: SublayerKept | None = None,
     hysteresis: float = 0.0,
-) -> BlockPlan:
+) -> SublayerKept:
     """Choose the units that stay.
 
     Args:
-        block: The block.
+        sub: The sub-layer.
         values: Its constrained tensors; in ADMM, ``W + U``.
         moments: Its second moments.
-        shape: Widths to keep.
-        settings: Metric, strength and guidance.
+        widths: Widths to keep.
+        settings: Guidance and ridge.
+        metric: See the module's text.
         ranking: Graph scores ``[heads]``, higher stays; None for no guidance.
-        gains: LayerScale vectors behind the two readouts.
+        gain: LayerScale vector behind the readout.
         present: The support so far; its units' strengths count ``1 + hysteresis`` fold.
         hysteresis: See ``present``.
     """
-    bonus = _bonus(block, present, hysteresis, values[block.ffn_readout.columns])
-    qk = _grid_strength(block, values, moments, settings, "qk") * bonus.qk
-    if settings.metric == "data":
-        heads, vo = _select_values_by_data(block, values, moments, shape, settings, ranking, gains[0], bonus)
-        weight, gram = full_map(values, block.ffn_readout, moments.hidden)
-        ffn = select_units(gram, _scaled(weight, gains[1]), bonus.ffn, shape.ffn, ridge=settings.ridge)
-        ffn = ffn[: block.shape.ffn]
+    if is_absent(widths):
+        return keep_none(sub.widths)
+    bonus = _bonus(sub, present, hysteresis, values[sub.readout.columns])
+    if isinstance(sub, Attention):
+        assert isinstance(widths, AttentionWidths)
+        assert isinstance(moments, AttentionMoments)
+        return _select_attention(sub, values, moments, widths, settings, metric, ranking, gain, bonus)
+    assert isinstance(widths, FfnWidths)
+    assert isinstance(moments, FfnMoments)
+    if metric == "data":
+        weight, gram = full_map(values, sub.readout, moments.read)
+        kept = select_units(gram, _scaled(weight, gain), bonus["ffn"], widths.units, ridge=settings.ridge)
+        return FfnKept(units=_indices(kept[: sub.widths.units]))
+    strength = _squared_norm(values, sub.slices()) if metric == "norm" else _read_strength(sub, values, moments, gain)
+    return FfnKept(units=_indices(_top(strength * bonus["ffn"], widths.units)))
+
+
+def _select_attention(
+    sub: Attention,
+    values: Values,
+    moments: AttentionMoments,
+    widths: AttentionWidths,
+    settings: RepairSettings,
+    metric: Metric,
+    ranking: Tensor | None,
+    gain: Tensor | None,
+    bonus: Mapping[str, Tensor],
+) -> AttentionKept:
+    grid = (sub.widths.heads, -1)
+    if metric == "norm":
+        qk = _squared_norm(values, sub.slices("qk")).view(grid) * bonus["qk"]
     else:
-        vo = _grid_strength(block, values, moments, settings, "vo", gains[0]) * bonus.vo
-        energy = _top(vo, shape.vo).mul(vo).sum(1)
-        if settings.strength == "norm":  # only then do q/k and v/o strengths have one unit, and the sum is exact
-            energy = energy + _top(qk, shape.qk).mul(qk).sum(1)
-        heads = _top(blend(energy, ranking, settings.guidance) * bonus.heads, shape.heads)
-        vo = _top(vo, shape.vo)
-        ffn = _top(_ffn_strength(block, values, moments, settings, gains[1]) * bonus.ffn, shape.ffn)
-    kept = heads.nonzero().flatten().tolist()
-    qk = _top(qk, shape.qk)
-    return BlockPlan(
-        heads=tuple(kept),
-        qk=tuple(_indices(qk[h]) for h in kept),
-        vo=tuple(_indices(vo[h]) for h in kept),
-        ffn=_indices(ffn),
+        queries = _energy(values, sub.query, moments.inputs)
+        qk = (queries * _energy(values, sub.key, moments.key_inputs)).view(grid) * bonus["qk"]
+    if metric == "data":
+        heads, vo = _select_values_by_data(sub, values, moments, widths, settings, ranking, gain, bonus)
+    else:
+        norm = metric == "norm"
+        strength = _squared_norm(values, sub.slices("vo")) if norm else _read_strength(sub, values, moments, gain)
+        vo = strength.view(grid) * bonus["vo"]
+        energy = _top(vo, widths.vo).mul(vo).sum(1)
+        if norm:  # only then do q/k and v/o strengths have one unit, and the sum is exact
+            energy = energy + _top(qk, widths.qk).mul(qk).sum(1)
+        heads = _top(blend(energy, ranking, settings.guidance) * bonus["head"], widths.heads)
+        vo = _top(vo, widths.vo)
+    kept, qk = heads.nonzero().flatten().tolist(), _top(qk, widths.qk)
+    return AttentionKept(
+        heads=tuple(kept), qk=tuple(_indices(qk[h]) for h in kept), vo=tuple(_indices(vo[h]) for h in kept)
     )
 
 
-def select_plan(
+def select_all(
     model: nn.Module,
-    structure: ModelStructure,
-    values: Sequence[Values],
-    moments: Sequence[BlockMoments],
-    shapes: Sequence[BlockShape],
-    settings: ProjectionSettings,
+    network: Network,
+    values: Mapping[str, Values],
+    moments: Moments,
+    widths: Widths,
+    settings: RepairSettings,
     *,
-    scores: Sequence[Sequence[float]] | None = None,
-    present: Plan | None = None,
+    metric: Metric = "data",
+    scores: HeadScores | None = None,
+    present: Kept | None = None,
     hysteresis: float = 0.0,
-) -> Plan:
-    """Choose the units that stay in every block.
+) -> dict[str, SublayerKept]:
+    """Choose the units that stay in every sub-layer; arguments as of :func:`select`, by name.
 
     Args:
         model: The model, of which LayerScale is read.
-        structure: Its structure.
-        values: Constrained tensors by block.
-        moments: Second moments by block.
-        shapes: Widths to keep, by block.
-        settings: Metric, strength and guidance.
-        scores: Graph scores by block and head, higher stays; None for no guidance.
+        network: Its description.
+        values: Constrained tensors.
+        moments: Second moments.
+        widths: Widths to keep.
+        settings: Guidance and ridge.
+        metric: See the module's text.
+        scores: Graph scores of heads; None for no guidance.
         present: The support so far.
         hysteresis: Units of the present support count ``1 + hysteresis`` fold.
     """
-    device = next(model.parameters()).device
-    return Plan(
-        tuple(
-            select(
-                block,
-                values[i],
-                moments[i],
-                shapes[i],
-                settings,
-                ranking=None if scores is None else torch.tensor(scores[i], device=device),
-                gains=(readout_gain(model, block.attention_readout), readout_gain(model, block.ffn_readout)),
-                present=present.blocks[i] if present else None,
-                hysteresis=hysteresis,
-            )
-            for i, block in enumerate(structure.blocks)
+    kept: dict[str, SublayerKept] = {sub.name: keep_none(sub.widths) for sub in network.sublayers}
+    for sub in network.present:
+        kept[sub.name] = select(
+            sub,
+            values[sub.name],
+            moments[sub.name],
+            widths[sub.name],
+            settings,
+            metric=metric,
+            ranking=ranking_of(sub, scores, values[sub.name][sub.readout.columns].device),
+            gain=readout_gain(model, sub.readout),
+            present=present[sub.name] if present else None,
+            hysteresis=hysteresis,
         )
-    )
+    return kept
+
+
+def ranking_of(sub: PresentSublayer, scores: HeadScores | None, device: torch.device) -> Tensor | None:
+    """Graph scores ``[heads]`` of an attention; None of anything else, or without scores."""
+    return None if scores is None or sub.name not in scores else torch.tensor(scores[sub.name], device=device)
 
 
 def blend(strength: Tensor, ranking: Tensor | None, guidance: float) -> Tensor:
@@ -228,29 +248,21 @@ def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
     return weight if gain is None else weight * gain[:, None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Bonus:
-    """Factors of hysteresis on the strengths of each kind of unit."""
-
-    heads: Tensor
-    qk: Tensor
-    vo: Tensor
-    ffn: Tensor
-
-
-def _bonus(block: BlockStructure, present: BlockPlan | None, hysteresis: float, like: Tensor) -> _Bonus:
-    shape = block.shape
-    heads = torch.ones(shape.heads, dtype=torch.float64, device=like.device)
-    qk = heads.new_ones(shape.heads, shape.qk)
-    vo = heads.new_ones(shape.heads, shape.vo)
-    ffn = heads.new_ones(shape.ffn)
-    if present is not None and hysteresis > 0:
-        factor = 1 + hysteresis
-        heads[list(present.heads)] = factor
-        qk.view(-1)[present.units("qk", shape)] = factor
-        vo.view(-1)[present.units("vo", shape)] = factor
-        ffn[list(present.ffn)] = factor
-    return _Bonus(heads, qk, vo, ffn)
+def _bonus(sub: PresentSublayer, present: SublayerKept | None, hysteresis: float, like: Tensor) -> dict[str, Tensor]:
+    """Factors of hysteresis on the strengths of each kind of unit: heads ``[heads]``, others as they lie."""
+    factors = {}
+    for kind in sub.widths.unit_kinds:
+        flat = torch.ones(unit_count(sub.widths, kind), dtype=torch.float64, device=like.device)
+        if present is not None:
+            flat[present.flat(kind, sub.widths)] = 1 + hysteresis  # type: ignore[arg-type]
+        factors[kind] = flat
+    if isinstance(sub, Attention):
+        heads = torch.ones(sub.widths.heads, dtype=torch.float64, device=like.device)
+        if isinstance(present, AttentionKept):
+            heads[list(present.heads)] = 1 + hysteresis
+        grid = {kind: flat.view(sub.widths.heads, -1) for kind, flat in factors.items()}
+        return {"head": heads, **grid}
+    return factors
 
 
 def _row_energy(weight: Tensor, moment: Tensor) -> Tensor:
@@ -258,9 +270,17 @@ def _row_energy(weight: Tensor, moment: Tensor) -> Tensor:
     return (weight @ moment).mul(weight).sum(1)
 
 
-def _energy(values: Values, slices: tuple[UnitSlice, ...], moment: Tensor) -> Tensor:
-    """Mean squared activation of the units that ``slices`` make."""
-    weight, moment = _full_map(values, slices, moment)
+def _rows_map(values: Values, rows: Rows, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[weight | bias]`` and the matching second moment."""
+    weight = values[rows.weight]
+    if rows.bias is None:
+        return weight, moment[:-1, :-1]
+    return torch.cat([weight, values[rows.bias][:, None]], dim=1), moment
+
+
+def _energy(values: Values, rows: Rows, moment: Tensor) -> Tensor:
+    """Mean squared activation of the units that ``rows`` make."""
+    weight, moment = _rows_map(values, rows, moment)
     return _row_energy(weight.to(moment.dtype), moment)
 
 
@@ -270,62 +290,39 @@ def _squared_norm(values: Values, slices: tuple[UnitSlice, ...]) -> Tensor:
     return torch.stack([p.sum(1 - s.axis) if p.ndim == 2 else p for s, p in zip(slices, parts, strict=True)]).sum(0)
 
 
-def _grid_strength(
-    block: BlockStructure,
-    values: Values,
-    moments: BlockMoments,
-    settings: ProjectionSettings,
-    kind: Literal["qk", "vo"],
-    gain: Tensor | None = None,
-) -> Tensor:
-    """Squared strengths ``[heads, width]`` of query/key or value units."""
-    if settings.metric == "euclidean" and settings.strength == "norm":
-        flat = _squared_norm(values, block.slices(kind))
-    elif kind == "qk":
-        flat = _energy(values, block.query, moments.attention_input)
-        flat = flat * _energy(values, block.key, moments.key_input)
-    else:
-        norm = _scaled(values[block.attention_readout.columns], gain).double().square().sum(0)
-        flat = norm * moments.head_outputs.diagonal()[:-1]
-    return flat.view(block.shape.heads, -1)
-
-
-def _ffn_strength(
-    block: BlockStructure, values: Values, moments: BlockMoments, settings: ProjectionSettings, gain: Tensor | None
-) -> Tensor:
-    if settings.strength == "norm":
-        return _squared_norm(values, block.slices("ffn"))
-    norm = _scaled(values[block.ffn_readout.columns], gain).double().square().sum(0)
-    return norm * moments.hidden.diagonal()[:-1]
+def _read_strength(sub: PresentSublayer, values: Values, moments: SublayerMoments, gain: Tensor | None) -> Tensor:
+    """Squared norm of each unit's readout column times the mean square of its activation."""
+    norm = _scaled(values[sub.readout.columns], gain).double().square().sum(0)
+    return norm * moments.read.diagonal()[:-1]
 
 
 def _select_values_by_data(
-    block: BlockStructure,
+    sub: Attention,
     values: Values,
-    moments: BlockMoments,
-    shape: BlockShape,
-    settings: ProjectionSettings,
+    moments: AttentionMoments,
+    widths: AttentionWidths,
+    settings: RepairSettings,
     ranking: Tensor | None,
     gain: Tensor | None,
-    bonus: _Bonus,
+    bonus: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Heads ``[heads]`` and value dimensions ``[heads, vo]`` that stay, by what their removal costs after refit."""
-    have = block.shape
-    heads = torch.ones(have.heads, dtype=torch.bool, device=bonus.heads.device)
-    vo = torch.ones_like(bonus.vo, dtype=torch.bool)
-    if shape.heads == have.heads and shape.vo == have.vo:
+    have = sub.widths
+    heads = torch.ones(have.heads, dtype=torch.bool, device=bonus["head"].device)
+    vo = torch.ones_like(bonus["vo"], dtype=torch.bool)
+    if widths.heads == have.heads and widths.vo == have.vo:
         return heads, vo
-    weight, gram = full_map(values, block.attention_readout, moments.head_outputs)
+    weight, gram = full_map(values, sub.readout, moments.read)
     grid = torch.arange(have.heads * have.vo, device=heads.device).view(have.heads, have.vo)
     weight = _scaled(weight, gain).masked_fill(idle_inputs(gram, grid.numel()), 0.0)
     surgeon = BrainSurgeon(gram, weight, settings.ridge)
-    if shape.heads < have.heads:
-        strength = blend(surgeon.group_saliency(grid), ranking, settings.guidance) * bonus.heads
-        heads = _top(strength, shape.heads)
+    if widths.heads < have.heads:
+        strength = blend(surgeon.group_saliency(grid), ranking, settings.guidance) * bonus["head"]
+        heads = _top(strength, widths.heads)
         surgeon.remove(grid[~heads].flatten())
-    excess, group = have.vo - shape.vo, max(1, have.vo // 16)
+    excess, group = have.vo - widths.vo, max(1, have.vo // 16)
     while excess > 0:
-        saliency = surgeon.saliency()[: grid.numel()].view_as(grid) * bonus.vo
+        saliency = surgeon.saliency()[: grid.numel()].view_as(grid) * bonus["vo"]
         saliency[~vo] = torch.inf
         weakest = saliency.topk(min(group, excess), dim=1, largest=False).indices
         vo.scatter_(1, weakest, value=False)
@@ -335,79 +332,84 @@ def _select_values_by_data(
 
 
 @dataclass(frozen=True, slots=True)
-class BlockProjection:
+class SublayerProjection:
     """Projection on a fixed support; a linear map.
 
     Attributes:
-        plan: The support.
+        kept: The support.
         masks: For each constrained slice that only gets entries zeroed, which units stay.
-        takeovers: For each readout in the data metric, ``(readout, keep [n], matrix [removed, kept])``.
+        readout: The readout that takes over, in the data's metric; else None.
+        keep: Which of the readout's inputs ``[n]`` stay.
+        takeover: The matrix ``[removed, kept]`` by which they do.
     """
 
-    plan: BlockPlan
+    kept: SublayerKept
     masks: dict[UnitSlice, Tensor]
-    takeovers: tuple[tuple[Readout, Tensor, Tensor], ...]
+    readout: Readout | None = None
+    keep: Tensor | None = None
+    takeover: Tensor | None = None
 
 
 def on_support(
-    block: BlockStructure,
+    sub: PresentSublayer,
     values: Values,
-    moments: BlockMoments,
-    plan: BlockPlan,
-    settings: ProjectionSettings,
-) -> BlockProjection:
-    """Make the projection on the support ``plan``."""
-    shape, device = block.shape, values[block.ffn_readout.columns].device
+    moments: SublayerMoments,
+    kept: SublayerKept,
+    settings: RepairSettings,
+    *,
+    metric: Metric = "data",
+) -> SublayerProjection:
+    """Make the projection on the support ``kept``."""
+    device = values[sub.readout.columns].device
 
-    def mask(kind: Literal["qk", "vo", "ffn"], count: int) -> Tensor:
-        keep = torch.zeros(count, dtype=torch.bool, device=device)
-        keep[plan.units(kind, shape)] = True
+    def mask(kind: UnitKind) -> Tensor:
+        keep = torch.zeros(unit_count(sub.widths, kind), dtype=torch.bool, device=device)
+        keep[kept.flat(kind, sub.widths)] = True  # type: ignore[arg-type]
         return keep
 
-    qk, vo = mask("qk", shape.heads * shape.qk), mask("vo", shape.heads * shape.vo)
-    ffn = mask("ffn", shape.ffn)
-    if settings.metric == "euclidean":
-        masks = {entry: keep for kind, keep in (("qk", qk), ("vo", vo), ("ffn", ffn)) for entry in block.slices(kind)}  # type: ignore[arg-type]
-        return BlockProjection(plan, masks, ())
-    # A removed head is gone by its readout columns; its queries and keys need not be pulled anywhere.
-    gone = [h for h in range(shape.heads) if h not in plan.heads]
-    qk.view(shape.heads, shape.qk)[gone] = True
-    takeovers = []
-    for readout, keep, moment in (
-        (block.attention_readout, vo, moments.head_outputs),
-        (block.ffn_readout, ffn, moments.hidden),
-    ):
-        _, gram = full_map(values, readout, moment)
-        count = len(keep)
-        keep = torch.cat([keep, keep.new_ones(len(gram) - count)])
-        takeovers.append((readout, keep, refit_map(gram, keep, settings.ridge, units=count).float()))
-    return BlockProjection(plan, dict.fromkeys(block.query + block.key, qk), tuple(takeovers))
+    if metric != "data":
+        masks = {kind: mask(kind) for kind in sub.widths.unit_kinds}
+        return SublayerProjection(kept, {entry: keep for kind, keep in masks.items() for entry in sub.slices(kind)})
+    masks = {}
+    if isinstance(sub, Attention) and isinstance(kept, AttentionKept):
+        qk = mask("qk")
+        # A removed head is gone by its readout columns; its queries and keys need not be pulled anywhere.
+        gone = [h for h in range(sub.widths.heads) if h not in kept.heads]
+        qk.view(sub.widths.heads, sub.widths.qk)[gone] = True
+        masks = dict.fromkeys(sub.query.slices + sub.key.slices, qk)
+    _, gram = full_map(values, sub.readout, moments.read)
+    keep = mask(sub.widths.unit_kinds[-1])
+    count = len(keep)
+    keep = torch.cat([keep, keep.new_ones(len(gram) - count)])
+    takeover = refit_map(gram, keep, settings.ridge, units=count).float()
+    return SublayerProjection(kept, masks, sub.readout, keep, takeover)
 
 
-def project(projection: BlockProjection, values: Values) -> Values:
+def project(projection: SublayerProjection, values: Values) -> Values:
     """Project ``values`` on the support; new tensors."""
     result: Values = {}
     for entry, keep in projection.masks.items():
         value = values[entry]
         result[entry] = value * keep.to(value.dtype).view([-1 if a == entry.axis else 1 for a in range(value.ndim)])
-    for readout, keep, takeover in projection.takeovers:
-        fitted, entry = apply_refit(readout_map(values, readout), keep, takeover), bias_slice(readout)
-        units_ = values[readout.columns].shape[1]
-        result[readout.columns] = fitted[:, :units_]
-        if entry is not None:
-            result[entry] = fitted[:, units_]
+    readout = projection.readout
+    if readout is not None and projection.keep is not None and projection.takeover is not None:
+        fitted = apply_refit(readout_map(values, readout), projection.keep, projection.takeover)
+        count = values[readout.columns].shape[1]
+        result[readout.columns] = fitted[:, :count]
+        if readout.bias_slice is not None:
+            result[readout.bias_slice] = fitted[:, count]
     return result
 
 
 def squared_size(
-    block: BlockStructure, values: Values, moments: BlockMoments, metric: Metric, *, probes: int | None = None
+    sub: PresentSublayer, values: Values, moments: SublayerMoments, metric: Metric, *, probes: int | None = None
 ) -> float:
-    """Squared norm of a block's constrained tensors (or of a difference of such) in the metric.
+    """Squared norm of a sub-layer's constrained tensors (or of a difference of such) in the metric.
 
     In the data's metric, computed in the moments' precision.
 
     Args:
-        block: The block.
+        sub: The sub-layer.
         values: The tensors.
         moments: Its second moments.
         metric: The metric.
@@ -415,14 +417,11 @@ def squared_size(
             of ``W`` (Hutchinson 1990): unbiased, at a cost that no longer grows with their number. None for the exact
             norm.
     """
-    if metric == "euclidean":
+    if metric != "data":
         return float(sum(v.double().square().sum() for v in values.values()))
-    parts = [
-        _full_map(values, block.query, moments.attention_input),
-        _full_map(values, block.key, moments.key_input),
-        full_map(values, block.attention_readout, moments.head_outputs),
-        full_map(values, block.ffn_readout, moments.hidden),
-    ]
+    parts = [full_map(values, sub.readout, moments.read)]
+    if isinstance(sub, Attention) and isinstance(moments, AttentionMoments):
+        parts += [_rows_map(values, sub.query, moments.inputs), _rows_map(values, sub.key, moments.key_inputs)]
     total = torch.zeros((), dtype=torch.float64)
     for weight, gram in parts:
         rows = weight.to(gram.dtype)

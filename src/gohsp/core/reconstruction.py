@@ -1,44 +1,69 @@
-"""Cutting block by block, each repaired against the dense model's residual stream (design, section 6).
+"""Cutting sub-layer by sub-layer, each repaired against the dense model's residual stream (``docs/oneshot.md``).
 
-A block is calibrated on what the already pruned blocks before it really send, and fitted to where the dense
-model's residual stream is at the same depth, so that errors are repaired and not passed on.
+A sub-layer is calibrated on what the already pruned ones before it really send, and fitted to where the dense model's
+residual stream is at the same depth, so that errors are repaired and not passed on.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.core.activations import evaluating, inputs_of, readout_gain, require_finite, units
-from gohsp.core.compensation import (
-    BlockMoments,
+from gohsp.core.capture import (
+    Trunk,
+    autocast,
+    branch,
+    device_of,
+    evaluating,
+    readout_gain,
+    require_finite,
+)
+from gohsp.core.fisher import TokenWeights
+from gohsp.core.moments import (
+    AttentionMoments,
+    FfnMoments,
     InputFitter,
     Regression,
     RegressionFitter,
-    cross_validated_ridge,
-    refit,
-    residual_refit,
-    select_units,
-    signed_sums,
+    SublayerMoments,
 )
-from gohsp.core.fisher import TokenWeights
-from gohsp.core.projection import ProjectionSettings, Values, constrained, on_support, project, readout_map, select
+from gohsp.core.projection import (
+    HeadScores,
+    RepairSettings,
+    constrained,
+    on_support,
+    project,
+    ranking_of,
+    readout_map,
+    select,
+)
+from gohsp.core.ridge import cross_validated_ridge, refit, residual_refit, signed_sums
 from gohsp.core.rotation import rotate_queries_keys, rotate_values
+from gohsp.core.surgeon import select_units
 from gohsp.structure import (
-    BlockPlan,
-    BlockShape,
-    BlockStructure,
-    ModelStructure,
-    Plan,
+    Absent,
+    Attention,
+    AttentionKept,
+    AttentionWidths,
+    Ffn,
+    FfnKept,
+    Kept,
+    Network,
+    PresentSublayer,
     Readout,
-    check_shapes,
-    dense_block_plan,
+    Sublayer,
+    SublayerKept,
+    SublayerWidths,
+    Widths,
+    check_widths,
+    is_absent,
+    keep_all,
+    keep_none,
+    unit_count,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,33 +77,33 @@ Store = Callable[[], MutableSequence[Tensor]]
 
 @torch.no_grad()
 def reconstruct(
-    dense: nn.Module,
+    dense: Trunk,
     model: nn.Module,
-    structure: ModelStructure,
-    shapes: Sequence[BlockShape],
-    embedded: Iterable[Tensor],
-    scores: Sequence[Sequence[float]] | None,
-    settings: ProjectionSettings,
+    network: Network,
+    widths: Widths,
+    entered: Iterable[Tensor],
+    scores: HeadScores | None,
+    settings: RepairSettings,
     *,
-    support: Plan | None = None,
-    weights: Sequence[TokenWeights] | None = None,
+    support: Kept | None = None,
+    weights: TokenWeights | None = None,
     precision: torch.dtype = torch.float32,
     store: Store = list,
     advance: Callable[[], None] = lambda: None,
-) -> Plan:
-    """Put ``model`` on the sparsity set of ``shapes``, first block to last.
+) -> dict[str, SublayerKept]:
+    """Put ``model`` on the sparsity set of ``widths``, first sub-layer to last.
 
-    In each block queries and keys go first, then heads and values, then FFN units. Before each of the latter two
-    cuts the readout is fitted to the dense stream, so that what is selected and refitted is the best full map.
+    In an attention queries and keys go first, then heads and values. Before heads, values and hidden units go, the
+    readout is fitted to the dense stream, so that what is selected and refitted is the best full map.
 
     Args:
-        dense: The model to stay close to (after ADMM, which has moved it, the trained one); left as it is.
+        dense: The blocks of the model to stay close to (after ADMM, which has moved it, the trained one); left as is.
         model: A copy of it; changed in place, its shapes stay.
-        structure: Structure of both.
-        shapes: Widths to reach.
-        embedded: What enters the first block, in batches ``[B, tokens, D]``; the same for both models.
-        scores: Graph scores by block and head; None for no guidance.
-        settings: Guidance, ridge; the metric is the data's, whatever they say.
+        network: Description of both.
+        widths: Widths to reach.
+        entered: What enters the first block, in batches ``[B, tokens, D]``; the same for both models.
+        scores: Graph scores of heads; None for no guidance.
+        settings: Guidance, ridge.
         support: The units to keep, where they are chosen already (by ADMM); None selects them, in a basis that
             is rotated anew.
         weights: How much each token counts; None counts all alike.
@@ -87,175 +112,246 @@ def reconstruct(
         advance: Called once per block.
 
     Returns:
-        The plan, ready for compaction.
+        What stays, ready for compaction.
 
     Raises:
-        PlanError: ``shapes`` do not fit the structure.
+        PlanError: ``widths`` do not fit the network.
         NonFiniteError: An activation is NaN or infinite.
     """
-    check_shapes(structure, shapes)
-    settings = replace(settings, metric="data")
-    target, middle, stream = store(), store(), store()
-    for batch in embedded:
+    check_widths(network, widths)
+    work = _Work(dense, dense.of(model), settings, precision, scores, support, weights or {}, store, widths)
+    target, stream = store(), store()
+    for batch in entered:
         target.append(batch)
-        middle.append(batch)
         stream.append(batch)
-    plans = []
-    with evaluating(dense), evaluating(model):
-        for i, block in enumerate(structure.blocks):
-            ranking = None if scores is None else scores[i]
-            kept = support.blocks[i] if support else None
-            work = _Block(dense, model, block, settings, precision, ranking, kept)
-            plans.append(
-                work.reconstruct(shapes[i], weights[i] if weights else TokenWeights(None, None), target, middle, stream)
-            )
+    kept: dict[str, SublayerKept] = {}
+    with evaluating(dense.model), evaluating(model):
+        for index, subs in enumerate(network.blocks.values()):
+            kept |= work.block(index, subs, target, stream)
             advance()
-    return Plan(tuple(plans))
+    return kept
 
 
-class _Block:
-    """One block of the model and its dense original."""
+@dataclass(frozen=True)
+class _Work:
+    """What every sub-layer is cut and repaired with."""
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        model: nn.Module,
-        block: BlockStructure,
-        settings: ProjectionSettings,
-        precision: torch.dtype,
-        scores: Sequence[float] | None,
-        support: BlockPlan | None,
-    ) -> None:
-        self.dense, self.model, self.block = dense, model, block
-        self.settings, self.precision = settings, precision
-        self.device = next(model.parameters()).device
-        self.ranking = None if scores is None else torch.tensor(scores, device=self.device)
-        self.support = support
-        self.attention, self.ffn = block.attention_readout, block.ffn_readout
+    dense: Trunk
+    student: Trunk
+    settings: RepairSettings
+    precision: torch.dtype
+    scores: HeadScores | None
+    support: Kept | None
+    weights: TokenWeights
+    store: Store
+    widths: Widths
 
-    def reconstruct(
-        self,
-        shape: BlockShape,
-        weights: TokenWeights,
-        target: MutableSequence[Tensor],
-        middle: MutableSequence[Tensor],
-        stream: MutableSequence[Tensor],
-    ) -> BlockPlan:
-        """Cut and repair the block; the streams enter as before it and leave as after it."""
-        have, dim = self.block.shape, self.attention.size
-        inputs = InputFitter(dim, self.device)
+    @property
+    def model(self) -> nn.Module:
+        """The model that is changed."""
+        return self.student.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return device_of(self.model)
+
+    def block(
+        self, index: int, subs: Sequence[Sublayer], target: MutableSequence[Tensor], stream: MutableSequence[Tensor]
+    ) -> dict[str, SublayerKept]:
+        """Cut and repair a block's sub-layers; both streams enter as before the block and leave as after it."""
+        goals = self.goals(index, subs, target)
+        kept = {sub.name: keep_none(sub.widths) for sub in subs if isinstance(sub, Absent)}
+        # What a cut FFN reads does not change with its readout: behind the last one, no pass is needed any more.
+        hidden = self.store() if isinstance(subs[-1], Ffn) else None
+        for sub in subs:
+            if not isinstance(sub, Absent):
+                site = _Site(self, index, tuple(subs[: subs.index(sub)]), sub, hidden if sub is subs[-1] else None)
+                kept[sub.name] = site.reconstruct(goals[sub.name], stream)
         for b in range(len(stream)):
-            before = target[b].to(self.device)
-            z, h = self.inputs(self.dense, before, self.attention, self.ffn)
-            for readout, read in ((self.attention, z), (self.ffn, h)):  # squares, since moments will hold these
-                require_finite(f"the input of module '{readout.module}'", read.float().square().sum())
-            between = before + branch(self.dense, self.attention, z)
-            middle[b], target[b] = between, between + branch(self.dense, self.ffn, h)
-            (x,) = self.inputs(self.model, stream[b].to(self.device), self.block.attention)
+            before = stream[b].to(self.device)
+            if hidden is None:
+                left, read = subs, self.read(self.student, index, before, subs)
+            else:
+                left, read = subs[-1:], [hidden[b].to(self.device)]
+            stream[b] = after = before + sum(branch(self.model, sub, z) for sub, z in zip(left, read, strict=True))
+            require_finite(f"the output of block '{subs[0].block}'", after, cut=True)
+        return kept
+
+    def goals(
+        self, index: int, subs: Sequence[Sublayer], target: MutableSequence[Tensor]
+    ) -> dict[str, MutableSequence[Tensor]]:
+        """The dense stream behind each sub-layer; ``target`` becomes that behind the last."""
+        goals = {sub.name: self.store() for sub in subs[:-1]} | {subs[-1].name: target}
+        for b in range(len(target)):
+            goal = target[b].to(self.device)
+            for sub, z in zip(subs, self.read(self.dense, index, goal, subs), strict=True):
+                if z is not None:  # squares, since moments will hold these
+                    require_finite(f"the input of module '{sub.readout.module}'", z.float().square().sum())
+                goal = goal + branch(self.dense.model, sub, z)
+                if sub is subs[-1]:
+                    target[b] = goal
+                else:
+                    goals[sub.name].append(goal)
+        return goals
+
+    def read(self, trunk: Trunk, index: int, stream: Tensor, subs: Sequence[Sublayer]) -> list[Tensor | None]:
+        """What the readouts of a block's first sub-layers read when it is given ``stream``; None of absent ones."""
+        names = [sub.readout.module for sub in subs if not isinstance(sub, Absent)]
+        found = iter(self.inputs(trunk, index, stream, names) if names else ())
+        return [None if isinstance(sub, Absent) else next(found) for sub in subs]
+
+    def inputs(self, trunk: Trunk, index: int, stream: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """What the named modules read; nothing behind the last of them is computed."""
+        with autocast(self.device, self.precision):
+            return trunk.inputs(index, stream, names)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One sub-layer of the model, with those before it in its block.
+
+    Where ``hidden`` is given, what the readout reads is left there, and the stream is left as it enters the sub-layer.
+    """
+
+    work: _Work
+    index: int
+    before: tuple[Sublayer, ...]
+    sub: PresentSublayer
+    hidden: MutableSequence[Tensor] | None
+
+    def reconstruct(self, goal: Sequence[Tensor], stream: MutableSequence[Tensor]) -> SublayerKept:
+        """Cut and repair the sub-layer; ``goal`` is the dense stream behind it, ``stream`` enters the block."""
+        by_query, moments = self.narrow_queries(stream) if isinstance(self.sub, Attention) else (None, None)
+        fit = RegressionFitter(
+            unit_count(self.sub.widths, self.sub.widths.unit_kinds[-1]),
+            self.sub.readout.size,
+            self.work.device,
+            self.work.weights.get(self.sub.name),
+        )
+        for b in range(len(stream)):
+            entered = stream[b].to(self.work.device)
+            *earlier, z = self.work.read(self.work.student, self.index, entered, (*self.before, self.sub))
+            assert z is not None
+            passed = zip(self.before, earlier, strict=True)
+            reached = entered + sum(branch(self.work.model, sub, read) for sub, read in passed)
+            fit.update(z, goal[b].to(self.work.device) - reached)
+            if self.hidden is not None:
+                self.hidden.append(z)
+                stream[b] = reached
+        if isinstance(self.sub, Attention) and moments is not None and isinstance(by_query, AttentionKept):
+            return self.cut_values(fit, moments, by_query)
+        return self.cut_units(fit)
+
+    @property
+    def widths(self) -> SublayerWidths:
+        """Widths to reach."""
+        return self.work.widths[self.sub.name]
+
+    def narrow_queries(self, stream: Sequence[Tensor]) -> tuple[SublayerKept, AttentionMoments]:
+        """Cut queries and keys; returns what stays of them, and the moments of what they read."""
+        sub, have, want = self.sub, self.sub.widths, self.widths
+        assert isinstance(sub, Attention)
+        assert isinstance(have, AttentionWidths)
+        assert isinstance(want, AttentionWidths)
+        inputs = InputFitter(sub.readout.size, self.work.device)
+        for b in range(len(stream)):
+            (x,) = self.work.inputs(self.work.student, self.index, stream[b].to(self.work.device), (sub.name,))
             inputs.update(x)
-        require_finite(f"the input of module '{self.block.attention}'", inputs.moment, cut=True)
-        moments = BlockMoments(
-            inputs.moment, inputs.within, self.unmeasured(have.heads * have.vo), self.unmeasured(have.ffn)
-        )
-        if shape.qk < have.qk and self.support is None:
-            rotate_queries_keys(self.model, self.block, moments)
-        by_query = self.selected(moments, replace(have, qk=shape.qk), "qk", self.settings.ridge)
-        self.project(moments, by_query, self.settings.ridge)
+        require_finite(f"the input of module '{sub.name}'", inputs.moment, cut=True)
+        moments = AttentionMoments(inputs.moment, inputs.within, self.unmeasured(have.heads * have.vo))
+        if is_absent(want):
+            return keep_all(have), moments
+        if want.qk < have.qk and self.work.support is None:
+            rotate_queries_keys(self.work.model, sub, moments)
+        kept = self.selected(moments, replace(have, qk=want.qk), self.work.settings.ridge)
+        self.project(moments, kept, self.work.settings.ridge)
+        return kept, moments
 
-        fit = RegressionFitter(have.heads * have.vo, dim, self.device, weights.attention)
-        for b in range(len(stream)):
-            before = stream[b].to(self.device)
-            (z,) = self.inputs(self.model, before, self.attention)
-            fit.update(z, middle[b].to(self.device) - before)
-        self.repair(self.attention, fit)
-        moments = replace(moments, head_outputs=fit.total.gram)
-        if shape.vo < have.vo and self.support is None:
-            moments = rotate_values(self.model, self.block, moments)
-        by_value = self.selected(moments, replace(have, heads=shape.heads, vo=shape.vo), "vo", self.settings.ridge)
-        self.project(moments, by_value, self.settings.ridge)
-
-        fit = RegressionFitter(have.ffn, dim, self.device, weights.ffn)
-        for b in range(len(stream)):
-            before = stream[b].to(self.device)
-            z, h = self.inputs(self.model, before, self.attention, self.ffn)
-            stream[b] = between = before + branch(self.model, self.attention, z)
-            middle[b] = h  # needed once more below, when the readout is known
-            fit.update(h, target[b].to(self.device) - between)
-        total = fit.total
-        moments = replace(moments, hidden=total.gram)
-        ridge = self.repair(self.ffn, fit, self.kept_units(shape.ffn, total))
-        by_unit = self.selected(moments, replace(have, ffn=shape.ffn), "ffn", ridge)
-        self.project(moments, by_unit, ridge)
-        for b in range(len(stream)):
-            stream[b] = after = stream[b].to(self.device) + branch(self.model, self.ffn, middle[b].to(self.device))
-            require_finite(f"the output of module '{self.block.name}'", after, cut=True)
-        if self.support is not None:
-            return self.support
+    def cut_values(self, fit: RegressionFitter, moments: AttentionMoments, by_query: AttentionKept) -> SublayerKept:
+        """Fit the readout, then cut heads and values."""
+        sub, have, want = self.sub, self.sub.widths, self.widths
+        assert isinstance(sub, Attention)
+        assert isinstance(have, AttentionWidths)
+        assert isinstance(want, AttentionWidths)
+        self.repair(fit)
+        moments = replace(moments, read=fit.total.gram)
+        if want.vo < have.vo and not is_absent(want) and self.work.support is None:
+            moments = rotate_values(self.work.model, sub, moments)
+        cut = want if is_absent(want) else replace(have, heads=want.heads, vo=want.vo)
+        kept = self.selected(moments, cut, self.work.settings.ridge)
+        self.project(moments, kept, self.work.settings.ridge)
+        if self.work.support is not None:
+            return self.work.support[sub.name]
+        assert isinstance(kept, AttentionKept)
         queries = dict(zip(by_query.heads, by_query.qk, strict=True))
-        return BlockPlan(
-            heads=by_value.heads, qk=tuple(queries[h] for h in by_value.heads), vo=by_value.vo, ffn=by_unit.ffn
-        )
+        return replace(kept, qk=tuple(queries[h] for h in kept.heads))
+
+    def cut_units(self, fit: RegressionFitter) -> SublayerKept:
+        """Fit the readout, then cut hidden units."""
+        total = fit.total
+        ridge = self.repair(fit, self.kept_units(total))
+        kept = self.selected(FfnMoments(total.gram), self.widths, ridge)
+        self.project(FfnMoments(total.gram), kept, ridge)
+        return kept
 
     def unmeasured(self, width: int) -> Tensor:
         """Stands for a moment that is measured further on and not read before."""
-        return torch.zeros((), dtype=torch.float64, device=self.device).expand(width + 1, width + 1)
+        return torch.zeros((), dtype=torch.float64, device=self.work.device).expand(width + 1, width + 1)
 
-    def inputs(self, model: nn.Module, x: Tensor, *of: Readout | str) -> tuple[Tensor, ...]:
-        """What the named modules read when the block is given ``x``; nothing behind the last of them is computed."""
-        names = [o if isinstance(o, str) else o.module for o in of]
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            return inputs_of(model, self.block.name, x, names)
+    def selected(self, moments: SublayerMoments, widths: SublayerWidths, ridge: float) -> SublayerKept:
+        """What stays where ``widths`` are allowed."""
+        sub, model, support = self.sub, self.work.model, self.work.support
+        if support is not None:
+            return only(support[sub.name], sub.widths, widths)
+        values = constrained(model, sub)
+        ranking = ranking_of(sub, self.work.scores, self.work.device)
+        settings = replace(self.work.settings, ridge=ridge)
+        return select(sub, values, moments, widths, settings, ranking=ranking, gain=readout_gain(model, sub.readout))
 
-    def selected(
-        self, moments: BlockMoments, shape: BlockShape, kind: Literal["qk", "vo", "ffn"], ridge: float
-    ) -> BlockPlan:
-        """What stays of the block where ``shape``, which differs from the present one in ``kind`` alone, is allowed."""
-        if self.support is not None:
-            return only(self.support, kind, self.block.shape)
-        settings = replace(self.settings, ridge=ridge)
-        values = constrained(self.model, self.block, settings.metric)
-        gains = (readout_gain(self.model, self.attention), readout_gain(self.model, self.ffn))
-        return select(self.block, values, moments, shape, settings, ranking=self.ranking, gains=gains)
-
-    def kept_units(self, count: int, total: Regression) -> Tensor:
-        """Mask of the FFN's hidden units that would stay at the settings' ridge, for choosing a better one."""
-        if self.support is not None:
-            kept = torch.zeros(self.block.shape.ffn, dtype=torch.bool, device=total.gram.device)
-            kept[list(self.support.ffn)] = True
+    def kept_units(self, total: Regression) -> Tensor:
+        """Mask of the hidden units that would stay at the settings' ridge, for choosing a better one."""
+        sub, support, want = self.sub, self.work.support, self.widths
+        assert isinstance(sub, Ffn)
+        count = sub.widths.units
+        if support is not None or is_absent(want):
+            kept = torch.zeros(count, dtype=torch.bool, device=total.gram.device)
+            of = keep_none(want) if support is None else support[sub.name]
+            assert isinstance(of, FfnKept)
+            kept[list(of.units)] = True
             return kept
-        require_finite(f"the input of module '{self.ffn.module}'", total.gram, cut=True)
-        present, total = self.present_map(self.ffn, total)
-        bonus = torch.ones(self.block.shape.ffn, dtype=torch.float64, device=present.device)
-        fitted = residual_refit(total, present, self.settings.ridge)
-        return select_units(total.gram, fitted, bonus, count, ridge=self.settings.ridge)[: len(bonus)]
+        require_finite(f"the input of module '{sub.readout.module}'", total.gram, cut=True)
+        present, total = self.present_map(total)
+        bonus = torch.ones(count, dtype=torch.float64, device=present.device)
+        fitted = residual_refit(total, present, self.work.settings.ridge)
+        units = unit_count(want, "ffn")
+        return select_units(total.gram, fitted, bonus, units, ridge=self.work.settings.ridge)[:count]
 
-    def project(self, moments: BlockMoments, kept: BlockPlan, ridge: float) -> None:
-        """Put the block on the support ``kept``, in place."""
-        settings = replace(self.settings, ridge=ridge)
-        values = constrained(self.model, self.block, settings.metric)
-        for entry, value in project(on_support(self.block, values, moments, kept, settings), values).items():
+    def project(self, moments: SublayerMoments, kept: SublayerKept, ridge: float) -> None:
+        """Put the sub-layer on the support ``kept``, in place."""
+        settings, values = replace(self.work.settings, ridge=ridge), constrained(self.work.model, self.sub)
+        for entry, value in project(on_support(self.sub, values, moments, kept, settings), values).items():
             values[entry].copy_(value)
 
-    def present_map(self, readout: Readout, fit: Regression) -> tuple[Tensor, Regression]:
-        """A readout's present map with its LayerScale, and the regression on what that map reads."""
-        weight = readout_map(constrained(self.model, self.block, self.settings.metric), readout)
-        gain = readout_gain(self.model, readout)
+    def present_map(self, fit: Regression) -> tuple[Tensor, Regression]:
+        """The readout's present map with its LayerScale, and the regression on what that map reads."""
+        weight = readout_map(constrained(self.work.model, self.sub), self.sub.readout)
+        gain = readout_gain(self.work.model, self.sub.readout)
         return weight if gain is None else weight * gain[:, None], fit.first(weight.shape[1])
 
-    def repair(self, readout: Readout, fit: RegressionFitter, kept: Tensor | None = None) -> float:
-        """Fit a readout to its target, nothing cut yet, in place; LayerScale stays.
+    def repair(self, fit: RegressionFitter, kept: Tensor | None = None) -> float:
+        """Fit the readout to its target, nothing cut yet, in place; LayerScale stays.
 
         Args:
-            readout: The readout.
             fit: Its inputs and target.
             kept: Mask of the units that will stay; None if that is not known yet.
 
         Returns:
             The ridge that held up best on folds, for the map on the inputs that stay where that is known.
         """
-        total = fit.total
-        require_finite(f"the input of module '{readout.module}'", total.gram, cut=True)
-        present, total = self.present_map(readout, total)
+        total, start = fit.total, self.work.settings.ridge
+        require_finite(f"the input of module '{self.sub.readout.module}'", total.gram, cut=True)
+        present, total = self.present_map(total)
         n = present.shape[1]
         keep = None if kept is None else torch.cat([kept, kept.new_ones(n - len(kept))])
 
@@ -268,38 +364,33 @@ class _Block:
             return whole if keep is None else refit(part.gram, whole, keep, ridge)
 
         splits = [(rest.first(n).of_sums(sums), held_out.first(n).of_sums(sums)) for rest, held_out in fit.splits()]
-        ridge = cross_validated_ridge(splits, cut, self.settings.ridge)
-        self.write(readout, residual_refit(total, present, ridge).float())
-        logger.info("%s: ridge %.2g", readout.module, ridge)
+        ridge = cross_validated_ridge(splits, cut, start)
+        self.write(self.sub.readout, residual_refit(total, present, ridge).float())
+        logger.info("%s: ridge %.2g", self.sub.readout.module, ridge)
         return ridge
 
     def write(self, readout: Readout, fitted: Tensor) -> None:
         """Make ``fitted`` the readout's map, LayerScale included; a channel that LayerScale shuts off stays."""
-        values: Values = constrained(self.model, self.block, self.settings.metric)
-        columns, gain = values[readout.columns], readout_gain(self.model, readout)
+        values = constrained(self.work.model, self.sub)
+        columns, gain = values[readout.columns], readout_gain(self.work.model, readout)
         if gain is not None:
             fitted = torch.where(gain[:, None] != 0, fitted / gain[:, None], readout_map(values, readout))
         columns.copy_(fitted[:, : columns.shape[1]])
         if readout.bias:
-            self.model.get_parameter(readout.bias).copy_(fitted[:, -1])
+            self.work.model.get_parameter(readout.bias).copy_(fitted[:, -1])
 
 
-def only(plan: BlockPlan, kind: Literal["qk", "vo", "ffn"], shape: BlockShape) -> BlockPlan:
-    """A plan that cuts what ``plan`` cuts of ``kind`` and keeps everything else of a block of ``shape``."""
-    everything = dense_block_plan(shape)
-    if kind == "ffn":
-        return replace(everything, ffn=plan.ffn)
-    if kind == "vo":
-        return replace(everything, heads=plan.heads, qk=everything.qk[: len(plan.heads)], vo=plan.vo)
-    kept = dict(zip(plan.heads, plan.qk, strict=True))
+def only(kept: SublayerKept, have: SublayerWidths, widths: SublayerWidths) -> SublayerKept:
+    """A cut that carries out that part of ``kept`` by which ``widths`` are less than ``have``."""
+    everything = keep_all(have)
+    if widths == have:
+        return everything
+    if not (isinstance(kept, AttentionKept) and isinstance(everything, AttentionKept)) or is_absent(kept.widths):
+        return kept
+    assert isinstance(have, AttentionWidths)
+    assert isinstance(widths, AttentionWidths)
+    if widths.qk == have.qk:
+        return replace(everything, heads=kept.heads, qk=everything.qk[: len(kept.heads)], vo=kept.vo)
+    of_head = dict(zip(kept.heads, kept.qk, strict=True))
     # A head that goes loses its queries with its values; until then any of them will do.
-    return replace(everything, qk=tuple(kept.get(h, plan.qk[0]) for h in everything.heads))
-
-
-def branch(model: nn.Module, readout: Readout, inputs: Tensor) -> Tensor:
-    """What a readout adds to the residual stream ``[B, tokens, D]``, in float32."""
-    weight = units(model, readout.columns, inputs.shape[-1]).float()
-    bias = model.get_parameter(readout.bias).detach().float() if readout.bias else None
-    written = F.linear(inputs.float(), weight, bias)
-    gain = readout_gain(model, readout)
-    return written if gain is None else written * gain
+    return replace(everything, qk=tuple(of_head.get(h, kept.qk[0]) for h in everything.heads))

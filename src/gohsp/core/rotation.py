@@ -1,4 +1,4 @@
-"""Changes of basis inside attention that keep the function and sort dimensions by importance (design, section 6).
+"""Changes of basis inside attention that keep the function and sort dimensions by importance (``docs/oneshot.md``).
 
 ``q^T k`` depends on ``W_Q^T W_K`` only, and a head's contribution on ``W_O W_V`` only, so either pair may be mixed
 by an invertible matrix and its inverse. After :func:`rotate`, keeping a head's first dimensions is the best
@@ -7,79 +7,83 @@ low-rank approximation of it in the data's metric, which makes unit-wise pruning
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import readout_gain, rows, units
-from gohsp.core.compensation import ROUNDING, BlockMoments
-from gohsp.structure import BlockStructure, ModelStructure, UnitSlice
+from gohsp.core.capture import readout_gain, rows_of, units
+from gohsp.core.moments import AttentionMoments, Moments, SublayerMoments
+from gohsp.core.ridge import ROUNDING
+from gohsp.structure import Attention, Network, Rows
 
 _FLOOR = 1e-8
 """Share of the largest eigenvalue below which a direction counts as carrying nothing; bounds the condition number."""
 
 
-def rotate(model: nn.Module, structure: ModelStructure, moments: Sequence[BlockMoments]) -> tuple[BlockMoments, ...]:
-    """Rotate query/key and value dimensions of every block that allows it, in place.
+def rotate(model: nn.Module, network: Network, moments: Moments) -> dict[str, SublayerMoments]:
+    """Rotate query/key and value dimensions of every attention that allows it, in place.
 
     Args:
         model: The model; its function changes by rounding only.
-        structure: Its structure.
+        network: Its description.
         moments: Its second moments.
 
     Returns:
         The second moments after the change.
     """
-    for block, of_block in zip(structure.blocks, moments, strict=True):
-        rotate_queries_keys(model, block, of_block)
-    return tuple(rotate_values(model, b, m) for b, m in zip(structure.blocks, moments, strict=True))
+    turned = dict(moments)
+    for sub in network.attentions:
+        of = moments[sub.name]
+        assert isinstance(of, AttentionMoments)
+        rotate_queries_keys(model, sub, of)
+        turned[sub.name] = rotate_values(model, sub, of)
+    return turned
 
 
-def rotate_queries_keys(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> None:
-    """Rotate one block's query/key dimensions in place, if it allows that."""
-    if "qk" not in block.rotatable:
+def rotate_queries_keys(model: nn.Module, sub: Attention, moments: AttentionMoments) -> None:
+    """Rotate one attention's query/key dimensions in place, if it allows that."""
+    if "qk" not in sub.rotatable:
         return
-    heads, qk = block.shape.heads, block.shape.qk
-    query = extended_rows(model, block.query, heads * qk)
-    key = extended_rows(model, block.key, heads * qk)
+    heads, qk = sub.widths.heads, sub.widths.qk
+    query = extended_rows(model, sub.query, heads * qk)
+    key = extended_rows(model, sub.key, heads * qk)
     for h in range(heads):
         part = slice(h * qk, (h + 1) * qk)
-        to_query, to_key = balance_query_key(query[part], key[part], moments.attention_input, moments.key_input)
-        _mix_rows(model, block.query, h, qk, to_query)
-        _mix_rows(model, block.key, h, qk, to_key)
+        to_query, to_key = balance_query_key(query[part], key[part], moments.inputs, moments.key_inputs)
+        _mix_rows(model, sub.query, h, qk, to_query)
+        _mix_rows(model, sub.key, h, qk, to_key)
 
 
-def rotate_values(model: nn.Module, block: BlockStructure, moments: BlockMoments) -> BlockMoments:
-    """Rotate one block's value dimensions in place, if it allows that; returns the moments after the change."""
-    if "vo" not in block.rotatable:
+def rotate_values(model: nn.Module, sub: Attention, moments: AttentionMoments) -> AttentionMoments:
+    """Rotate one attention's value dimensions in place, if it allows that; returns the moments after the change."""
+    if "vo" not in sub.rotatable:
         return moments
-    heads, vo = block.shape.heads, block.shape.vo
-    mixing = torch.eye(heads * vo + 1, dtype=torch.float64, device=moments.head_outputs.device)
-    columns = units(model, block.attention_readout.columns, heads * vo)
-    gain = readout_gain(model, block.attention_readout)
+    heads, vo = sub.widths.heads, sub.widths.vo
+    mixing = torch.eye(heads * vo + 1, dtype=torch.float64, device=moments.read.device)
+    columns = units(model, sub.readout.columns, heads * vo)
+    gain = readout_gain(model, sub.readout)
     written = columns if gain is None else gain[:, None] * columns
-    sent = moments.head_outputs
+    sent = moments.read
     for h in range(heads):
         part = slice(h * vo, (h + 1) * vo)
-        mean = sent[part, -1] if block.attention_readout.bias else None
+        mean = sent[part, -1] if sub.readout.bias else None
         forward, backward = order_values(written[:, part], sent[part, part], mean)
-        _mix_rows(model, block.value, h, vo, forward)
+        _mix_rows(model, sub.value, h, vo, forward)
         columns[:, part] = (columns[:, part].double() @ backward).to(columns.dtype)
         mixing[part, part] = forward
     turned = mixing @ sent @ mixing.T
-    return replace(moments, head_outputs=(turned + turned.T) / 2)
+    return replace(moments, read=(turned + turned.T) / 2)
 
 
-def extended_rows(model: nn.Module, slices: Sequence[UnitSlice], count: int) -> Tensor:
+def extended_rows(model: nn.Module, rows: Rows, count: int) -> Tensor:
     """Rows ``[count, inputs (+ 1)]`` in float64, the bias (if any) as last column."""
-    weight, bias = rows(model, slices, count)
+    weight, bias = rows_of(model, rows, count)
     return (weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)).double()
 
 
-def _mix_rows(model: nn.Module, slices: Sequence[UnitSlice], head: int, width: int, matrix: Tensor) -> None:
-    for entry in slices:
+def _mix_rows(model: nn.Module, rows: Rows, head: int, width: int, matrix: Tensor) -> None:
+    for entry in rows.slices:
         part = units(model, entry, (head + 1) * width).narrow(0, head * width, width)
         part.copy_((matrix @ part.double()).to(part.dtype))
 

@@ -1,4 +1,4 @@
-"""The one attention module of our own, for widths that the libraries' classes cannot hold."""
+"""Modules of our own, for what the libraries' classes cannot hold: unequal widths, and what an absent sub-layer leaves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class PrunedAttention(nn.Module):
 
     A drop-in for ``timm.layers.Attention``: same parameter names, same call. One fused projection makes
     queries, keys and values; its rows are ordered ``[q of all heads, k of all heads, v of all heads]``.
-    The narrower side is padded with zeros inside, since fused kernels want one width (design, section 8).
+    The narrower side is padded with zeros inside, since fused kernels want one width
+    (``docs/oneshot.md``).
     """
 
     def __init__(
@@ -66,3 +67,18 @@ class PrunedAttention(nn.Module):
         else:
             out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
         return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).reshape(b, n, h * vo))))
+
+
+class Constant(nn.Module):
+    """What is left of a sub-layer that was removed: one vector, which it adds to every token.
+
+    A drop-in for an attention or an FFN; what it is given besides the stream it ignores.
+    """
+
+    def __init__(self, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        """The vector for every token of ``x`` ``[images, tokens, dim]``."""
+        return self.bias.to(x.dtype).expand_as(x)

@@ -1,32 +1,25 @@
-"""Streaming statistics of attention heads: edges between them, and how much each one matters (design, section 3).
+"""Streaming statistics of attention heads: edges between them, and how much each one matters (``docs/ranking.md``).
 
 Every sum has a fixed size whatever the number of images, and attention rows of a few images are compared at a time.
 
-Shapes: ``nodes`` are heads, numbered block by block; ``rows`` are images times tokens; ``units`` are a
-block's value dimensions, heads times ``vo``.
+Shapes: ``nodes`` are heads, numbered attention by attention; ``rows`` are images times tokens; ``units`` are an
+attention's value dimensions, heads times ``vo``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import (
-    GRADIENT_IMAGES,
-    attention_rows,
-    evaluating,
-    observe_inputs,
-    readout_gain,
-    require_finite,
-)
+from gohsp.core.capture import attention_rows, autocast, readout_gain, require_finite, units
+from gohsp.core.gradients import Gradients
 from gohsp.errors import DataError, UnsupportedModelError
-from gohsp.structure import BlockStructure, ModelStructure
+from gohsp.structure import Attention, Network
 
 Edge = Literal["jsd", "kl", "similarity", "cosine", "cka"]
 EDGES: tuple[Edge, ...] = ("jsd", "kl", "similarity", "cosine", "cka")
@@ -55,21 +48,22 @@ class HeadStatistics:
     """What calibration images tell about every head.
 
     Attributes:
-        heads: Heads of each block.
+        heads: Heads of each attention, by its name.
         images: Images seen.
         edges: Edge weights ``[nodes, nodes]`` of each graph, 0 on the diagonal: one graph over all heads
-            (scope ``global``) or one a block (scope ``layer``). Attention rows are compared in every fourth image.
+            (scope ``global``) or one an attention (scope ``layer``). Attention rows are compared in every fourth image.
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
             over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
-            first-order change of the predicted class's log-probability.
+            first-order change of the objective's confidence (of a classifier, the predicted class's log-probability), or
+            of its draws where it has none.
         taylor: Both orders ``[nodes]``, in nats: ``E[a] + E[a^2] / 2``; negative where the model would grow surer
-            of its predictions.
-        fisher_residual: ``fisher`` ``[nodes]`` for that part of a head's output which no linear map of the block's
+            of its predictions. ``fisher`` where the objective has no confidence.
+        fisher_residual: ``fisher`` ``[nodes]`` for that part of a head's output which no linear map of the attention's
             other heads can give, tokens taken as independent.
     """
 
-    heads: tuple[int, ...]
+    heads: Mapping[str, int]
     images: int
     edges: tuple[Tensor, ...]
     contribution: Tensor | None
@@ -78,71 +72,42 @@ class HeadStatistics:
     fisher_residual: Tensor | None
 
 
-def collect_head_statistics(
-    model: nn.Module,
-    structure: ModelStructure,
-    batches: Iterable[Tensor],
-    *,
-    scope: Scope = "global",
-    edge: Edge = "jsd",
-    wanted: Collection[Statistic] = STATISTICS,
-    precision: torch.dtype = torch.float32,
-) -> HeadStatistics:
-    """Run every batch through the model once and gather the statistics of its heads.
+class HeadStatisticsFitter:
+    """Accumulates head statistics pass by pass: ``update`` takes gradients, ``statistics`` gives the result.
+
+    Memory beside what a pass takes: with ``U`` units an attention and ``H`` heads, ``H^2`` numbers for the edges, ``U^2``
+    an attention where a statistic or an edge needs covariances; output edges in scope ``global`` need ``(sum of U)^2``.
 
     Args:
-        model: The model; left in the mode it was in.
-        structure: Its structure.
-        batches: Images ``[images, channels, height, width]``, preprocessed.
-        scope: Heads that share a graph: those of a block, or all.
+        model: The model that the passes run through.
+        network: Its description.
+        scope: Heads that share a graph: those of an attention, or all.
         edge: Edge weight; see :func:`attention_divergence` and :func:`output_distance`.
-        wanted: What to gather beside the edges. All but ``contribution`` need a backward pass.
-        precision: Data type of both passes and of the logits of attention; below float32 by autocast. Attention
-            probabilities and sums stay wider.
-
-    Raises:
-        DataError: No images.
-        NonFiniteError: NaN or infinity in what flows through a block; the message names the module.
-        UnsupportedModelError: A gradient statistic for a model without class logits, or scope ``global`` where
-            blocks differ in their number of tokens.
-    """
-    fitter = HeadStatisticsFitter(model, structure, scope=scope, edge=edge, wanted=wanted, precision=precision)
-    with evaluating(model):
-        for images in batches:
-            fitter.update(images)
-    return fitter.statistics
-
-
-class HeadStatisticsFitter:
-    """Accumulates head statistics batch by batch: ``update`` takes images, ``statistics`` gives the result.
-
-    The model must be in evaluation mode. Memory beside what 32 images take: with ``U`` units a block and ``H`` heads,
-    ``H^2`` numbers for the edges, ``U^2`` a block where a statistic or an edge needs covariances; output edges in
-    scope ``global`` need ``(sum of U)^2``.
+        wanted: What to gather beside the edges. All but ``contribution`` need gradients.
+        precision: Data type of the logits of attention; below float32 by autocast. Probabilities and sums stay wider.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        structure: ModelStructure,
+        network: Network,
         *,
         scope: Scope,
         edge: Edge,
         wanted: Collection[Statistic] = STATISTICS,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self._model, self._blocks, self._edge, self._wanted = model, structure.blocks, edge, wanted
+        self._model, self._subs, self._edge, self._wanted = model, network.attentions, edge, wanted
         self._precision = precision
-        self._backward = any(name in GRADIENT_STATISTICS for name in wanted)
-        blocks = range(len(structure.blocks))
-        self._graphs = [list(blocks)] if scope == "global" else [[i] for i in blocks]
-        heads = [b.shape.heads for b in structure.blocks]
-        widths = [b.shape.heads * b.shape.vo for b in structure.blocks]
+        count = range(len(self._subs))
+        self._graphs = [list(count)] if scope == "global" else [[i] for i in count]
+        heads = [sub.widths.heads for sub in self._subs]
+        widths = [sub.widths.heads * sub.widths.vo for sub in self._subs]
         self._images = 0
         self._compared = [0] * len(self._graphs)
         self._generator = torch.Generator().manual_seed(0)
-        within_blocks = edge in _OUTPUT_EDGES and scope == "layer"
-        covariances = within_blocks or "contribution" in wanted or "fisher_residual" in wanted
+        within = edge in _OUTPUT_EDGES and scope == "layer"
+        covariances = within or "contribution" in wanted or "fisher_residual" in wanted
         self._moments = [_Moments(width) for width in widths] if covariances else []
         if edge not in _OUTPUT_EDGES:
             self._divergence = [_zeros(*2 * [sum(heads[i] for i in graph)]) for graph in self._graphs]
@@ -151,95 +116,74 @@ class HeadStatisticsFitter:
         else:
             self._joint_moments = self._moments
         self._slope, self._square = _zeros(sum(heads)), _zeros(sum(heads))
-        residual = structure.blocks if "fisher_residual" in wanted else ()
-        self._gradients = [_zeros(b.shape.heads, b.shape.vo, b.shape.vo) for b in residual]
+        residual = self._subs if "fisher_residual" in wanted else ()
+        self._gradients = [_zeros(sub.widths.heads, sub.widths.vo, sub.widths.vo) for sub in residual]
 
-    def update(self, images: Tensor) -> None:
-        """Add a batch ``[images, channels, height, width]``.
+    @torch.no_grad()
+    def update(self, gradients: Gradients) -> None:
+        """Add a few images.
 
         Raises:
-            NonFiniteError: NaN or infinity in what flows through a block.
-            UnsupportedModelError: See :func:`collect_head_statistics`.
+            NonFiniteError: NaN or infinity in what heads make.
+            UnsupportedModelError: Scope ``global`` where attentions differ in their number of tokens.
         """
-        for few in images.split(GRADIENT_IMAGES):
-            self._update(few)
+        outputs = [gradients.read[sub.name] for sub in self._subs]
+        for sub, z in zip(self._subs, outputs, strict=True):
+            require_finite(f"the input of module '{sub.readout.module}'", z)
+        flat = [z.flatten(0, 1) for z in outputs]
+        for moments, z in zip(self._moments, flat, strict=False):
+            moments.update(z)
+        if self._edge not in _OUTPUT_EDGES:
+            self._compare([gradients.inputs[sub.name] for sub in self._subs])
+        elif self._joint_moments is not self._moments:
+            self._joint_moments[0].update(torch.cat(flat, dim=1))
+        if any(name in GRADIENT_STATISTICS for name in self._wanted):
+            self._add_gradients(gradients)
+        self._images += gradients.images
 
-    def _update(self, images: Tensor) -> None:
-        inputs, outputs = self._forward(images)
-        with torch.no_grad():
-            flat = [z.detach().flatten(0, 1) for z in outputs]
-            if self._moments:
-                for moments, z in zip(self._moments, flat, strict=True):
-                    moments.update(z)
-            if self._edge not in _OUTPUT_EDGES:
-                few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches
-                for i, graph in enumerate(self._graphs if len(few[0]) else ()):
-                    maps = self._attention(graph, few)
-                    self._divergence[i] += attention_divergence(maps, self._edge)
-                    self._compared[i] += len(maps) * maps.shape[2]
-            elif self._joint_moments is not self._moments:
-                self._joint_moments[0].update(torch.cat(flat, dim=1))
-        self._images += len(images)
+    def _compare(self, inputs: Sequence[Tensor]) -> None:
+        few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches
+        for i, graph in enumerate(self._graphs if len(few[0]) else ()):
+            maps = self._attention(graph, few)
+            self._divergence[i] += attention_divergence(maps, self._edge)
+            self._compared[i] += len(maps) * maps.shape[2]
 
-    def _forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs ``[images, tokens, dim]`` and head outputs ``[images, tokens, units]`` of every attention."""
-        seen: dict[str, Tensor] = {}
-        names = [(b.attention, b.attention_readout.module) for b in self._blocks]
-        images = images.detach().to(next(self._model.parameters()).device)
-        # Through the images, so that frozen weights do not cut the graph.
-        images.requires_grad_(self._backward)
-        watch = {name: partial(seen.__setitem__, name) for pair in names for name in pair}
-        with observe_inputs(self._model, watch), torch.set_grad_enabled(self._backward), self._autocast(images.device):
-            logits = self._model(images)
-        for name, x in seen.items():
-            require_finite(f"the input of module '{name}'", x)
-        if isinstance(logits, Tensor):
-            require_finite("the model's output", logits)
-        outputs = [seen[readout] for _, readout in names]
-        if self._backward:
-            self._add_gradients(logits, outputs)
-        return [seen[attention].detach() for attention, _ in names], outputs
+    def _add_gradients(self, gradients: Gradients) -> None:
+        """Add to first and second order what zeroing each head changes.
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
-
-    def _add_gradients(self, logits: Tensor, outputs: list[Tensor]) -> None:
-        """Differentiate the predicted class's log-probability by the heads' outputs."""
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-            raise UnsupportedModelError(
-                "the gradient statistics need a classifier that returns logits [images, classes]; "
-                "rank by 'contribution' or with teleport 'contribution' or 'uniform' instead"
-            )
-        with torch.enable_grad():
-            confidence = logits.float().log_softmax(dim=-1).amax(dim=-1).sum()
-        gradients = torch.autograd.grad(confidence, outputs)
-        by_head = [(-1, (block.shape.heads, block.shape.vo)) for block in self._blocks]
-        gradients = [g.float().unflatten(*split) for g, split in zip(gradients, by_head, strict=True)]
-        changes = [
-            (z.detach().float().unflatten(*split) * g).sum(dim=(1, 3))
-            for z, g, split in zip(outputs, gradients, by_head, strict=True)
-        ]
-        if self._gradients:
-            for g, total in zip(gradients, self._gradients, strict=True):
-                total += torch.einsum("bnhi,bnhj->hij", g, g).cpu()
-        change = torch.cat(changes, dim=1).double()
-        self._slope += change.sum(dim=0).cpu()
-        self._square += change.square().sum(dim=0).cpu()
+        Both are of the confidence where the objective has one; else the first order is 0, and draws give the second.
+        """
+        sides = gradients.drawn if gradients.confidence is None else [gradients.confidence]
+        if not sides:
+            raise UnsupportedModelError("gradient statistics need gradients; ask for a draw or for the confidence")
+        for side in sides:
+            changes = []
+            for i, sub in enumerate(self._subs):
+                split = (-1, (sub.widths.heads, sub.widths.vo))
+                weight = units(self._model, sub.readout.columns, sub.widths.heads * sub.widths.vo).float()
+                g = (side[sub.name].float() @ weight).unflatten(*split)
+                changes.append((gradients.read[sub.name].float().unflatten(*split) * g).sum(dim=(1, 3)))
+                if self._gradients:
+                    self._gradients[i] += torch.einsum("bnhi,bnhj->hij", g, g).cpu() / len(sides)
+            change = torch.cat(changes, dim=1).double()
+            if gradients.confidence is not None:
+                self._slope += change.sum(dim=0).cpu()
+            self._square += change.square().sum(dim=0).cpu() / len(sides)
 
     def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
         """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32, at a draw of queries."""
         tokens = {inputs[i].shape[1] for i in graph}
         if len(tokens) > 1:
             raise UnsupportedModelError(
-                f"scope 'global' compares heads of all blocks, which here see {sorted(tokens)} tokens; "
+                f"scope 'global' compares heads of all attentions, which here see {sorted(tokens)} tokens; "
                 "use scope 'layer'"
             )
         first = inputs[graph[0]]
         queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
-        with self._autocast(first.device):
-            maps = [attention_rows(self._model, self._blocks[i], inputs[i], queries) for i in graph]
+        with autocast(first.device, self._precision):
+            maps = [attention_rows(self._model, self._subs[i], inputs[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
-            require_finite(f"the attention map of module '{self._blocks[i].attention}'", rows)
+            require_finite(f"the attention map of module '{self._subs[i].name}'", rows)
         return torch.cat(maps, dim=1)
 
     @property
@@ -251,11 +195,11 @@ class HeadStatisticsFitter:
         """
         if not self._images:
             raise DataError("no images to rank heads on; give at least one batch, better 500 images or more")
-        weights = [_readout_weights(self._model, b) for b in self._blocks]
+        weights = [_readout_weights(self._model, sub) for sub in self._subs]
         fisher = self._square / (2 * self._images)
         wanted = self._wanted
         return HeadStatistics(
-            heads=tuple(b.shape.heads for b in self._blocks),
+            heads={sub.name: sub.widths.heads for sub in self._subs},
             images=self._images,
             edges=tuple(self._edges(weights)),
             contribution=self._contribution(weights) if "contribution" in wanted else None,
@@ -387,14 +331,14 @@ class _Moments:
         return self._products / self._count - torch.outer(mean, mean)
 
 
-def _readout_weights(model: nn.Module, block: BlockStructure) -> list[Tensor]:
+def _readout_weights(model: nn.Module, sub: Attention) -> list[Tensor]:
     """Each head's columns ``[dim, vo]`` of the output projection, LayerScale included, float64 on the CPU."""
-    readout = block.attention_readout
-    weight = model.get_parameter(readout.weight).detach().to("cpu", torch.float64)
-    gain = readout_gain(model, readout)
+    columns = units(model, sub.readout.columns, sub.widths.heads * sub.widths.vo)
+    weight = columns.to("cpu", torch.float64)
+    gain = readout_gain(model, sub.readout)
     if gain is not None:
         weight = gain.to("cpu", torch.float64)[:, None] * weight
-    return list(weight.split(block.shape.vo, dim=1))
+    return list(weight.split(sub.widths.vo, dim=1))
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Markov chains on a graph of heads: transition matrix and stationary distribution (design, section 3)."""
+"""Markov chains on a graph of heads: transition matrix and stationary distribution (``docs/ranking.md``)."""
 
 from __future__ import annotations
 

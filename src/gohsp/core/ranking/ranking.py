@@ -1,38 +1,33 @@
-"""Head rankings: how much each attention head matters, and the chain that says so (design, section 3)."""
+"""Head rankings: how much each attention head matters, and the chain that says so (``docs/ranking.md``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import units
-from gohsp.core.attention_stats import (
-    GRADIENT_STATISTICS,
-    STATISTICS,
-    Edge,
-    HeadStatistics,
-    Scope,
-    collect_head_statistics,
-)
-from gohsp.core.graph import (
+from gohsp.core.capture import units
+from gohsp.core.ranking.graph import (
     StationaryDistribution,
     isolated_nodes,
     normalise,
     stationary_distribution,
     transition_matrix,
 )
-from gohsp.settings import SHARE, Range, require_settings
-from gohsp.structure import ModelStructure
+from gohsp.core.ranking.statistics import GRADIENT_STATISTICS, STATISTICS, Edge, HeadStatistics, Scope, Statistic
+from gohsp.settings import SHARE, require_settings
+from gohsp.structure import Network
 
 Teleport = Literal["uniform", "weight_norm", "contribution", "fisher", "fisher_residual", "taylor"]
 TELEPORTS: tuple[Teleport, ...] = ("uniform", "weight_norm", "contribution", "fisher", "fisher_residual", "taylor")
 Method = Literal["chain", "random"]
 METHODS: tuple[Method, ...] = ("chain", "random")
+TOLERANCE = 1e-10
+"""Bound on the L1 residual of the stationary distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +41,7 @@ class RankingSettings:
         scope: Heads that share a graph.
         damping: Share of the chain: 1 walks the graph alone, 0 ranks by the teleport alone.
         teleport: Where the walk lands when it leaves the graph: on each head alike, or in proportion to its
-            weight norm, its contribution, or a gradient statistic (these need class logits).
-        tolerance: Bound on the L1 residual of the stationary distribution.
+            weight norm, its contribution, or a gradient statistic.
     """
 
     method: Method = "chain"
@@ -55,15 +49,19 @@ class RankingSettings:
     scope: Scope = "global"
     damping: float = 0.3
     teleport: Teleport = "taylor"
-    tolerance: float = 1e-10
 
     def __post_init__(self) -> None:
-        require_settings(self, "ranking", damping=SHARE, tolerance=Range(0, 1, above=True, below=True))
+        require_settings(self, "ranking", damping=SHARE)
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether heads are weighed by gradients of class predictions."""
-        return self.method == "chain" and self.teleport in GRADIENT_STATISTICS
+    def wanted(self) -> tuple[Statistic, ...]:
+        """What has to be gathered of the heads beside the edges."""
+        return tuple(name for name in STATISTICS if self.method == "chain" and self.teleport == name)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether heads are weighed by gradients of the objective."""
+        return any(name in GRADIENT_STATISTICS for name in self.wanted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +69,8 @@ class HeadRanking:
     """The heads' scores and where they come from.
 
     Attributes:
-        scores: Score of every head, block by block: at least 0, comparable across blocks, summing to 1 over the model.
-        transition: Transition matrix ``[nodes, nodes]`` of each graph: one (scope ``global``) or one a block.
+        scores: Score of every head, by attention: at least 0, comparable across attentions, summing to 1 over the model.
+        transition: For each attention, the chain among its own heads: rows ``[heads, heads]`` that sum to 1.
         iterations: Power iterations of the slowest graph; 0 without a chain.
         residual: Largest L1 residual of a graph's stationary distribution.
         settings: What was asked for.
@@ -80,82 +78,41 @@ class HeadRanking:
         notes: What a reader should know: chains that did not converge or are reducible, isolated heads, ties.
     """
 
-    scores: tuple[tuple[float, ...], ...]
-    transition: tuple[Tensor, ...]
+    scores: Mapping[str, tuple[float, ...]]
+    transition: Mapping[str, tuple[tuple[float, ...], ...]]
     iterations: int
     residual: float
     settings: RankingSettings
     images: int
     notes: tuple[str, ...]
 
-    def order(self, block: int) -> list[int]:
-        """Heads of a block, the one to keep longest first; ties by index."""
-        scores = self.scores[block]
+    def order(self, attention: str) -> list[int]:
+        """Heads of an attention, the one to keep longest first; ties by index."""
+        scores = self.scores[attention]
         return sorted(range(len(scores)), key=lambda h: -scores[h])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for the report; the transition of each block is that among its own heads, rows summing to 1."""
-        settings = asdict(self.settings)
-        return {
-            **{key: settings[key] for key in ("method", "edge", "scope", "damping", "teleport")},
-            "scores": [list(scores) for scores in self.scores],
-            "transition": [matrix.tolist() for matrix in self._block_transitions()],
-            "iterations": self.iterations,
-            "residual": self.residual,
-            "images": self.images,
-            "notes": list(self.notes),
-        }
 
-    def _block_transitions(self) -> list[Tensor]:
-        if self.settings.scope == "layer":
-            return list(self.transition)
-        ends = list(accumulate(len(scores) for scores in self.scores))
-        nodes = [slice(end - len(scores), end) for end, scores in zip(ends, self.scores, strict=True)]
-        return [transition_matrix(self.transition[0][s, s]) for s in nodes]
-
-
-def rank_heads(
-    model: nn.Module,
-    structure: ModelStructure,
-    batches: Iterable[Tensor],
-    settings: RankingSettings,
-    *,
-    seed: int = 0,
-    precision: torch.dtype = torch.float32,
+def rank_by(
+    statistics: HeadStatistics, model: nn.Module, network: Network, settings: RankingSettings, *, seed: int = 0
 ) -> HeadRanking:
-    """Rank all heads of a model on calibration images, without labels, in one pass over them.
+    """Rank all heads of a model from statistics of calibration images.
 
     Args:
-        model: The model; left as it was.
-        structure: Its structure.
-        batches: Images ``[images, channels, height, width]``, preprocessed. One backward pass goes with the forward
-            pass where the teleport is a gradient statistic. Attention rows are compared in every fourth image.
+        statistics: What was gathered with the settings' edge and scope, and with what they want.
+        model: The model, of which weights may be read.
+        network: Its description.
         settings: How to rank.
         seed: Of the ``random`` method.
-        precision: Data type of the passes through the model; below float32 by autocast.
 
     Raises:
-        DataError: No images.
-        NonFiniteError: NaN or infinity in weights or activations.
-        UnsupportedModelError: The settings ask more than the model can give; the message says what to set.
+        NonFiniteError: NaN or infinity in weights or statistics.
     """
-    wanted = [name for name in STATISTICS if settings.method == "chain" and settings.teleport == name]
-    statistics = collect_head_statistics(
-        model,
-        structure,
-        batches,
-        scope=settings.scope,
-        edge=settings.edge,
-        wanted=wanted,
-        precision=precision,
-    )
     if settings.method == "chain":
-        return rank(statistics, head_values(model, structure, statistics, settings.teleport), settings)
+        return rank(statistics, head_values(model, network, statistics, settings.teleport), settings)
     generator = torch.Generator().manual_seed(seed)
-    scores = normalise(torch.rand(sum(statistics.heads), generator=generator))
     return _ranking(
         statistics,
-        scores,
+        normalise(torch.rand(sum(statistics.heads.values()), generator=generator)),
         [transition_matrix(edges) for edges in statistics.edges],
         settings=settings,
         iterations=0,
@@ -167,8 +124,7 @@ def rank_heads(
 def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) -> HeadRanking:
     """Rank heads by their chain, from statistics that were gathered with the same edge and scope.
 
-    In scope ``layer`` each block has its own chain, whose distribution is scaled by the block's share of the
-    teleport: with damping 0 both scopes give the same scores.
+    In scope ``layer`` each attention has its own chain, whose distribution is scaled by its share of the teleport: with damping 0 both scopes give the same scores.
 
     Args:
         statistics: What calibration images told.
@@ -180,13 +136,13 @@ def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) 
     graphs = jump.split([len(edges) for edges in statistics.edges])
     transitions = [transition_matrix(edges) for edges in statistics.edges]
     solved = [
-        stationary_distribution(
-            P, damping=settings.damping, teleport=part if part.any() else None, tolerance=settings.tolerance
-        )
+        stationary_distribution(P, damping=settings.damping, teleport=part if part.any() else None, tolerance=TOLERANCE)
         for P, part in zip(transitions, graphs, strict=True)
     ]
-    for block, (edges, chain) in enumerate(zip(statistics.edges, solved, strict=True)):
-        where = "the graph of all heads" if settings.scope == "global" else f"the graph of block {block}"
+    places = (
+        ["the graph of all heads"] if settings.scope == "global" else [f"the graph of '{n}'" for n in statistics.heads]
+    )
+    for where, edges, chain in zip(places, statistics.edges, solved, strict=True):
         notes += _chain_notes(where, edges, chain, settings)
     return _ranking(
         statistics,
@@ -199,23 +155,23 @@ def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) 
     )
 
 
-def head_values(model: nn.Module, structure: ModelStructure, statistics: HeadStatistics, teleport: Teleport) -> Tensor:
+def head_values(model: nn.Module, network: Network, statistics: HeadStatistics, teleport: Teleport) -> Tensor:
     """What a teleport measures of every head ``[nodes]``, float64; a statistic of images must have been gathered."""
     if teleport == "uniform":
-        return torch.ones(sum(statistics.heads), dtype=torch.float64)
+        return torch.ones(sum(statistics.heads.values()), dtype=torch.float64)
     if teleport == "weight_norm":
-        return weight_norms(model, structure)
+        return weight_norms(model, network)
     return getattr(statistics, teleport)
 
 
-def weight_norms(model: nn.Module, structure: ModelStructure) -> Tensor:
+def weight_norms(model: nn.Module, network: Network) -> Tensor:
     """Euclidean norm of all parameters that go with a head ``[nodes]``, float64: the data-free baseline."""
     norms = []
-    for block in structure.blocks:
-        heads = block.shape.heads
+    for sub in network.attentions:
+        heads = sub.widths.heads
         squares = torch.zeros(heads, dtype=torch.float64)
-        for kind, width in (("qk", block.shape.qk), ("vo", block.shape.vo)):
-            for entry in block.slices(kind):
+        for kind, width in (("qk", sub.widths.qk), ("vo", sub.widths.vo)):
+            for entry in sub.slices(kind):
                 held = units(model, entry, heads * width).movedim(entry.axis, 0)
                 squares += held.reshape(heads, -1).double().square().sum(dim=1).cpu()
         norms.append(squares.sqrt())
@@ -241,7 +197,7 @@ def _chain_notes(where: str, edges: Tensor, chain: StationaryDistribution, setti
     if not chain.converged:
         notes.append(
             f"{where}: no convergence in {chain.iterations} iterations (residual {chain.residual:.2g}, "
-            f"tolerance {settings.tolerance:.2g})"
+            f"tolerance {TOLERANCE:.2g})"
         )
     return notes
 
@@ -256,9 +212,14 @@ def _ranking(
     residual: float,
     notes: Sequence[str],
 ) -> HeadRanking:
+    heads = statistics.heads
+    if settings.scope == "global":
+        ends = list(accumulate(heads.values()))
+        nodes = [slice(end - count, end) for end, count in zip(ends, heads.values(), strict=True)]
+        transitions = [transition_matrix(transitions[0][s, s]) for s in nodes]
     return HeadRanking(
-        scores=tuple(tuple(block.tolist()) for block in scores.split(statistics.heads)),
-        transition=tuple(transitions),
+        scores={name: tuple(of.tolist()) for name, of in zip(heads, scores.split(list(heads.values())), strict=True)},
+        transition={name: tuple(map(tuple, of.tolist())) for name, of in zip(heads, transitions, strict=True)},
         iterations=iterations,
         residual=residual,
         settings=settings,

@@ -1,0 +1,122 @@
+"""One forward pass of a few images, differentiated: what ranking, token weights and damage curves are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.core.capture import Call, autocast, device_of, evaluating, named_module, require_finite
+from gohsp.core.objective import Objective
+from gohsp.structure import Attention, Network
+
+IMAGES = 32
+"""Images of one backward pass. What it needs of the forward pass is kept for all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What one pass of a few images tells, by the names of present sub-layers.
+
+    Attributes:
+        images: How many.
+        inputs: What attentions read ``[B, tokens, D]``.
+        calls: What attentions are called with besides.
+        read: What readouts read ``[B, tokens, units]``.
+        drawn: For each draw of the objective, its gradients at what readouts write ``[B, tokens, D]``.
+        confidence: The same of the objective's confidence; None where it has none, or nobody asked.
+    """
+
+    images: int
+    inputs: Mapping[str, Tensor]
+    calls: Mapping[str, Call]
+    read: Mapping[str, Tensor]
+    drawn: tuple[Mapping[str, Tensor], ...]
+    confidence: Mapping[str, Tensor] | None
+
+
+def differentiated(
+    model: nn.Module,
+    network: Network,
+    objective: Objective,
+    batches: Iterable[Tensor],
+    *,
+    draws: int = 1,
+    confidence: bool = False,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+) -> Iterator[Gradients]:
+    """Run images through a model, a few at a time, and differentiate its output at what every sub-layer writes.
+
+    Args:
+        model: The model; left as it is.
+        network: Its description.
+        objective: What to differentiate.
+        batches: Images ``[B, C, H, W]``.
+        draws: Backward passes of the objective's draws. With none, and no confidence, there is no backward pass.
+        confidence: Whether to differentiate the objective's confidence, too, where it has one.
+        seed: Of the draws.
+        precision: Data type of the passes; below float32 by autocast.
+
+    Raises:
+        NonFiniteError: NaN or infinity in what flows through a sub-layer, or in the output.
+    """
+    device = device_of(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    for images in (few for batch in batches for few in batch.split(IMAGES)):
+        with evaluating(model):
+            yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
+
+
+def _pass(
+    model: nn.Module,
+    network: Network,
+    objective: Objective,
+    images: Tensor,
+    draws: int,
+    confidence: bool,
+    generator: torch.Generator,
+    precision: torch.dtype,
+) -> Gradients:
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, Call] = {}
+    read: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+    backward = draws > 0 or confidence
+
+    def keep(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # A leaf is only needed where nothing before it asks for gradients; parameters may be frozen.
+        written[name] = output if output.requires_grad or not backward else output.detach().requires_grad_()
+        read[name] = args[0].detach()
+        return written[name]
+
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[name], calls[name] = args[0].detach(), Call(args[1:], kwargs)
+
+    with torch.set_grad_enabled(backward), ExitStack() as stack:
+        for sub in network.present:
+            attention, readout = (named_module(model, name) for name in (sub.name, sub.readout.module))
+            stack.callback(readout.register_forward_hook(partial(keep, sub.name)).remove)
+            if isinstance(sub, Attention):
+                hook = attention.register_forward_pre_hook(partial(note, sub.name), with_kwargs=True)
+                stack.callback(hook.remove)
+        with autocast(images.device, precision):
+            output = objective.output(model(images)).float()
+        for name, x in inputs.items():
+            require_finite(f"the input of module '{name}'", x)
+        require_finite("the model's output", output)
+        scalars = [objective.draw(output, generator) for _ in range(draws)]
+        sure = objective.confidence(output) if confidence and objective.confidence else None
+        wanted = scalars if sure is None else [*scalars, sure]
+        found = [_differentiate(scalar, written, last=scalar is wanted[-1]) for scalar in wanted]
+    return Gradients(len(images), inputs, calls, read, tuple(found[:draws]), None if sure is None else found[-1])
+
+
+def _differentiate(scalar: Tensor, written: Mapping[str, Tensor], *, last: bool) -> dict[str, Tensor]:
+    values = torch.autograd.grad(scalar, list(written.values()), retain_graph=not last, materialize_grads=True)
+    return dict(zip(written, values, strict=True))

@@ -1,0 +1,210 @@
+"""What a model's output is for: how far two outputs are apart, and what to differentiate.
+
+Nothing else in the algorithm looks at an output, so nothing else takes it for class logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.core.capture import autocast, device_of, evaluating, require_finite
+from gohsp.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a cut has to keep.
+
+    Attributes:
+        name: What the report calls it.
+        output: Takes what the model returns to the tensor that counts, ``[B, ...]``.
+        distance: Takes two such tensors, the dense model's first, to how far each image's are apart ``[B]``: at least 0,
+            and 0 for equal ones.
+        draw: Takes one such tensor and a generator to a random scalar. For a small change of the output, half the mean
+            square of the scalar's change is the distance: its gradients are draws of the Fisher information.
+        confidence: Takes such a tensor to the scalar whose fall is a loss to first order, too; None where a change of
+            the output is a loss to second order alone.
+    """
+
+    name: str
+    output: Callable[[Any], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]
+    draw: Callable[[Tensor, torch.Generator], Tensor]
+    confidence: Callable[[Tensor], Tensor] | None = None
+
+
+def classification(output: Callable[[Any], Tensor] | None = None) -> Objective:
+    """Keep the predictions: ``KL(dense || pruned)`` of the classes, in nats.
+
+    Gradients are those of the log-likelihood of classes drawn from the model's own predictions, so that their squares
+    estimate the Fisher information and no label is read; the confidence is that in the predicted class.
+
+    Args:
+        output: Takes what the model returns to logits ``[B, classes]``; None finds them (:func:`tensor_in`).
+    """
+    return Objective("classification", output or tensor_in, _divergence, _drawn_class, _confidence)
+
+
+def _divergence(reference: Tensor, other: Tensor) -> Tensor:
+    a, b = reference.log_softmax(-1), other.log_softmax(-1)
+    return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+
+
+def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return F.cross_entropy(logits, drawn, reduction="sum")
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    return logits.log_softmax(dim=-1).amax(dim=-1).sum()
+
+
+def features(output: Callable[[Any], Tensor] | None = None, *, scale: float = 1.0) -> Objective:
+    """Keep the numbers that the model returns: half their mean squared error over ``scale``.
+
+    Gradients are those of random sums of the outputs (Hutchinson 1990).
+
+    Args:
+        output: Takes what the model returns to the numbers that matter ``[B, ...]``; None finds them.
+        scale: The variance of these numbers, so that a distance of 0.5 is as bad as a constant output.
+            :func:`resolve_objective` measures it.
+    """
+    return Objective("features", output or tensor_in, partial(_error, scale), partial(_random_sum, scale))
+
+
+def _error(scale: float, reference: Tensor, other: Tensor) -> Tensor:
+    return (other - reference).square().flatten(1).mean(1) / (2 * scale)
+
+
+def _random_sum(scale: float, output: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(2, output.shape, generator=generator, device=output.device).to(output) * 2 - 1
+    return (output * signs).sum() / (output[0].numel() * scale) ** 0.5
+
+
+def tensor_in(returned: Any) -> Tensor:
+    """The tensor in what a model returns: itself; the ``logits``, pooled or last state of a model output; or the first.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    for field in ("logits", "pooler_output", "image_embeds", "last_hidden_state"):
+        found = returned.get(field) if isinstance(returned, dict) else getattr(returned, field, None)
+        if isinstance(found, Tensor):
+            return found
+    if isinstance(returned, tuple | list) and returned and isinstance(returned[0], Tensor):
+        return returned[0]
+    raise UnsupportedModelError(
+        f"the model returns a {type(returned).__name__}, in which no tensor is found; give an objective that takes it to "
+        "one: objective=lambda returned: returned['...']"
+    )
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, objective: Objective, batches: Iterable[Tensor], precision: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """What counts of a model's outputs for batches of images, float32, in evaluation mode.
+
+    Raises:
+        NonFiniteError: It is NaN or infinite.
+    """
+    device, found = device_of(model), []
+    with evaluating(model):
+        for images in batches:
+            with autocast(device, precision):
+                found.append(objective.output(model(images.to(device))).float())
+            require_finite("the model's output", found[-1])
+    return found
+
+
+def mean_distance(objective: Objective, reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Mean distance of two models' outputs per image; rounding does not make it negative."""
+    total = sum(float(objective.distance(a, b).double().sum()) for a, b in zip(reference, other, strict=True))
+    return max(total / sum(len(a) for a in reference), 0.0)
+
+
+def resolve_objective(
+    given: Objective | str | Callable[[Any], Tensor] | None, model: nn.Module, images: Tensor
+) -> Objective:
+    """The objective of a model, as given or inferred from what it returns.
+
+    Class logits are told by a module of the model that returned them and says how many classes it tells apart
+    (``num_classes``, or ``num_labels`` of its configuration). Everything else counts as features.
+
+    Args:
+        given: An objective; ``"classification"`` or ``"features"``; a function that takes what the model returns to the
+            features that matter; None infers.
+        model: The model; left as it is.
+        images: A few images ``[B, C, H, W]``.
+
+    Raises:
+        UnsupportedModelError: No objective of that name; no tensor in what the model returns; logits of one class, or
+            of another shape than ``[B, classes]``, where classification was asked for.
+        NonFiniteError: The outputs are NaN or infinite.
+    """
+    if isinstance(given, Objective):
+        return given
+    if isinstance(given, str) and given not in ("classification", "features"):
+        raise UnsupportedModelError(
+            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model returns"
+        )
+    take = given if callable(given) else tensor_in
+    found, returned_by = _observed(model, take, images)
+    if given == "classification":
+        if found.ndim != 2 or found.shape[1] < 2:
+            raise UnsupportedModelError(
+                f"classification needs logits [images, classes] of two classes or more, the model returns "
+                f"{list(found.shape)}; give objective='features', or a function that takes what it returns to logits"
+            )
+        return classification()
+    if given is None and found.ndim == 2 and found.shape[1] >= 2 and _tells_apart(model, returned_by, found.shape[1]):
+        return classification()
+    if found.ndim < 1 or found.shape[0] != len(images) or not found.is_floating_point():
+        raise UnsupportedModelError(
+            f"the output that counts is {list(found.shape)} of {found.dtype} for {len(images)} images; it must be "
+            "floating-point, with one entry an image first"
+        )
+    return features(take, scale=float(found.var(dim=0, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)))
+
+
+@torch.no_grad()
+def _observed(model: nn.Module, take: Callable[[Any], Tensor], images: Tensor) -> tuple[Tensor, list[nn.Module]]:
+    """What counts of the output, and the modules that returned that very tensor."""
+    returned: list[tuple[nn.Module, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda m, _args, value: returned.append((m, value))) for module in model.modules()
+    ]
+    try:
+        with evaluating(model):
+            found = take(model(images.to(device_of(model))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(f"the objective's function returns a {type(found).__name__}, not a tensor")
+    require_finite("the model's output", found)
+    return found.float(), [module for module, value in returned if _holds(value, found)]
+
+
+def _holds(value: Any, tensor: Tensor) -> bool:
+    if isinstance(value, dict):
+        return any(inner is tensor for inner in value.values())
+    return value is tensor or (isinstance(value, tuple | list) and any(inner is tensor for inner in value))
+
+
+def _tells_apart(model: nn.Module, returned_by: Sequence[nn.Module], classes: int) -> bool:
+    """Whether a module that returned the output says that it tells so many classes apart."""
+    for module in (model, *returned_by):
+        config = getattr(module, "config", None)
+        if classes in (getattr(module, "num_classes", None), getattr(config, "num_labels", None)):
+            return True
+    return False

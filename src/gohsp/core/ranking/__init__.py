@@ -1,0 +1,17 @@
+"""How much each attention head matters: statistics of images, a graph of heads, and the Markov chain on it."""
+
+from gohsp.core.ranking.graph import StationaryDistribution, stationary_distribution, transition_matrix
+from gohsp.core.ranking.ranking import HeadRanking, RankingSettings, rank, rank_by
+from gohsp.core.ranking.statistics import HeadStatistics, HeadStatisticsFitter
+
+__all__ = [
+    "HeadRanking",
+    "HeadStatistics",
+    "HeadStatisticsFitter",
+    "RankingSettings",
+    "StationaryDistribution",
+    "rank",
+    "rank_by",
+    "stationary_distribution",
+    "transition_matrix",
+]

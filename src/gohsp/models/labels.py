@@ -1,0 +1,55 @@
+"""A classifier's classes: how many there are, and what they are called."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+from torch import nn
+
+from gohsp.errors import DataError, UnsupportedModelError
+
+
+def num_classes(model: nn.Module) -> int:
+    """Classes that the model's classifier tells apart; 0 without a classifier."""
+    head = getattr(model, "head", None)
+    return head.out_features if isinstance(head, nn.Linear) else 0
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of a model's classes in the order of its outputs; None where it has none, or not one for each.
+
+    They stand in timm's place for them, ``model.pretrained_cfg["label_names"]``.
+    """
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return tuple(names) if _are_names(names, num_classes(model)) else None
+
+
+def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Name a model's classes in the order of its outputs, or forget their names, as after a new classifier.
+
+    Raises:
+        UnsupportedModelError: The model has no timm configuration to hold them.
+        DataError: There is not one name, different from all others, for each output.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    if not config:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} without pretrained_cfg cannot hold class names; make it with timm.create_model"
+        )
+    if names is not None and not _are_names(names, num_classes(model)):
+        raise DataError(
+            f"{reprlib.repr(names)} cannot name the classes of a model with {getattr(model, 'num_classes', None)} "
+            "outputs: give a list of texts, one for each and all different"
+        )
+    model.pretrained_cfg = {**config, "label_names": None if names is None else tuple(names)}  # type: ignore[assignment]
+
+
+def _are_names(names: Any, count: int) -> TypeGuard[Sequence[str]]:
+    return (
+        isinstance(names, (list, tuple))
+        # Text that cannot be encoded could be shown in no report.
+        and all(isinstance(name, str) and name.encode(errors="replace").decode() == name for name in names)
+        and len(set(names)) == len(names) == count
+    )
