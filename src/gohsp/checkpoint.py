@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,12 +18,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, DataError, UnsupportedModelError
+from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError
 from gohsp.files import save_tensors, write_atomic
 from gohsp.models.arguments import check_arguments
-from gohsp.structure import BlockShape, Plan, model_cost, shapes_to_json
+from gohsp.structure import (
+    Kept,
+    SublayerWidths,
+    check_widths,
+    count_macs,
+    count_params,
+    kept_to_json,
+    widths_from_json,
+    widths_to_json,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1 is read: it gave widths block by block, since all models were timm's."""
+
 MAX_CONFIG_BYTES = 6 * 2**20
 """The kept indices of the largest models take about 4 MiB."""
 
@@ -34,7 +46,10 @@ MAX_HEADER_BYTES = 4 * 2**20
 
 MAX_WIDTH = 2**20
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""Types that the tensors of a model may have, in safetensors' words."""
+"""Types that the tensors of a library's model may have, in safetensors' words."""
+
+COUNTING = ("I64", "I32", "BOOL")
+"""Further types in a module of the user's own: BatchNorm counts batches."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -55,13 +70,8 @@ class Preprocessing(_Level):
     crop_mode: Literal["center", "squash", "border"] | None = None
 
 
-class Width(_Level):
-    """Widths of one block."""
-
-    heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    qk: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    vo: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-    ffn: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+Name = Annotated[str, Field(max_length=512)]
 
 
 class ModelConfig(_Level):
@@ -69,11 +79,11 @@ class ModelConfig(_Level):
 
     Attributes:
         format_version: Of this table.
-        library: Whose model it is.
+        library: Whose model it is; None for a module of the user's own, which takes such a module to load.
         architecture: Its plain name there.
         arguments: What differs from that name's defaults (:mod:`gohsp.models.arguments`).
         preprocessing: For evaluation.
-        widths: Of every block.
+        widths: Of every sub-layer, by name.
         class_names: In the order of the classifier's outputs; None where they are not known.
         kept: Units of the dense original that stayed, for the record.
         params: For the record.
@@ -82,40 +92,38 @@ class ModelConfig(_Level):
         metrics: For the record.
     """
 
-    format_version: Literal[1]
-    library: Annotated[str, Field(max_length=64)]
-    architecture: Annotated[str, Field(pattern=r"^\w{1,128}$")]
+    format_version: Literal[2]
+    library: Annotated[str, Field(max_length=64)] | None
+    architecture: Annotated[str, Field(pattern=r"^\w{1,128}$")] | None
     arguments: dict[str, JsonValue]
     preprocessing: Preprocessing
-    widths: list[Width] = Field(max_length=512)
+    widths: dict[Name, dict[Literal["heads", "qk", "vo", "units"], Width]] = Field(max_length=1024)
     class_names: list[str] | None = None
-    kept: list[JsonValue] | None = None
+    kept: dict[str, JsonValue] | None = None
     params: int | None = None
     macs: int | None = None
     made_by: dict[str, JsonValue] = {}
     metrics: dict[str, JsonValue] = {}
-
-    @property
-    def shapes(self) -> tuple[BlockShape, ...]:
-        """Widths as the rest of the code holds them."""
-        return tuple(BlockShape(heads=w.heads, qk=w.qk, vo=w.vo, ffn=w.ffn) for w in self.widths)
 
 
 def save(
     model: nn.Module,
     folder: str | Path,
     *,
-    plan: Plan | None = None,
+    own: bool = False,
+    kept: Kept | None = None,
     made_by: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model, dense or pruned, to a folder that :func:`load` reads in one line.
 
     Args:
-        model: A supported model.
+        model: A model that can be pruned. One of timm's is made again on loading; of any other, the folder holds widths
+            and weights, and ``load(folder, into=module)`` puts them into a module of the same code.
         folder: Where to; made if missing. Its model files are replaced.
-        plan: Which units of the dense original it kept, for the record.
-        made_by: How it was made (versions, budget, recipe), for the record.
+        own: Whether to take a timm model, too, for a module of the user's own.
+        kept: Which units of the dense original it kept, for the record.
+        made_by: How it was made (versions, budget, settings), for the record.
         metrics: Its measured figures, for the record.
 
     Raises:
@@ -125,18 +133,19 @@ def save(
         StorageError: The folder cannot be written.
     """
     folder = Path(folder)
+    network = models.describe(model)
     models.check_finite(model)
-    specification = models.require_remakeable(model)
-    structure = models.describe(model)
+    own = own or not models.is_library_model(model)
+    specification = models.OWN if own else models.require_remakeable(model)
     config = {
         "format_version": FORMAT_VERSION,
         **specification,
         "preprocessing": _preprocessing_of(model),
-        "widths": shapes_to_json(structure.shapes),
+        "widths": widths_to_json(network.widths),
         "class_names": models.class_names(model),
-        "kept": plan.to_json() if plan else None,
-        "params": model_cost(structure, structure.shapes, "params"),
-        "macs": model_cost(structure, structure.shapes, "macs"),
+        "kept": kept_to_json(kept) if kept else None,
+        "params": count_params(network),
+        "macs": count_macs(network),
         "made_by": dict(made_by or {}),
         "metrics": dict(metrics or {}),
     }
@@ -148,12 +157,12 @@ def save(
 
 
 def _as_text(config: Mapping[str, Any]) -> str:
-    """JSON with an entry a line, and of lists of tables a table a line: kept indices by the thousand stay readable."""
+    """JSON with an entry a line, and of tables of tables a table a line: kept indices by the thousand stay readable."""
 
     def shown(value: Any) -> str:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            rows = ",\n    ".join(json.dumps(row) for row in value)
-            return f"[\n    {rows}\n  ]"
+        if isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values()):
+            rows = ",\n    ".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in value.items())
+            return f"{{\n    {rows}\n  }}"
         return json.dumps(value)
 
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {shown(value)}" for key, value in config.items()) + "\n}\n"
@@ -199,12 +208,26 @@ def _parsed(text: str, path: Path) -> ModelConfig:
         raise CheckpointError(
             f"'{path}' is of format version {_shown(version)}, this gohsp reads up to {FORMAT_VERSION}; update gohsp"
         )
+    if version == 1:
+        content = _from_version_1(content)
     try:
         config = ModelConfig.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"'{path}': {_problem(error)}; it is damaged, or gohsp did not write it") from error
     check_arguments(config.arguments, f"'{path}': arguments")
     return config
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """A table of the first edition, which knew timm's models alone, as one of this; what is wrong in it stays so."""
+    widths = content.get("widths")
+    if isinstance(widths, list) and all(isinstance(block, dict) for block in widths):
+        named: dict[str, Any] = {}
+        for i, block in enumerate(widths):
+            named[f"blocks.{i}.attn"] = {key: value for key, value in block.items() if key != "ffn"}
+            named[f"blocks.{i}.mlp"] = {"units": block["ffn"]} if "ffn" in block else {}
+        content = {**content, "widths": named}
+    return {**content, "format_version": 2, "kept": None}
 
 
 def _problem(error: ValidationError) -> str:
@@ -225,7 +248,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    folder_or_hub_id: str | Path, *, into: nn.Module | None = None, device: str | torch.device | None = None
+) -> nn.Module:
     """Load a model that gohsp wrote: one line, strict, without unpickling anything.
 
     Nothing in the folder can name a file, an address or code: the config holds what :func:`save` writes and nothing
@@ -233,49 +258,107 @@ def load(folder_or_hub_id: str | Path, *, device: str | torch.device = "cpu") ->
 
     Args:
         folder_or_hub_id: A local folder, or the id of a Hugging Face hub repository with the same files.
-        device: Where to put the model.
+        into: A dense module of the code that the pruned one was made of. It is cut to the folder's widths and gets its
+            weights, in place. A model of timm's needs none.
+        device: Where to put the model; None is the CPU, or where ``into`` is.
 
     Returns:
         The model in evaluation mode. Its attention modules are the library's own wherever widths allow.
 
     Raises:
         CheckpointError: No such folder or repository; a damaged, truncated or newer folder; config and tensors
-            that disagree (the first mismatches are listed).
+            that disagree (the first mismatches are listed); a folder that takes ``into`` without it.
         NonFiniteError: A weight is NaN or infinite.
+        UnsupportedModelError: ``into`` cannot be described.
     """
     folder = _local_folder(folder_or_hub_id)
     config, weights = read_config(folder), folder / WEIGHTS
-    header = read_header(weights)
-    _require_blocks(config, header, weights)
-    spec = {"library": config.library, "architecture": config.architecture, "arguments": config.arguments}
-    try:
-        model = models.build(spec, config.shapes)
-        models.describe(model)
-    except (ValueError, UnsupportedModelError) as error:
-        raise CheckpointError(f"'{folder / CONFIG}': widths do not fit the architecture: {error}") from error
+    widths = _widths_in(config, folder / CONFIG)
+    own = config.library is None or into is not None
+    header = read_header(weights, (*FLOATING, *COUNTING) if own else None)
+    if into is None:
+        model = _made(config, widths, header, folder)
+    else:
+        model = _cut_down(into, widths, folder)
+        device = next(into.parameters()).device if device is None else device
     if problems := models.fit_problems(model.state_dict(), header):
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
-    model.load_state_dict(read_tensors(weights, device), strict=True, assign=True)
+    tensors = read_tensors(weights, device or "cpu")
+    if into is None:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    else:
+        model.to(device).load_state_dict(tensors, strict=True)
     models.check_finite(model)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         raise CheckpointError(f"buffers {left[:3]} of '{config.architecture}' are not stored in its weights")
+    _restore_labels(model, config, folder)
+    return model.eval()
+
+
+def apply(model: nn.Module, folder_or_hub_id: str | Path) -> nn.Module:
+    """A copy of a dense module of the user's own, cut and with the weights that a folder holds; see :func:`load`."""
+    return load(folder_or_hub_id, into=copy.deepcopy(model))
+
+
+def _widths_in(config: ModelConfig, path: Path) -> dict[str, SublayerWidths]:
+    try:
+        return widths_from_json(config.widths)
+    except PlanError as error:
+        raise CheckpointError(f"'{path}': widths: {error}") from error
+
+
+def _made(
+    config: ModelConfig, widths: Mapping[str, SublayerWidths], header: Mapping[str, TensorInfo], folder: Path
+) -> nn.Module:
+    """The model on the meta device, made by its library."""
+    if config.library is None:
+        raise CheckpointError(
+            f"'{folder}' holds a module of somebody's own, which no library makes; give one: "
+            "gohsp.load(folder, into=module)"
+        )
+    _require_blocks(config, header, folder / WEIGHTS)
+    spec = {"library": config.library, "architecture": config.architecture, "arguments": config.arguments}
+    try:
+        model = models.build(spec)
+        models.resize(model, widths)
+        models.describe(model)
+    except (ValueError, KeyError, UnsupportedModelError, PlanError) as error:
+        raise CheckpointError(f"'{folder / CONFIG}': widths do not fit the architecture: {error}") from error
+    return model
+
+
+def _cut_down(into: nn.Module, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
+    network = models.describe(into)
+    try:
+        if dict(network.widths) != dict(widths):
+            check_widths(network, widths)
+            models.resize(into, widths)
+    except PlanError as error:
+        raise CheckpointError(f"the widths in '{folder / CONFIG}' do not fit the module: {error}") from error
+    return into
+
+
+def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None:
+    """What evaluation does with an image, and the names of classes, where the model has a place for them."""
     known = config.preprocessing.model_dump(exclude_none=True)
-    model.pretrained_cfg = {**model.pretrained_cfg, **known}  # type: ignore[dict-item]
+    if config.library is None:
+        return
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **known}  # type: ignore[dict-item]
     try:
         models.set_class_names(model, config.class_names)
     except DataError as error:
         raise CheckpointError(f"'{folder / CONFIG}': class_names: {error}") from error
-    return model.eval()
 
 
 def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weights: Path) -> None:
     """As many blocks in the tensors as in the config, so that an architecture is not deeper than its weights."""
-    depth = config.arguments.get("depth", len(config.widths))
+    given = len({name.rpartition(".")[0] for name in config.widths})
+    depth = config.arguments.get("depth", given)
     stored = len({name.split(".")[1] for name in header if name.startswith("blocks.")})
-    if not depth == len(config.widths) == stored:
+    if not depth == given == stored:
         raise CheckpointError(
-            f"'{weights}' holds {stored} blocks, its {CONFIG} says depth {depth} and has widths of {len(config.widths)}"
+            f"'{weights}' holds {stored} blocks, its {CONFIG} says depth {depth} and has widths of {given}"
         )
 
 
@@ -304,12 +387,16 @@ class TensorInfo:
     dtype: str
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, allowed: Sequence[str] | None = None) -> dict[str, TensorInfo]:
     """Names, shapes and types of the tensors in a safetensors file; no tensor is read.
+
+    Args:
+        path: The file.
+        allowed: Types that its tensors may have; None for one of :data:`FLOATING`, the same for all.
 
     Raises:
         CheckpointError: No such file, no safetensors, a header of more than a few megabytes, or tensors that are not
-            all of one floating-point type.
+            all of types that are allowed.
     """
     try:
         if not path.is_file():
@@ -326,7 +413,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"'{path}' cannot be read ({error}); it is damaged, truncated or no safetensors"
         ) from error
     types = sorted({info.dtype for info in header.values()})
-    if len(types) > 1 or (types and types[0] not in FLOATING):
+    if (allowed is None and len(types) > 1) or not set(types) <= set(allowed or FLOATING):
         raise CheckpointError(f"'{path}' holds tensors of {types}; a model's are all of one of {list(FLOATING)}")
     return header
 

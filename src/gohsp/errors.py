@@ -33,8 +33,8 @@ class DataError(GohspError):
     """A data source that is missing, empty, unreadable or wrongly labelled."""
 
 
-class RecipeError(GohspError):
-    """A recipe with unknown keys or values out of range."""
+class ConfigError(GohspError):
+    """Settings with unknown keys or values out of range."""
 
 
 class CheckpointError(GohspError):

@@ -1,4 +1,4 @@
-"""Measured time: whole models side by side, and blocks by width for latency budgets (design, sections 4 and 8)."""
+"""Measured time: whole models side by side, and sub-layers by width for latency budgets (``docs/oneshot.md``)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,34 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.core.allocation import WidthSettings, allowed_widths, smallest, smallest_block
-from gohsp.settings import require_settings, whole
-from gohsp.structure import KINDS, BlockShape, BlockStructure, BlockTimes, Kind, LatencyTable, ModelStructure
+from gohsp.config import LatencySettings
+from gohsp.core.allocation import WidthSettings, allowed_widths, smallest
+from gohsp.core.capture import Trunk, device_of, open_trunk
+from gohsp.structure import (
+    AttentionTimes,
+    AttentionWidths,
+    Ffn,
+    FfnTimes,
+    FfnWidths,
+    Latency,
+    Network,
+    PresentSublayer,
+    SublayerTimes,
+    SublayerWidths,
+    absent,
+    width,
+)
 
 _GRID = {"head": 4, "qk": 5, "vo": 5, "ffn": 8}
-"""Widths of each kind that blocks are timed at, evenly spread; attention is timed at all combinations."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatencySettings:
-    """How time is measured, always on the device that prunes.
-
-    Attributes:
-        batch_size: Images a batch.
-        dtype: Data type of weights and images.
-        rounds: How often each contestant is timed; the median counts.
-    """
-
-    batch_size: int = 1
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    rounds: int = 21
-
-    def __post_init__(self) -> None:
-        require_settings(self, "latency", batch_size=whole(1, 2**16), rounds=whole(1, 10_000))
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The data type itself."""
-        return getattr(torch, self.dtype)
+"""Widths of each kind that sub-layers are timed at, evenly spread; attention is timed at all combinations."""
 
 
 def interleaved(contestants: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
@@ -84,55 +74,63 @@ def compare(networks: Sequence[nn.Module], images: Tensor, settings: LatencySett
     """
     device = next(networks[0].parameters()).device
     batch = _batch(images, device, settings)
-    timed = [copy.deepcopy(n).eval().to(settings.torch_dtype) for n in networks]
+    timed = [copy.deepcopy(n).eval().to(_dtype(settings)) for n in networks]
     return interleaved([lambda n=n: n(batch) for n in timed], device, settings.rounds)
 
 
 def _batch(images: Tensor, device: torch.device, settings: LatencySettings) -> Tensor:
     repeats = -(-settings.batch_size // len(images))
     batch = images.repeat(repeats, 1, 1, 1)[: settings.batch_size]
-    return batch.to(device, settings.torch_dtype)
+    return batch.to(device, _dtype(settings))
+
+
+def _dtype(settings: LatencySettings) -> torch.dtype:
+    return getattr(torch, settings.dtype)
 
 
 @torch.no_grad()
-def measure_table(
+def measure_times(
     model: nn.Module,
-    structure: ModelStructure,
+    network: Network,
     images: Tensor,
     widths: WidthSettings,
     settings: LatencySettings,
     advance: Callable[[], None] = lambda: None,
-) -> LatencyTable:
-    """Time every distinct block over a grid of widths, and fit the sum to the whole network's time.
+) -> Latency:
+    """Time every distinct sub-layer over a grid of widths, and fit the sum to the whole network's time.
 
-    A block is timed with one half at its smallest and the other over the grid. What a block takes inside a network
-    differs from what it takes alone. So three whole networks, the present one, the smallest possible and one between
-    them with unequal query/key and value widths, give the scale, what is outside the blocks, and how much of a saving
-    by equal widths there is left.
+    A sub-layer is timed in its block, the others of which are absent, less the block with all of them absent. What it
+    takes inside a network differs from what it takes alone. So three whole networks, the present one, the narrowest with
+    all sub-layers and one between them with unequal query/key and value widths, give the scale, what is outside the
+    sub-layers, and how much of a saving by equal widths there is left.
 
     Args:
         model: The model; left as it is.
-        structure: Its structure.
+        network: Its description.
         images: At least one image ``[B, C, H, W]``.
         widths: Allowed widths.
         settings: Batch, data type, rounds.
-        advance: Called once per distinct block (and once for the whole networks), for progress.
+        advance: Called once per distinct sub-layer (and once for the whole networks), for progress.
     """
-    blocks = {}
-    for block in {b.shape: b for b in structure.blocks}.values():
-        blocks[block.shape] = _block_times(model, structure, block, images, widths, settings)
+    trunk, alike = open_trunk(model, network, images), _alike(network)
+    times: dict[str, SublayerTimes] = {}
+    for subs in alike:
+        of = _times_of(trunk, network, subs, images, widths, settings)
+        times |= {sub.name: of for sub in subs}
         advance()
-    halfway = [_halfway(block, widths) for block in structure.blocks]
-    networks = [structure.shapes, smallest(structure, widths), halfway]
-    times = compare([model, *(models.resized(model, shapes) for shapes in networks[1:])], images, settings)
-    saved = [sum(blocks[b.shape].saved(s) for b, s in zip(structure.blocks, of, strict=True)) for of in networks]
-    gross = [
-        sum(blocks[b.shape](s) for b, s in zip(structure.blocks, of, strict=True)) + less
-        for of, less in zip(networks, saved, strict=True)
-    ]
-    fixed, scale, left = fitted(gross, saved, times)
+    narrow = smallest(network, replace(widths, depth=False))
+    between = {sub.name: _halfway(sub, widths) for sub in network.present}
+    networks = [network.widths, narrow, narrow | between]
+    whole = compare([model, *(models.resized(model, of) for of in networks[1:])], images, settings)
+    saved = [sum(times[name].saved(of) for name, of in net.items() if name in times) for net in networks]  # type: ignore[arg-type]
+    summed = [sum(times[name](of) for name, of in net.items() if name in times) for net in networks]  # type: ignore[arg-type]
+    outside, scale, left = fitted([a + b for a, b in zip(summed, saved, strict=True)], saved, whole)
     advance()
-    return LatencyTable(fixed, scale, {of: replace(block, saving=left * block.saving) for of, block in blocks.items()})
+    return Latency(outside, scale, {name: _with_saving(of, left) for name, of in times.items()})
+
+
+def _with_saving(times: SublayerTimes, left: float) -> SublayerTimes:
+    return replace(times, saving=left * times.saving) if isinstance(times, AttentionTimes) else times
 
 
 def fitted(gross: Sequence[float], saved: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
@@ -154,47 +152,74 @@ def fitted(gross: Sequence[float], saved: Sequence[float], times: Sequence[float
     return (float(fixed), float(scale), 1.0) if scale >= 0 else (float(np.mean(times)), 0.0, 1.0)
 
 
-def distinct_blocks(structure: ModelStructure) -> int:
-    """How many blocks :func:`measure_table` times."""
-    return len(set(structure.shapes))
+def distinct(network: Network) -> int:
+    """How many sub-layers :func:`measure_times` times."""
+    return len(_alike(network))
 
 
-def _block_times(
-    model: nn.Module,
-    structure: ModelStructure,
-    block: BlockStructure,
+def _alike(network: Network) -> list[list[PresentSublayer]]:
+    """Sub-layers in groups that take the same time, whatever their weights."""
+    groups: dict[object, list[PresentSublayer]] = {}
+    for sub in network.present:
+        groups.setdefault((sub.widths, sub.tokens, sub.readout.size), []).append(sub)
+    return list(groups.values())
+
+
+def _times_of(
+    trunk: Trunk,
+    network: Network,
+    subs: Sequence[PresentSublayer],
     images: Tensor,
     widths: WidthSettings,
     settings: LatencySettings,
-) -> BlockTimes:
-    device, least = next(model.parameters()).device, smallest_block(block, widths)
-    allowed: dict[Kind, tuple[int, ...]] = {kind: allowed_widths(block, kind, widths) for kind in KINDS}
-    grid = {kind: _grid(allowed[kind], _GRID[kind]) for kind in KINDS}
-
-    attention = [
-        replace(least, heads=h, qk=_unequal(allowed["qk"], q, v), vo=v)
-        for h, q, v in product(grid["head"], grid["qk"], grid["vo"])
-    ]
-    widest = replace(least, heads=grid["head"][-1], qk=grid["qk"][-1], vo=grid["vo"][-1])
-    shapes = [least, widest, *attention, *(replace(least, ffn=n) for n in grid["ffn"])]
-    stream = models.stages(model).embed(_batch(images, device, replace(settings, dtype="float32")))
-    stream = stream.to(settings.torch_dtype)
-    trials = [b.to(settings.torch_dtype) for b in _resized_blocks(model, structure, block.shape, shapes)]
-    both, own, *times = interleaved([lambda b=b: b(stream) for b in trials], device, settings.rounds)
-    shape = tuple(len(grid[kind]) for kind in ("head", "qk", "vo"))
-    table = np.array(times[: len(attention)]).reshape(shape) - both / 2
-    hidden = np.array(times[len(attention) :]) - both / 2
+) -> SublayerTimes:
+    """Times of sub-layers that are alike, over a grid of widths."""
+    sub, widths = subs[0], replace(widths, depth=False)
+    allowed = {kind: allowed_widths(sub, kind, widths) for kind in sub.widths.kinds}
+    grid = {kind: _grid(of, _GRID[kind]) for kind, of in allowed.items()}
+    trials: list[SublayerWidths] = [absent(sub.widths)]
+    if isinstance(sub, Ffn):
+        trials += [FfnWidths(units=units) for units in grid["ffn"]]
+    else:
+        widest = AttentionWidths(heads=grid["head"][-1], qk=grid["qk"][-1], vo=grid["vo"][-1])
+        trials += [widest] + [
+            AttentionWidths(heads=heads, qk=_unequal(allowed["qk"], qk, vo), vo=vo)
+            for heads, qk, vo in product(grid["head"], grid["qk"], grid["vo"])
+        ]
+    nothing, *found = _block_times(trunk, network, subs, trials, images, settings)
+    table = np.array(found) - nothing
+    if isinstance(sub, Ffn):
+        return FfnTimes(units=grid["ffn"], times=tuple(np.maximum.accumulate(table).tolist()))
+    own, times = table[0], table[1:].reshape([len(grid[kind]) for kind in ("head", "qk", "vo")])
     for axis in range(3):
-        table = np.maximum.accumulate(table, axis)
-    return BlockTimes(
+        times = np.maximum.accumulate(times, axis)
+    return AttentionTimes(
         heads=grid["head"],
         qk=grid["qk"],
         vo=grid["vo"],
-        attention=tuple(tuple(tuple(row) for row in plane) for plane in table.tolist()),
-        saving=max(0.0, float(table[-1, -1, -1]) + both / 2 - own) if widest.qk == widest.vo else 0.0,
-        ffn=grid["ffn"],
-        hidden=tuple(np.maximum.accumulate(hidden).tolist()),
+        times=tuple(tuple(tuple(row) for row in plane) for plane in times.tolist()),
+        saving=max(0.0, float(times[-1, -1, -1]) - float(own)) if grid["qk"][-1] == grid["vo"][-1] else 0.0,
     )
+
+
+def _block_times(
+    trunk: Trunk,
+    network: Network,
+    subs: Sequence[PresentSublayer],
+    trials: Sequence[SublayerWidths],
+    images: Tensor,
+    settings: LatencySettings,
+) -> list[float]:
+    """Times of the sub-layers' blocks with nothing in them but one sub-layer of each of these widths."""
+    device = device_of(trunk.model)
+    stream = trunk.enter(_batch(images, device, replace(settings, dtype="float32"))).to(_dtype(settings))
+    blocks = list(network.blocks)
+    contestants = []
+    for index, trial in _resized_blocks(trunk, network, subs, trials):
+        block = trial.to(_dtype(settings)).eval()
+        call = trunk.calls[blocks.index(index)]
+        contestants.append(lambda block=block, call=call: block(stream, *call.args, **call.kwargs))
+    return interleaved(contestants, device, settings.rounds)
 
 
 def _unequal(allowed: Sequence[int], qk: int, vo: int) -> int:
@@ -202,13 +227,15 @@ def _unequal(allowed: Sequence[int], qk: int, vo: int) -> int:
     return min((w for w in allowed if w != vo), key=lambda w: (abs(w - qk), w), default=qk)
 
 
-def _halfway(block: BlockStructure, widths: WidthSettings) -> BlockShape:
+def _halfway(sub: PresentSublayer, settings: WidthSettings) -> SublayerWidths:
     """All heads, with widths in the middle of those allowed; query/key and value widths differ where they may."""
-    qk, vo, ffn = (allowed_widths(block, kind, widths) for kind in ("qk", "vo", "ffn"))
+    settings = replace(settings, depth=False)
+    if isinstance(sub, Ffn):
+        units = allowed_widths(sub, "ffn", settings)
+        return FfnWidths(units=units[len(units) // 2])
+    qk, vo = (allowed_widths(sub, kind, settings) for kind in ("qk", "vo"))
     middle = vo[len(vo) // 2]
-    return BlockShape(
-        heads=block.shape.heads, qk=_unequal(qk, qk[len(qk) // 2], middle), vo=middle, ffn=ffn[len(ffn) // 2]
-    )
+    return AttentionWidths(heads=width(sub.widths, "head"), qk=_unequal(qk, qk[len(qk) // 2], middle), vo=middle)
 
 
 def _grid(allowed: Sequence[int], points: int) -> tuple[int, ...]:
@@ -217,13 +244,14 @@ def _grid(allowed: Sequence[int], points: int) -> tuple[int, ...]:
 
 
 def _resized_blocks(
-    model: nn.Module, structure: ModelStructure, have: BlockShape, shapes: Sequence[BlockShape]
-) -> Iterator[nn.Module]:
-    """Copies of a block of shape ``have`` with other widths; its time does not depend on what its weights are."""
-    alike = [i for i, b in enumerate(structure.blocks) if b.shape == have]
-    for first in range(0, len(shapes), len(alike)):
-        trial, wanted = list(structure.shapes), dict(zip(alike, shapes[first:], strict=False))
-        for i, shape in wanted.items():
-            trial[i] = shape
-        blocks = models.stages(models.resized(model, trial)).blocks
-        yield from (blocks[i].eval() for i in wanted)
+    trunk: Trunk, network: Network, subs: Sequence[PresentSublayer], trials: Sequence[SublayerWidths]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of the sub-layers' blocks, each with one sub-layer of other widths and no other; by the block's name."""
+    for first in range(0, len(trials), len(subs)):
+        wanted = dict(zip((sub.name for sub in subs), trials[first:], strict=False))
+        alone: dict[str, SublayerWidths] = dict(network.widths)
+        chosen = [sub for sub in subs if sub.name in wanted]
+        for sub in chosen:
+            alone |= {other.name: absent(other.widths) for other in network.blocks[sub.block]} | {sub.name: wanted[sub.name]}
+        small = models.resized(trunk.model, alone)
+        yield from ((sub.block, small.get_submodule(sub.block)) for sub in chosen)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from gohsp import checkpoint, models
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.arguments import check_arguments
-from gohsp.models.timm import create
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ def _outline(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def _created(name: str, arguments: Mapping[str, Any], pretrained: bool) -> nn.Module:
     try:
-        return create(name, arguments, pretrained=pretrained)
+        return models.create(name, arguments, pretrained=pretrained)
     except Exception as error:  # errors of timm, the hub's client and its HTTP library have no base class in common
         if pretrained:
             raise CheckpointError(
@@ -215,7 +214,7 @@ def _adapted(given: Mapping[str, Tensor], outline: nn.Module, path: Path) -> dic
     if prefixes and _PATCHES not in state:
         logger.warning("weights '%s': the prefix '%s' of their names is left out", path, prefixes[0])
         state = _filtered({name.removeprefix(prefixes[0]): tensor for name, tensor in given.items()}, outline, path)
-    patches, channels = state.get(_PATCHES), models.adapter_for(outline).input_size(outline)[0]
+    patches, channels = state.get(_PATCHES), models.input_size(outline)[0]
     if patches is not None and patches.ndim == 4 and patches.shape[1] == 3 != channels:
         logger.warning("weights '%s' are for 3 channels; they are adapted to %d as timm does", path, channels)
         state[_PATCHES] = adapt_input_conv(channels, patches)

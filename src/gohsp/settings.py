@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from gohsp.errors import RecipeError, nearest
+from gohsp.errors import ConfigError, nearest
 
 _MOST = 2**31 - 1
 """No count is ever greater; what goes beyond the 32 bits of some library ends here."""
 
 _TYPES = {bool: "true or false", str: "a text", dict: "a table"}
-"""What values of a type are called where a recipe is written."""
+"""What values of a type are called where settings are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ def require(key: str, value: object, allowed: Range) -> None:
         allowed: What it may be.
 
     Raises:
-        RecipeError: It is something else.
+        ConfigError: It is something else.
     """
     if value not in allowed:
-        raise RecipeError(f"{key} must be {allowed}, got {value!r}")
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}")
 
 
 def require_settings(settings: Any, table: str, **ranges: Range) -> None:
@@ -88,11 +88,11 @@ def require_settings(settings: Any, table: str, **ranges: Range) -> None:
     Args:
         settings: The dataclass. Choices, flags, texts and tables are checked by the types of its fields, and None is
             allowed where the type allows it.
-        table: Where a user writes them, such as ``training``; empty for the recipe itself.
+        table: Where a user writes them, such as ``training``; empty for those at the top.
         **ranges: What each number may be.
 
     Raises:
-        RecipeError: A value is of another type or out of range; the message names its key.
+        ConfigError: A value is of another type or out of range; the message names its key.
     """
     for name, hint in _hints(type(settings)).items():
         key, value = f"{table}.{name}" if table else name, getattr(settings, name)
@@ -105,9 +105,9 @@ def require_settings(settings: Any, table: str, **ranges: Range) -> None:
             require(key, value, ranges[name])
         elif kind is Literal:
             if value not in typing.get_args(hint):
-                raise RecipeError(f"{key} {value!r} is unknown; {nearest(str(value), typing.get_args(hint))}")
+                raise ConfigError(f"{key} {value!r} is unknown; {nearest(str(value), typing.get_args(hint))}")
         elif not isinstance(value, kind):
-            raise RecipeError(f"{key} must be {_TYPES.get(kind, f'a {kind.__name__}')}, got {value!r}")
+            raise ConfigError(f"{key} must be {_TYPES.get(kind, f'a {kind.__name__}')}, got {value!r}")
 
 
 @cache

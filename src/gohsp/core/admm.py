@@ -41,7 +41,7 @@ from gohsp.core.projection import (
     select_all,
     squared_size,
 )
-from gohsp.errors import RecipeError
+from gohsp.errors import ConfigError
 from gohsp.settings import NOT_NEGATIVE, POSITIVE, SHARE, Range, require_settings, whole
 from gohsp.structure import (
     Kept,
@@ -110,9 +110,9 @@ class AdmmSettings:
             tolerance=POSITIVE,
         )
         if self.rho_start > self.rho_end:
-            raise RecipeError(f"admm.rho_start must be at most admm.rho_end, got {self.rho_start} and {self.rho_end}")
+            raise ConfigError(f"admm.rho_start must be at most admm.rho_end, got {self.rho_start} and {self.rho_end}")
         if self.penalty == "decoupled" and self.rho_end > 1:
-            raise RecipeError(
+            raise ConfigError(
                 f"admm.rho_end is a fraction when the penalty is decoupled, at most 1; got {self.rho_end}"
             )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any, Literal
 
-from gohsp.errors import BudgetError, RecipeError
+from gohsp.errors import BudgetError, ConfigError
 from gohsp.settings import SHARE, require_settings, whole
 from gohsp.structure import (
     FIELDS,
@@ -64,7 +64,7 @@ class WidthSettings:
         counts = {"multiple": whole(), "min_width": whole(), "min_heads": whole()}
         require_settings(self, "widths", stages=whole(1, 100), min_ffn=SHARE, **counts)
         if self.choice == "uniform" and (self.stages or 1) > 1:
-            raise RecipeError(
+            raise ConfigError(
                 f'widths.stages is {self.stages} with widths.choice = "uniform", which takes one; leave it out, or take '
                 'choice = "measured"'
             )
@@ -227,7 +227,7 @@ def require_fitting(network: Network, settings: WidthSettings) -> None:
     """Check that the floors and the step of widths are not above what this network has; the defaults fit every one.
 
     Raises:
-        RecipeError: One is, so that it would keep every sub-layer as wide as it is.
+        ConfigError: One is, so that it would keep every sub-layer as wide as it is.
     """
     counted: dict[str, tuple[Kind, ...]] = {
         "multiple": ("qk", "vo", "ffn"),
@@ -238,7 +238,7 @@ def require_fitting(network: Network, settings: WidthSettings) -> None:
         present = [width(of, kind) for of in network.widths.values() for kind in of.kinds if kind in kinds]
         asked, most = getattr(settings, name), max(present, default=0)
         if asked > max(most, getattr(WidthSettings(), name)):
-            raise RecipeError(
+            raise ConfigError(
                 f"widths.{name} is {asked}, but {most} is the most that a sub-layer of this model has "
                 f"({', '.join(FIELDS[k] for k in kinds)}), so that nothing could be cut there; give at most {most}"
             )
@@ -301,8 +301,7 @@ def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str
     def at(share: float) -> dict[str, SublayerWidths]:
         return {sub.name: _shrunk(sub, share, settings) for sub in network.sublayers}
 
-    require_feasible(network, bound, settings)
-    if (least := bound.of(network, at(0.0))) > bound.limit:
+    if (least := bound.of(network, narrowest(network, settings))) > bound.limit:
         raise BudgetError(
             f"uniform widths with all heads kept cost at least {amount(bound.cost.kind, least)}, the budget allows "
             f'{amount(bound.cost.kind, bound.limit)}; use widths.choice = "measured"'
@@ -322,6 +321,11 @@ def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str
         if cost_of(network, widths, bound.cost) > 0.995 * bound.limit:
             break
     return widths
+
+
+def narrowest(network: Network, settings: WidthSettings) -> dict[str, SublayerWidths]:
+    """The smallest widths that :func:`uniform` may give: all sub-layers and heads stay."""
+    return {sub.name: _shrunk(sub, 0.0, replace(settings, depth=False)) for sub in network.sublayers}
 
 
 def _shrunk(sub: Sublayer, share: float, settings: WidthSettings) -> SublayerWidths:

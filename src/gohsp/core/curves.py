@@ -100,9 +100,10 @@ def measure_curves(
     return curves
 
 
-def count_steps(network: Network, widths: WidthSettings, images: int) -> int:
-    """How often :func:`measure_curves` reports progress; ``images`` in one batch."""
-    return sum(len(_points(sub, widths)) for sub in network.present) + -(-images // IMAGES)
+def count_steps(network: Network, widths: WidthSettings, batches: Sequence[int]) -> int:
+    """How often :func:`measure_curves` reports progress on batches of so many images."""
+    passes = sum(-(-images // IMAGES) for images in batches)
+    return passes + sum(len(_points(sub, widths)) for sub in network.present)
 
 
 def fits(curves: Curves, network: Network, widths: WidthSettings) -> bool:

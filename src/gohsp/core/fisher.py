@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gohsp.core.gradients import Gradients
-from gohsp.structure import Network
 
 TokenWeights = Mapping[str, Tensor]
 """Weights ``[tokens]`` of mean 1 by sub-layer, for what its readout writes; one that is missing weighs all alike."""
@@ -30,18 +29,18 @@ class TokenWeightFitter:
                 square = gradient.double().square().sum((0, 2))
                 self._totals[name] = self._totals[name] + square if name in self._totals else square
 
-    def weights(self, network: Network, share: Mapping[type, float]) -> dict[str, Tensor]:
-        """The weights.
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights ``[tokens]``; a sub-layer that the output does not depend on at all is missing."""
+        means = {name: total.mean() for name, total in self._totals.items()}
+        return {name: (total / means[name]).float() for name, total in self._totals.items() if means[name] > 0}
 
-        Args:
-            network: The network.
-            share: By type of sub-layer, how much of a token's weight follows the Fisher information, 0 to 1; the rest
-                is spread evenly.
-        """
-        found = {}
-        for sub in network.present:
-            total, of = self._totals[sub.name], share.get(type(sub), 0.0)
-            mean = total.mean()
-            if of > 0 and mean > 0:  # the output may not depend on a sub-layer at all
-                found[sub.name] = (of * total / mean + (1 - of)).float()
-        return found
+
+def blended(fisher: TokenWeights, share: Mapping[str, float]) -> dict[str, Tensor]:
+    """Weights of which a share follows the Fisher information, the rest being spread evenly.
+
+    Args:
+        fisher: Weights that follow it altogether.
+        share: The share by sub-layer, 0 to 1; one that is missing or 0 weighs all tokens alike.
+    """
+    return {name: share[name] * of + (1 - share[name]) for name, of in fisher.items() if share.get(name)}

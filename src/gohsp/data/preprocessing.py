@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from gohsp import models
 from gohsp.errors import DataError, nearest
 
 Augment = Literal["none", "light", "strong"]
@@ -81,10 +82,7 @@ class Preprocessing:
                 "pass Preprocessing(image_size=..., channels=..., mean=..., ...) instead"
             )
         config: dict[str, Any] = resolve_model_data_config(model)
-        height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-        first = next(convolutions, None)
-        channels = config["input_size"][0] if first is None else first.in_channels
+        channels, height, width = models.input_size(model)
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if channels == 1 and len(mean) > 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)

@@ -13,10 +13,20 @@ from gohsp.models.description import (
     working_copy,
 )
 from gohsp.models.labels import class_names, num_classes, set_class_names
-from gohsp.models.libraries import build, create, fit_problems, listed, require_remakeable, specification
+from gohsp.models.libraries import (
+    OWN,
+    build,
+    create,
+    fit_problems,
+    is_library_model,
+    listed,
+    require_remakeable,
+    specification,
+)
 
 __all__ = [
     "EQUALITY_TOLERANCE",
+    "OWN",
     "Compaction",
     "blocks_of",
     "build",
@@ -28,6 +38,7 @@ __all__ = [
     "example_image",
     "fit_problems",
     "input_size",
+    "is_library_model",
     "listed",
     "num_classes",
     "plain_attention",

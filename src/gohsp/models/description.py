@@ -79,8 +79,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     modules = list(model.modules())
     channels = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
     sizes = (getattr(m, "img_size", None) for m in modules)
-    size = next((s for s in sizes if isinstance(s, tuple) and len(s) == 2), DEFAULT_SIZE)
-    return channels, *size  # type: ignore[return-value]
+    height, width = next((s for s in sizes if isinstance(s, tuple) and len(s) == 2), DEFAULT_SIZE)
+    return channels, height, width
 
 
 def example_image(model: nn.Module, count: int = 1) -> Tensor:

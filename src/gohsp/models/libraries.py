@@ -31,6 +31,15 @@ MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid")
 """timm's modules that make models of this family; nothing else is built by a name that comes from a file."""
 
 
+OWN: Mapping[str, Any] = {"library": None, "architecture": None, "arguments": {}}
+"""The specification of a module of the user's own."""
+
+
+def is_library_model(model: nn.Module) -> bool:
+    """Whether a model is a library's, made by its name there."""
+    return isinstance(model, VisionTransformer) and bool((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
+
+
 def specification(model: nn.Module) -> dict[str, Any]:
     """What is needed to make the dense architecture again: ``library``, ``architecture``, ``arguments``.
 
@@ -234,7 +243,7 @@ def require_remakeable(model: nn.Module) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"a '{spec['architecture']}' made again with {spec['arguments']} is another model than this one: "
             f"{listed(differences)}. Only what timm.create_model can make can be saved; make the change by one of its "
-            "arguments"
+            "arguments, or save it as a module of your own: gohsp.save(model, folder, own=True)"
         )
     return spec
 

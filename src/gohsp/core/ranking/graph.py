@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gohsp.errors import NonFiniteError, RecipeError
+from gohsp.errors import NonFiniteError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +80,10 @@ def stationary_distribution(
         max_iterations: Bound on the steps; reaching it gives ``converged=False``.
 
     Raises:
-        RecipeError: Damping outside 0 to 1, or a teleport that cannot be normalised.
+        ConfigError: Damping outside 0 to 1, or a teleport that cannot be normalised.
     """
     if not 0 <= damping <= 1:
-        raise RecipeError(f"damping must be from 0 (teleport alone) to 1 (chain alone), got {damping}")
+        raise ConfigError(f"damping must be from 0 (teleport alone) to 1 (chain alone), got {damping}")
     P = P.detach().to("cpu", torch.float64)
     jump = normalise(torch.ones(len(P)) if teleport is None else teleport)
     pi = jump
@@ -109,11 +109,11 @@ def normalise(weights: Tensor) -> Tensor:
     """Scale non-negative weights ``[nodes]`` to sum to 1, in float64 on the CPU.
 
     Raises:
-        RecipeError: A weight is negative, NaN or infinite, or all are 0.
+        ConfigError: A weight is negative, NaN or infinite, or all are 0.
     """
     weights = weights.detach().to("cpu", torch.float64)
     if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise RecipeError(
+        raise ConfigError(
             f"a distribution over heads needs finite weights of at least 0, not all 0; got {weights.tolist()}; "
             "'uniform' and 'weight_norm' are always possible"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohsp.core.capture import autocast, device_of
 from gohsp.errors import DataError, NonFiniteError
 
 
@@ -29,17 +29,12 @@ class Metrics:
     loss: float
     n: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     advance: Callable[[], None] = lambda: None,
 ) -> Metrics:
@@ -48,7 +43,6 @@ def evaluate(
     Args:
         model: Takes images ``[B, C, H, W]``, returns logits ``[B, classes]``.
         batches: Images and labels; empty batches are skipped.
-        device: Where the model is.
         precision: Data type of the forward pass; below float32 by autocast.
         advance: Called after each batch, for progress.
 
@@ -56,15 +50,14 @@ def evaluate(
         DataError: There are no images.
         NonFiniteError: The model returns NaN or infinite logits.
     """
-    training = model.training
+    training, device = model.training, device_of(model)
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    kind = torch.device(device).type
     for images, labels in batches:
         if not len(labels):  # none of its images could be read
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(kind, precision, enabled=precision != torch.float32):
+        with autocast(device, precision):
             logits = model(images)
         logits = logits.float()
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

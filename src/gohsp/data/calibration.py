@@ -1,0 +1,149 @@
+"""Calibration images out of anything that yields images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gohsp.errors import DataError
+
+BATCH = 64
+"""Calibration images a batch. Folds of cross-validation are drawn within one, so it does not follow the user's."""
+
+IMAGE_KEYS = ("pixel_values", "images", "image", "img", "inputs")
+"""Where the images of a mapping are looked for, in this order."""
+
+Store = Callable[[], MutableSequence[Tensor]]
+"""Makes an empty place for batches: ``list`` for memory, :class:`gohsp.data.Spool` for disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """Images that a model is pruned on, and others that it is compared on.
+
+    Attributes:
+        images: Batches ``[B, C, H, W]``.
+        holdout: The same of further images.
+        mirror: Whether mirror images are as good.
+    """
+
+    images: Sequence[Tensor]
+    holdout: Sequence[Tensor]
+    mirror: bool
+
+    @property
+    def count(self) -> int:
+        """Calibration images, those held out not counted."""
+        return sum(len(batch) for batch in self.images)
+
+    def first(self, count: int) -> list[Tensor]:
+        """The first ``count`` images, in batches."""
+        batches: list[Tensor] = []
+        for batch in self.images:
+            if count <= 0:
+                break
+            batches.append(batch[:count])
+            count -= len(batch)
+        return batches
+
+
+def calibration_set(
+    images: Iterable[Any], *, count: int, holdout: int, mirror: bool, store: Store = list
+) -> CalibrationSet:
+    """Take the first images of an iterable.
+
+    Args:
+        images: Tensors ``[C, H, W]`` or ``[B, C, H, W]``, preprocessed; or pairs that begin with one; or mappings that
+            hold one (:data:`IMAGE_KEYS`). Labels are not read.
+        count: Images to calibrate on, at most.
+        holdout: Further images, at most; of few images a twentieth is held out. A lone image is both.
+        mirror: Whether mirror images are as good.
+        store: Where they are kept.
+
+    Raises:
+        DataError: No iterable, no images, or images of another kind or of several sizes.
+    """
+    taken = store()
+    for batch in _rebatched(_checked(images), count + holdout):
+        taken.append(batch)
+    total = sum(len(batch) for batch in taken)
+    if total == 0:
+        raise DataError("there are no images; give an iterable that yields at least one, better a thousand")
+    held = min(holdout, -(-total // 20))
+    return divided(taken, max(1, total - held), mirror=mirror, store=store)
+
+
+def divided(batches: Sequence[Tensor], count: int, *, mirror: bool, store: Store = list) -> CalibrationSet:
+    """The first ``count`` images to calibrate on, and the others; a lone image is both."""
+    first, last, left = store(), store(), count
+    for batch in batches:
+        for part, place in ((batch[:left], first), (batch[left:], last)):
+            if len(part):
+                place.append(part)
+        left = max(0, left - len(batch))
+    if not last:
+        last.append(first[-1][-1:])
+    return CalibrationSet(first, last, mirror)
+
+
+def _checked(images: Iterable[Any]) -> Iterator[Tensor]:
+    """Batches ``[B, C, H, W]``, as they come."""
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
+        raise DataError(
+            f"images must be an iterable of tensors, pairs or mappings, such as a DataLoader, got a "
+            f"{type(images).__name__}; of a folder or a data set's name, make one with torchvision or datasets, or use "
+            "gohsp.run"
+        )
+    size = None
+    for given in [images] if isinstance(images, Tensor) else images:
+        image = _image_in(given)
+        if image.ndim not in (3, 4) or not image.is_floating_point():
+            raise DataError(
+                f"an image is a floating-point tensor [C, H, W] or [B, C, H, W], preprocessed as the model expects it; "
+                f"got {list(image.shape)} of {image.dtype}"
+            )
+        batch = image[None] if image.ndim == 3 else image
+        if size is not None and batch.shape[1:] != size:
+            raise DataError(f"images differ in size: {list(size)} and {list(batch.shape[1:])}; resize them to one")
+        size = batch.shape[1:]
+        yield batch.detach().cpu()
+
+
+def _image_in(given: Any) -> Tensor:
+    found = given
+    if isinstance(given, Mapping):
+        key = next((key for key in IMAGE_KEYS if key in given), None)
+        if key is None:
+            raise DataError(f"a mapping of images must have one of the keys {list(IMAGE_KEYS)}, got {list(given)[:8]}")
+        found = given[key]
+    elif isinstance(given, tuple | list) and given:
+        found = given[0]
+    if not isinstance(found, Tensor):
+        raise DataError(
+            f"images must come as tensors, as pairs (images, labels) or as mappings, got a {type(given).__name__} with a "
+            f"{type(found).__name__}; turn images into tensors with the model's transform"
+        )
+    return found
+
+
+def _rebatched(batches: Iterator[Tensor], most: int) -> Iterator[Tensor]:
+    """The first ``most`` images in batches of :data:`BATCH`."""
+    pending: list[Tensor] = []
+    waiting = taken = 0
+    for batch in batches:
+        few = batch[: most - taken]
+        taken += len(few)
+        pending.append(few)
+        waiting += len(few)
+        while waiting >= BATCH:
+            joined = torch.cat(pending)
+            yield joined[:BATCH]
+            pending, waiting = [joined[BATCH:]], waiting - BATCH
+        if taken == most:
+            break
+    if waiting:
+        yield torch.cat(pending)

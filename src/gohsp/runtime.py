@@ -1,0 +1,112 @@
+"""Where and how passes are computed, and how work tells how far it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from gohsp import models
+from gohsp.core.capture import device_of
+from gohsp.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "no", "bf16", "fp16"]
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data types that mixed precision computes in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step is.
+
+    Attributes:
+        step: What is being done, such as ``damage curves``.
+        done: Pieces of work done.
+        total: Pieces of work in all.
+    """
+
+    step: str
+    done: int
+    total: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def unheard(_progress: Progress) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def telling(progress: ProgressCallback, step: str, total: int) -> Iterator[Callable[[], None]]:
+    """Tell of ``total`` pieces of work; call what is yielded after each."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(Progress(step, done, total))
+
+    progress(Progress(step, 0, total))
+    yield advance
+
+
+def pick_device(device: Literal["auto", "cpu"]) -> torch.device:
+    """The accelerator that is there, or the CPU.
+
+    Apple's (MPS) is left alone with a warning, since it cannot compute in float64, which moments and solves need.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device == "cpu" or found is None:
+        return torch.device("cpu")
+    if found.type == "mps":
+        logger.warning("MPS has no float64, which pruning needs: running on the CPU")
+        return torch.device("cpu")
+    return found
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The data type of passes; ``auto`` is bf16 on a CPU with units for it and on a GPU that has it, else float32."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type == "cpu":
+        # Without such units bf16 on a CPU is emulated and slower than float32.
+        has = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        units = any(getattr(torch.cpu, name, lambda: False)() for name in has)
+    else:
+        units = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if units else torch.float32
+
+
+@contextmanager
+def fast_attention(precision: torch.dtype, *of: nn.Module) -> Iterator[None]:
+    """The faster attention kernel while the context is open: on a CPU in bf16, plain matrix products.
+
+    There PyTorch's fused kernel takes a fifth longer to pass DeiT-Tiny forward at 197 tokens, and back even more
+    (``docs/oneshot.md``).
+    """
+    chosen = [model for model in of if precision != torch.float32 and device_of(model).type == "cpu"]
+    with models.plain_attention(*chosen):
+        yield
+
+
+def require_one_process() -> None:
+    """Refuse a launch in several processes: each would do the whole run, and write into the same folder.
+
+    Raises:
+        RunError: A launcher says that there are several.
+    """
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise RunError(
+                f"{name}={os.environ[name]}: several processes (torchrun, accelerate launch, mpirun) are not "
+                "supported yet; start one process, on one device"
+            )
