@@ -1,1 +1,123 @@
-"""x"""
+"""gohsp makes trained Vision Transformers smaller and faster by structured pruning.
+
+The public names, each imported when it is first used; everything else is an implementation detail. Three lines prune a
+model in memory::
+
+    result = gohsp.prune(model, images, "params=-40%")
+    gohsp.save(result.model, "small")
+    model = gohsp.load("small")
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gohsp.api import CutModel, Pruned, allocate, cut, heal, measure_curves, prune, rank
+    from gohsp.checkpoint import apply, load, save
+    from gohsp.config import Config
+    from gohsp.core import admm
+    from gohsp.core.admm import AdmmSettings
+    from gohsp.core.allocation import DamageCurve
+    from gohsp.core.objective import Objective, classification, features
+    from gohsp.core.ranking import HeadRanking
+    from gohsp.data.sources import DataSource
+    from gohsp.errors import GohspError
+    from gohsp.models import Compaction, compact, describe
+    from gohsp.opening import open_model
+    from gohsp.runs import RunResult, run
+    from gohsp.runtime import Progress
+    from gohsp.structure import (
+        AttentionKept,
+        AttentionWidths,
+        FfnKept,
+        FfnWidths,
+        Network,
+        count_macs,
+        count_params,
+    )
+
+_HOMES = {
+    "api": ("CutModel", "Pruned", "allocate", "cut", "heal", "measure_curves", "prune", "rank"),
+    "checkpoint": ("apply", "load", "save"),
+    "config": ("Config",),
+    "core": ("admm",),
+    "core.admm": ("AdmmSettings",),
+    "core.allocation": ("DamageCurve",),
+    "core.objective": ("Objective", "classification", "features"),
+    "core.ranking": ("HeadRanking",),
+    "data.sources": ("DataSource",),
+    "errors": ("GohspError",),
+    "models": ("Compaction", "compact", "describe"),
+    "opening": ("open_model",),
+    "runs": ("RunResult", "run"),
+    "runtime": ("Progress",),
+    "structure": (
+        "AttentionKept",
+        "AttentionWidths",
+        "FfnKept",
+        "FfnWidths",
+        "Network",
+        "count_macs",
+        "count_params",
+    ),
+}
+"""The public names by the module that each is defined in."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = _version("gohsp")
+
+__all__ = [
+    "AdmmSettings",
+    "AttentionKept",
+    "AttentionWidths",
+    "Compaction",
+    "Config",
+    "CutModel",
+    "DamageCurve",
+    "DataSource",
+    "FfnKept",
+    "FfnWidths",
+    "GohspError",
+    "HeadRanking",
+    "Network",
+    "Objective",
+    "Progress",
+    "Pruned",
+    "RunResult",
+    "admm",
+    "allocate",
+    "apply",
+    "classification",
+    "compact",
+    "count_macs",
+    "count_params",
+    "cut",
+    "describe",
+    "features",
+    "heal",
+    "load",
+    "measure_curves",
+    "open_model",
+    "prune",
+    "rank",
+    "run",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gohsp' has no attribute '{name}'")
+    module = importlib.import_module(f"gohsp.{_HOME[name]}")
+    # ``admm`` is a module itself.
+    found = importlib.import_module("gohsp.core.admm") if name == "admm" else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,10 +6,11 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,6 +99,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file as it comes; for use within :func:`storing` and what builds on it."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A hash of tensors: values, shapes and types."""
+    digest = hashlib.blake2b(digest_size=20)
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+        digest.update(flat.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def seal(path: Path, write: Callable[[Path], object]) -> None:

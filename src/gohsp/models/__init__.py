@@ -12,7 +12,7 @@ from gohsp.models.description import (
     resized,
     working_copy,
 )
-from gohsp.models.labels import class_names, num_classes, set_class_names
+from gohsp.models.labels import class_names, num_classes, require_classifier, set_class_names
 from gohsp.models.libraries import (
     OWN,
     build,
@@ -43,6 +43,7 @@ __all__ = [
     "num_classes",
     "plain_attention",
     "relative_difference",
+    "require_classifier",
     "require_remakeable",
     "resize",
     "resized",

@@ -75,11 +75,15 @@ def _unknown(name: str, module: nn.Module) -> UnsupportedModelError:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of an image, as the first convolution and the patch embedding tell them."""
+    """Channels, height and width of an image, as the first convolution and the patch embedding tell them.
+
+    Where no module tells the size, timm's configuration does, and else it is 224 px.
+    """
     modules = list(model.modules())
     channels = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, *DEFAULT_SIZE))[1:]
     sizes = (getattr(m, "img_size", None) for m in modules)
-    height, width = next((s for s in sizes if isinstance(s, tuple) and len(s) == 2), DEFAULT_SIZE)
+    height, width = next((s for s in sizes if isinstance(s, tuple) and len(s) == 2), known)
     return channels, height, width
 
 

@@ -6,9 +6,12 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 
+from gohsp.core.capture import evaluating
 from gohsp.errors import DataError, UnsupportedModelError
+from gohsp.models.description import example_image
 
 
 def num_classes(model: nn.Module) -> int:
@@ -53,3 +56,28 @@ def _are_names(names: Any, count: int) -> TypeGuard[Sequence[str]]:
         and all(isinstance(name, str) and name.encode(errors="replace").decode() == name for name in names)
         and len(set(names)) == len(names) == count
     )
+
+
+def require_classifier(model: nn.Module) -> None:
+    """Check, by one image, that a model returns logits ``[images, classes]`` of a linear classifier; training needs them.
+
+    Raises:
+        UnsupportedModelError: Features, a single logit, one output a token, or anything else.
+    """
+    with torch.no_grad(), evaluating(model):
+        output = model(example_image(model))
+    shape = list(getattr(output, "shape", ()))
+    needed = f"the model's output for an image is {shape or type(output)}, where class logits [1, classes] are needed"
+    if len(shape) != 2:
+        raise UnsupportedModelError(f"{needed}: pool its tokens, by global_pool='token' or 'avg' in timm.create_model")
+    if num_classes(model) == 0:
+        raise UnsupportedModelError(
+            f"{needed}, from a linear classifier. This model has none: these are features, or come from a head of its "
+            "own; give it one by model.reset_classifier(classes), and train that on your classes. Method 'oneshot' takes "
+            "any model"
+        )
+    if shape[1] < 2:
+        raise UnsupportedModelError(
+            f"{needed}, of two classes or more. Give a single logit a second class of logit 0: a head of two rows, "
+            "zeros and the present weight and bias, gives the same probabilities by softmax"
+        )

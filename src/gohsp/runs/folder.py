@@ -27,7 +27,7 @@ from gohsp.errors import RunError
 logger = logging.getLogger(__name__)
 
 REQUEST, STATE, LOG, LAST = "request.json", "state", "run.log", "report.json"
-RESULTS = (LAST, "report.html", "config.json", "model.safetensors", "plan.json", "ranking.json", "recipe.toml", LOG)
+RESULTS = (LAST, "report.html", "config.json", "model.safetensors", "plan.json", "ranking.json", "settings.toml", LOG)
 DENSE = ("dense/config.json", "dense/model.safetensors")
 """What a run writes besides, where it trains the dense model."""
 
@@ -38,11 +38,11 @@ _PATIENCE = 6.0
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run's folder. Finished stages lie under ``state/`` until the run is complete.
+    """A run's folder. Finished steps lie under ``state/`` until the run is complete.
 
     Attributes:
         path: The folder.
-        taken: Stages that this attempt has finished or taken up so far.
+        taken: Steps that this attempt has finished or taken up so far.
     """
 
     path: Path
@@ -53,51 +53,51 @@ class RunFolder:
         """Whether the run is complete."""
         return (self.path / LAST).exists()
 
-    def done(self, stage: str, model: nn.Module | None = None) -> dict[str, Any] | None:
-        """The record of a finished stage; None if it has to be run. To be called in the order of the stages.
+    def done(self, step: str, model: nn.Module | None = None) -> bytes | None:
+        """The record of a finished step; None if it has to be done. To be called in the order of the steps.
 
-        Where what a stage left is damaged, it is run again, and so are those that followed from it: the new result may
+        Where what a step left is damaged, it is done again, and so are those that followed from it: the new result may
         differ from the old one, if only in the last bits.
 
         Args:
-            stage: The stage.
-            model: Gets the weights that the stage left.
+            step: The step.
+            model: Gets the weights that the step left.
         """
-        record = self._read(stage)
+        record = self._read(step)
         if record is not None and model is not None:
-            weights = files.sealed(self._file(f"{stage}.safetensors"))
+            weights = files.sealed(self._file(f"{step}.safetensors"))
             if weights is None:
                 record = None
             else:
                 model.load_state_dict(load_file(weights))
         if record is not None:
-            self.taken.add(stage)
+            self.taken.add(step)
             return record
-        epochs = {f"{name}.epochs" for name in (*self.taken, stage)}
-        led_to = self.forget({*self.taken, *epochs, _TIMINGS}) - {stage}
+        epochs = {f"{name}.epochs" for name in (*self.taken, step)}
+        led_to = self.forget({*self.taken, *epochs, _TIMINGS}) - {step}
         if led_to:
-            logger.warning("stage '%s' is run anew, and with it what it led to: %s", stage, ", ".join(sorted(led_to)))
+            logger.warning("step '%s' is done anew, and with it what it led to: %s", step, ", ".join(sorted(led_to)))
         return None
 
-    def record(self, stage: str, record: Mapping[str, Any], model: nn.Module | None = None) -> None:
-        """Mark a stage as finished; the record is written last, so that it vouches for the weights."""
+    def record(self, step: str, record: bytes, model: nn.Module | None = None) -> None:
+        """Mark a step as finished; the record is written last, so that it vouches for the weights."""
         if model is not None:
             state = model.state_dict()
-            files.seal(self._file(f"{stage}.safetensors"), lambda path: files.write_tensors(path, state))
-        self._write(stage, record)
-        self.taken.add(stage)
+            files.seal(self._file(f"{step}.safetensors"), lambda path: files.write_tensors(path, state))
+        self._write(step, record)
+        self.taken.add(step)
 
-    def epochs_file(self, stage: str) -> Path:
-        """Where a stage keeps its state between epochs; it is sealed."""
-        return self._file(f"{stage}.epochs.pt")
+    def epochs_file(self, step: str) -> Path:
+        """Where a step keeps its state between epochs; it is sealed."""
+        return self._file(f"{step}.epochs.pt")
 
     def timings(self) -> dict[str, float]:
-        """Seconds by stage, of earlier attempts too."""
-        return self._read(_TIMINGS) or {}
+        """Seconds by step, of earlier attempts too."""
+        return json.loads(self._read(_TIMINGS) or b"{}")
 
     def record_timings(self, timings: Mapping[str, float]) -> None:
-        """Keep the seconds by stage."""
-        self._write(_TIMINGS, timings)
+        """Keep the seconds by step."""
+        self._write(_TIMINGS, json.dumps(timings).encode())
 
     def spool(self) -> data.Spool:
         """A list of tensors on the run's disk; the next attempt removes what a killed one left."""
@@ -110,7 +110,7 @@ class RunFolder:
         self.sweep()
 
     def forget(self, all_but: Set[str] = frozenset()) -> set[str]:
-        """Remove the state of all but some stages; returns the stages that had any."""
+        """Remove the state of all but some steps; returns the steps that had any."""
         names = set()
         for suffix in (".json", ".safetensors", ".pt"):  # records first, since they vouch for the rest
             for file in (self.path / STATE).glob(f"*.{files.SEAL}{suffix}"):
@@ -130,13 +130,12 @@ class RunFolder:
     def _file(self, name: str) -> Path:
         return self.path / STATE / name
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> bytes | None:
         file = files.sealed(self._file(f"{name}.json"))
-        return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+        return None if file is None else file.read_bytes()
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content)
-        files.seal(self._file(f"{name}.json"), lambda path: path.write_text(text, encoding="utf-8"))
+    def _write(self, name: str, content: bytes) -> None:
+        files.seal(self._file(f"{name}.json"), lambda path: path.write_bytes(content))
 
 
 def check(
@@ -277,7 +276,7 @@ def _request_in(path: Path) -> dict[str, Any] | None:
             f"'{file}' is damaged ({error}), so that nothing tells what was asked for and which files the run wrote; "
             "name another folder, or remove this one yourself"
         ) from error
-    return found if isinstance(found, dict) and isinstance(found.get("recipe"), dict) and "budget" in found else None
+    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) and "budget" in found else None
 
 
 def _is_free(path: Path) -> bool:
@@ -299,7 +298,7 @@ def _refuse_inside(path: Path, inputs: Mapping[str, str | Path | None]) -> None:
 
 def _written(request: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the files that a run writes into its folder, its state and its request aside; the last one first."""
-    stage = request["recipe"].get("dense")
+    stage = request["config"].get("dense")
     trains_dense = isinstance(stage, dict) and bool(stage.get("epochs"))
     return (*RESULTS, *DENSE) if trains_dense else RESULTS
 

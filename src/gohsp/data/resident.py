@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohsp import data
+from gohsp.data.preprocessing import Preprocessing
+from gohsp.data.sources import Split, UnreadableImageError
 from gohsp.errors import DataError
 
 CROP_AREA = (0.35, 1.0)
@@ -33,12 +34,12 @@ class ResidentImages:
 
     pixels: Tensor
     labels: Tensor
-    preprocessing: data.Preprocessing
+    preprocessing: Preprocessing
 
 
 def resident_images(
-    split: data.Split,
-    preprocessing: data.Preprocessing,
+    split: Split,
+    preprocessing: Preprocessing,
     device: torch.device,
     *,
     num_classes: int | None = None,
@@ -52,19 +53,19 @@ def resident_images(
         preprocessing: What the model expects.
         device: Where they are to stay.
         num_classes: The model's number of classes, for the check of the labels.
-        class_names: The model's classes, in whose order labels are numbered by name; see `data.Split.labels`.
+        class_names: The model's classes, in whose order labels are numbered by name; see `Split.labels`.
         strict: Whether an unreadable image raises; otherwise it is left out and listed in `Split.unreadable`.
 
     Raises:
         DataError: A label does not fit; no image can be read, or one cannot and ``strict`` is set.
     """
     labels = torch.from_numpy(split.labels(num_classes, class_names))
-    transform = data.eval_transform(preprocessing, normalize=False)
+    transform = eval_transform(preprocessing, normalize=False)
 
     def pixels(index: int) -> Tensor | None:
         try:
             return transform(split.image(index))
-        except data.UnreadableImageError:
+        except UnreadableImageError:
             if strict:
                 raise
             return None
