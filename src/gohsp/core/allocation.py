@@ -296,12 +296,12 @@ def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str
     Raises:
         BudgetError: Even the smallest allowed widths with all heads kept cost more than the bound.
     """
+    require_feasible(network, bound, settings)
     settings = replace(settings, depth=False)
 
     def at(share: float) -> dict[str, SublayerWidths]:
         return {sub.name: _shrunk(sub, share, settings) for sub in network.sublayers}
 
-    require_feasible(network, bound, settings)
     if (least := bound.of(network, at(0.0))) > bound.limit:
         raise BudgetError(
             f"uniform widths with all heads kept cost at least {amount(bound.cost.kind, least)}, the budget allows "
