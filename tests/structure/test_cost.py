@@ -44,12 +44,12 @@ def test_costs_by_hand() -> None:
     ffn = 7 * (D + 1 + D) + 3 * D
     assert PARAMS.sublayer(ATTENTION, NARROW) == attention
     assert PARAMS.sublayer(FFN, UNITS) == ffn
-    assert cost_of(NETWORK, WIDTHS, PARAMS) == 100 + 2 * (attention + ffn)
+    assert cost_of(NETWORK, WIDTHS, PARAMS) == 7 + 2 * (attention + ffn)
     linear = 2 * 3 * 2 * D + 2 * 1 * 2 * D
     products = 2 * (3 + 1) * TOKENS**2
     assert MACS.sublayer(ATTENTION, NARROW) == TOKENS * linear + products
     assert MACS.sublayer(FFN, UNITS) == TOKENS * 7 * 2 * D
-    assert cost_of(NETWORK, WIDTHS, MACS) == 1000 + 2 * (TOKENS * (linear + 7 * 2 * D) + products)
+    assert cost_of(NETWORK, WIDTHS, MACS) == 11 + 2 * (TOKENS * (linear + 7 * 2 * D) + products)
 
 
 def test_a_window_and_what_heads_own_are_counted() -> None:

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gohsp.core.ranking.graph import is_irreducible, isolated_nodes, normalise, stationary_distribution, transition_matrix
+from gohsp.core.ranking.graph import (
+    is_irreducible,
+    isolated_nodes,
+    normalise,
+    stationary_distribution,
+    transition_matrix,
+)
 from gohsp.errors import NonFiniteError, RecipeError
 
 
