@@ -107,8 +107,10 @@ def _pass(
                 stack.callback(hook.remove)
         with autocast(images.device, precision):
             output = objective.output(model(images)).float()
-        for name, x in inputs.items():
-            require_finite(f"the input of module '{name}'", x)
+        for sub in network.present:
+            if sub.name in inputs:
+                require_finite(f"the input of module '{sub.name}'", inputs[sub.name])
+            require_finite(f"the input of module '{sub.readout.module}'", read[sub.name])
         require_finite("the model's output", output)
         scalars = [objective.draw(output, generator) for _ in range(draws)]
         sure = objective.confidence(output) if confidence and objective.confidence else None
