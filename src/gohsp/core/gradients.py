@@ -69,8 +69,7 @@ def differentiated(
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     for images in (few for batch in batches for few in batch.split(IMAGES)):
-        with evaluating(model):
-            yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
+        yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
 
 
 def _pass(
@@ -98,7 +97,7 @@ def _pass(
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[name], calls[name] = args[0].detach(), Call(args[1:], kwargs)
 
-    with torch.set_grad_enabled(backward), ExitStack() as stack:
+    with torch.set_grad_enabled(backward), evaluating(model), ExitStack() as stack:
         for sub in network.present:
             attention, readout = (named_module(model, name) for name in (sub.name, sub.readout.module))
             stack.callback(readout.register_forward_hook(partial(keep, sub.name)).remove)
