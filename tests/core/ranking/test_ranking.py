@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from gohsp.network import Network
 from torch import Tensor, nn
 
 from gohsp.core.gradients import differentiated
@@ -21,6 +20,7 @@ from gohsp.core.ranking.ranking import TELEPORTS, Teleport, head_values, weight_
 from gohsp.core.ranking.statistics import EDGES, SCOPES, Edge, Scope
 from gohsp.errors import RecipeError
 from gohsp.models import describe
+from gohsp.structure import Network
 
 HEADS, WIDTH, DIM = 4, 8, 32
 FIRST, SECOND = "blocks.0.attn", "blocks.1.attn"
