@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gohsp import latency, models
 from gohsp.core.allocation import WidthSettings
-from gohsp.errors import RecipeError
+from gohsp.errors import ConfigError
 from gohsp.latency import LatencySettings
 from gohsp.structure import BlockShape, BlockTimes, LatencyTable, block_cost, model_cost
 
@@ -150,5 +150,5 @@ def test_block_times_are_scaled_to_the_network(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"rounds": 0}, {"dtype": "int8"}])
 def test_settings_that_cannot_be_measured_are_refused(bad: dict) -> None:
-    with pytest.raises(RecipeError, match=r"latency"):
+    with pytest.raises(ConfigError, match=r"latency"):
         LatencySettings(**bad)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gohsp import models
 from gohsp.core.activations import Stages
 from gohsp.data import Spool
-from gohsp.errors import RecipeError
+from gohsp.errors import ConfigError
 from gohsp.polish import PolishSettings, PolishStep, polish
 
 SETTINGS = PolishSettings(epochs=20, learning_rate=3e-3, batch_size=8)
@@ -411,5 +411,5 @@ def test_progress_is_told_by_block() -> None:
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(RecipeError, match=next(iter(wrong))):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
         PolishSettings(**wrong)  # pyrefly: ignore[bad-argument-type]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gohsp import recipe as recipes
-from gohsp.errors import RecipeError
+from gohsp.errors import ConfigError
 from gohsp.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -89,12 +89,12 @@ def test_every_setting_is_written_out_unless_it_is_none():
     ],
 )
 def test_misspelt_keys_are_refused_with_the_nearest(path: str, near: str):
-    with pytest.raises(RecipeError, match=rf"unknown key '{path}'; did you mean '{near}'\?"):
+    with pytest.raises(ConfigError, match=rf"unknown key '{path}'; did you mean '{near}'\?"):
         recipes.from_mapping(nested(path, 1))
 
 
 def test_a_key_close_to_none_gets_the_whole_list():
-    with pytest.raises(RecipeError, match=r"unknown key 'finetune\.xyz'; valid: 'epochs', 'learning_rate'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'finetune\.xyz'; valid: 'epochs', 'learning_rate'"):
         recipes.from_mapping({"finetune": {"xyz": 1}})
 
 
@@ -117,7 +117,7 @@ def test_a_key_close_to_none_gets_the_whole_list():
     ],
 )
 def test_wrong_types_and_choices_are_refused_naming_the_key(path: str, value: Any):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(ConfigError) as error:
         recipes.from_mapping(nested(path, value), where="recipe 'x.toml'")
     assert str(error.value).startswith(f"recipe 'x.toml': {path} ")
     assert repr(value) in str(error.value)
@@ -125,7 +125,7 @@ def test_wrong_types_and_choices_are_refused_naming_the_key(path: str, value: An
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_must_be_a_table(table: str):
-    with pytest.raises(RecipeError, match=f"'?{table}'? must be a table, got 3"):
+    with pytest.raises(ConfigError, match=f"'?{table}'? must be a table, got 3"):
         recipes.from_mapping({table: 3})
 
 
@@ -156,7 +156,7 @@ def test_a_table_must_be_a_table(table: str):
     ],
 )
 def test_values_out_of_range_are_refused_naming_the_setting(path: str, value: float):
-    with pytest.raises(RecipeError, match=path.rpartition(".")[2]):
+    with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
         recipes.from_mapping(nested(path, value))
 
 
@@ -180,32 +180,32 @@ def test_no_number_may_be_nonsense(key: str, value: Any):
     if value is None and key in OPTIONAL:
         assert recipes.from_mapping(nested(key, value)) == Recipe()
     else:
-        with pytest.raises(RecipeError, match=rf"(^|\W){key} must be a (whole|finite) number "):
+        with pytest.raises(ConfigError, match=rf"(^|\W){key} must be a (whole|finite) number "):
             recipes.from_mapping(nested(key, value))
 
 
 @pytest.mark.parametrize("key", FLAGS)
 @pytest.mark.parametrize("value", ["no", 1, 0.0, None])
 def test_a_flag_is_true_or_false(key: str, value: Any):
-    with pytest.raises(RecipeError, match=rf"{key} must be true or false, got {value!r}"):
+    with pytest.raises(ConfigError, match=rf"{key} must be true or false, got {value!r}"):
         recipes.from_mapping(nested(key, value))
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest():
-    with pytest.raises(RecipeError, match=r"training\.optimizer 'adamww' is unknown; did you mean 'adamw'"):
+    with pytest.raises(ConfigError, match=r"training\.optimizer 'adamww' is unknown; did you mean 'adamw'"):
         recipes.from_mapping({"training": {"optimizer": "adamww"}})
 
 
 def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path):
-    with pytest.raises(RecipeError, match=r"none\.toml' does not exist"):
+    with pytest.raises(ConfigError, match=r"none\.toml' does not exist"):
         recipes.read(tmp_path / "none.toml")
-    with pytest.raises(RecipeError, match="is no TOML"):
+    with pytest.raises(ConfigError, match="is no TOML"):
         recipes.read(tmp_path)
     (tmp_path / "bad.toml").write_text("seed = \n")
-    with pytest.raises(RecipeError, match=r"bad\.toml' is no TOML"):
+    with pytest.raises(ConfigError, match=r"bad\.toml' is no TOML"):
         recipes.read(tmp_path / "bad.toml")
     (tmp_path / "typo.toml").write_text("[training]\nbatchsize = 3\n")
-    with pytest.raises(RecipeError, match=r"typo\.toml': unknown key 'training\.batchsize'"):
+    with pytest.raises(ConfigError, match=r"typo\.toml': unknown key 'training\.batchsize'"):
         recipes.read(tmp_path / "typo.toml")
 
 

@@ -15,7 +15,7 @@ from gohsp.core import admm
 from gohsp.core.admm import AdmmSettings, AdmmState
 from gohsp.core.compensation import BlockMoments, collect_moments, tensors_of
 from gohsp.core.projection import ProjectionSettings, on_support, project
-from gohsp.errors import PlanError, RecipeError
+from gohsp.errors import PlanError, ConfigError
 from gohsp.models import compact, describe
 from gohsp.structure import BlockShape, ModelStructure, Plan
 
@@ -462,5 +462,5 @@ def test_shapes_that_do_not_fit_are_refused(model: nn.Module, structure: ModelSt
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(RecipeError, match=rf"admm.*{next(iter(setting))}"):
+    with pytest.raises(ConfigError, match=rf"admm.*{next(iter(setting))}"):
         AdmmSettings(**setting)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
@@ -11,64 +12,61 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import toys
 from gohsp.core.allocation import (
     Curves,
     DamageCurve,
     WidthSettings,
     allocate,
     allowed_widths,
+    curves_from_json,
+    curves_to_json,
     predicted_damage,
     require_feasible,
+    require_fitting,
+    smallest,
     uniform,
 )
-from gohsp.errors import BudgetError, RecipeError
+from gohsp.errors import BudgetError, ConfigError
 from gohsp.models import describe
 from gohsp.structure import (
-    KINDS,
-    BlockShape,
-    BlockStructure,
+    COUNTED,
+    MACS,
+    PARAMS,
+    AttentionTimes,
+    AttentionWidths,
+    Bound,
     BudgetKind,
+    Cost,
+    FfnTimes,
+    FfnWidths,
     Kind,
-    ModelStructure,
-    Readout,
-    UnitSlice,
-    check_shapes,
-    model_cost,
+    Latency,
+    Network,
+    PresentSublayer,
+    SublayerWidths,
+    Widths,
+    absent,
+    check_widths,
+    cost_of,
+    excluding,
+    is_absent,
+    width,
 )
-
-FIELD: dict[Kind, str] = {"head": "heads", "qk": "qk", "vo": "vo", "ffn": "ffn"}
 
 
 @cache
-def deit_tiny() -> ModelStructure:
+def deit_tiny() -> Network:
     with torch.device("meta"):
         return describe(timm.create_model("deit_tiny_patch16_224"))
 
 
-def toy(depth: int, shape: BlockShape, prunable: tuple[Kind, ...] = KINDS, dim: int = 3) -> ModelStructure:
-    def rows(name: str) -> tuple[UnitSlice, ...]:
-        return (UnitSlice(parameter=name, axis=0, start=0, size=dim),)
+def dense(network: Network, cost: Cost) -> float:
+    return cost_of(network, network.widths, cost)
 
-    def readout(name: str) -> Readout:
-        return Readout(module=name, weight=f"{name}.weight", bias=None, gain=None, size=dim)
 
-    block = BlockStructure(
-        name="b",
-        shape=shape,
-        prunable=frozenset(prunable),
-        rotatable=frozenset(),
-        scale=1.0,
-        attention="a",
-        query=rows("q"),
-        key=rows("k"),
-        value=rows("v"),
-        query_norm=None,
-        key_norm=None,
-        attention_readout=readout("o"),
-        ffn_in=rows("f"),
-        ffn_readout=readout("g"),
-    )
-    return ModelStructure(blocks=(block,) * depth, embed_dim=dim, tokens=5, fixed_params=7, fixed_macs=11)
+def share_of(network: Network, cost: Cost, percent: int) -> Bound:
+    return Bound(cost, dense(network, cost) * percent // 100)
 
 
 def convex(have: int, steepness: float, height: float, widths: tuple[int, ...]) -> DamageCurve:
@@ -76,90 +74,116 @@ def convex(have: int, steepness: float, height: float, widths: tuple[int, ...]) 
     return DamageCurve(widths, tuple(height * (1 - w / have) ** steepness for w in widths))
 
 
-def random_curves(structure: ModelStructure, settings: WidthSettings, seed: int) -> Curves:
+def curve_of(sub: PresentSublayer, kind: Kind, settings: WidthSettings, steepness: float, height: float) -> DamageCurve:
+    return convex(width(sub.widths, kind), steepness, height, allowed_widths(sub, kind, settings))
+
+
+def random_curves(network: Network, settings: WidthSettings, seed: int) -> Curves:
     generator = torch.Generator().manual_seed(seed)
 
-    def curve(block: BlockStructure, kind: Kind) -> DamageCurve:
+    def curve(sub: PresentSublayer, kind: Kind) -> DamageCurve:
         steepness, height = (float(x) for x in torch.rand(2, generator=generator))
-        widths = allowed_widths(block, kind, settings)
-        return convex(getattr(block.shape, FIELD[kind]), 1 + 3 * steepness, 10 ** (2 * height - 2), widths)
+        return curve_of(sub, kind, settings, 1 + 3 * steepness, 10 ** (2 * height - 2))
 
-    return tuple({k: curve(b, k) for k in KINDS if k in b.prunable} for b in structure.blocks)
+    return {sub.name: {k: curve(sub, k) for k in sub.widths.kinds if k in sub.prunable} for sub in network.present}
 
 
-def damage(structure: ModelStructure, curves: Curves, shapes: tuple[BlockShape, ...]) -> float:
+def damage(network: Network, curves: Curves, widths: Widths) -> float:
     """The objective as documented: heads that are gone are not damaged by narrower dimensions as well."""
     total = 0.0
-    for block, curve, shape in zip(structure.blocks, curves, shapes, strict=True):
-        of = {kind: curve[kind](getattr(shape, FIELD[kind])) if kind in curve else 0.0 for kind in KINDS}
-        total += of["head"] + of["ffn"] + (of["qk"] + of["vo"]) * shape.heads / block.shape.heads
+    for sub in network.present:
+        have, want, curve = sub.widths, widths[sub.name], curves.get(sub.name, {})
+        felt = have.kinds[:1] if is_absent(want) else have.kinds
+        of = {kind: curve[kind](width(want, kind)) if kind in curve else 0.0 for kind in felt}
+        if isinstance(want, FfnWidths) or is_absent(want):
+            total += of[have.kinds[0]]
+        else:
+            total += of["head"] + (of["qk"] + of["vo"]) * want.heads / have.heads
     return total
+
+
+def options(sub: PresentSublayer, *, gone: bool) -> list[SublayerWidths]:
+    """Every shape of a sub-layer."""
+    have = sub.widths
+    if isinstance(have, FfnWidths):
+        shapes: list[SublayerWidths] = [FfnWidths(units=u) for u in range(1, have.units + 1)]
+    else:
+        grid = product(range(1, have.heads + 1), range(1, have.qk + 1), range(1, have.vo + 1))
+        shapes = [AttentionWidths(heads=h, qk=q, vo=v) for h, q, v in grid]
+    return [*shapes, absent(have)] if gone else shapes
 
 
 budget_kinds = st.sampled_from(["params", "macs"])
 seeds = st.integers(0, 10**6)
 
 
-def smallest(structure: ModelStructure, settings: WidthSettings, kind: BudgetKind) -> int:
-    floors = [BlockShape(**{FIELD[k]: allowed_widths(b, k, settings)[0] for k in KINDS}) for b in structure.blocks]
-    return model_cost(structure, floors, kind)
-
-
 @settings(max_examples=12, deadline=None)
-@given(seed=seeds, kind=budget_kinds, percent=st.integers(30, 95), multiple=st.sampled_from([8, 16]))
+@given(
+    seed=seeds,
+    kind=budget_kinds,
+    percent=st.integers(30, 95),
+    multiple=st.sampled_from([8, 16]),
+    depth=st.booleans(),
+)
 def test_any_budget_is_met_from_above_within_one_percent(
-    seed: int, kind: BudgetKind, percent: int, multiple: int
+    seed: int, kind: BudgetKind, percent: int, multiple: int, depth: bool
 ) -> None:
-    structure, how = deit_tiny(), WidthSettings(multiple=multiple, min_width=16, min_ffn=0.1)
-    limit = model_cost(structure, structure.shapes, kind) * percent // 100
-    curves = random_curves(structure, how, seed)
-    shapes = allocate(structure, curves, kind, limit, how)
-    assert 0.99 * limit < model_cost(structure, shapes, kind) <= limit
-    check_shapes(structure, shapes)
-    for shape in shapes:
-        assert 1 <= shape.heads <= 3
-        for width, have, floor in ((shape.qk, 64, 16), (shape.vo, 64, 16), (shape.ffn, 768, 76.8)):
-            assert width == have or width % multiple == 0
-            assert floor <= width <= have
+    network, how = deit_tiny(), WidthSettings(multiple=multiple, min_width=16, min_ffn=0.1, depth=depth)
+    bound = share_of(network, COUNTED[kind], percent)
+    widths = allocate(network, random_curves(network, how, seed), bound, how)
+    assert 0.99 * bound.limit < bound.of(network, widths) <= bound.limit
+    check_widths(network, widths)
+    for of in widths.values():
+        if is_absent(of):
+            assert depth
+        elif isinstance(of, AttentionWidths):
+            assert 1 <= of.heads <= 3
+            assert all(w == 64 or (w % multiple == 0 and 16 <= w < 64) for w in (of.qk, of.vo))
+        else:
+            assert of.units == 768 or (of.units % multiple == 0 and 76.8 <= of.units < 768)
 
 
 @settings(max_examples=10, deadline=None)
 @given(kind=budget_kinds, percent=st.integers(30, 95))
 def test_uniform_widths_meet_the_budget_likewise(kind: BudgetKind, percent: int) -> None:
-    structure, how = deit_tiny(), WidthSettings()
-    limit = model_cost(structure, structure.shapes, kind) * percent // 100
-    shapes = uniform(structure, kind, limit, how)
-    assert 0.99 * limit < model_cost(structure, shapes, kind) <= limit
-    assert {s.heads for s in shapes} == {3}
-    assert len({(s.qk, s.vo) for s in shapes}) == 1
-    assert all(w % 8 == 0 for s in shapes for w in (s.qk, s.vo, s.ffn))
-    assert sorted(shapes, key=lambda s: s.ffn) == list(shapes)  # what rounding leaves goes to the last FFNs
+    network, bound = deit_tiny(), share_of(deit_tiny(), COUNTED[kind], percent)
+    widths = uniform(network, bound, WidthSettings())
+    assert 0.99 * bound.limit < bound.of(network, widths) <= bound.limit
+    attentions = [of for of in widths.values() if isinstance(of, AttentionWidths)]
+    units = [of.units for of in widths.values() if isinstance(of, FfnWidths)]
+    assert {of.heads for of in attentions} == {3}
+    assert len({(of.qk, of.vo) for of in attentions}) == 1
+    assert all(w % 8 == 0 for w in [*units, *(w for of in attentions for w in (of.qk, of.vo))])
+    assert sorted(units) == units  # what rounding leaves goes to the last FFNs
 
 
 FREE = WidthSettings(multiple=1, min_width=1, min_ffn=0.0)
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", ["params", "macs"])
-def test_close_to_the_best_of_all_plans(seed: int, kind: BudgetKind) -> None:
-    structure = toy(2, BlockShape(heads=2, qk=2, vo=2, ffn=6))
-    curves = random_curves(structure, FREE, seed)
-    per_block = [
-        BlockShape(heads=h, qk=q, vo=v, ffn=f)
-        for h, q, v, f in product(range(1, 3), range(1, 3), range(1, 3), range(1, 7))
+@pytest.mark.parametrize("cost", [PARAMS, MACS], ids=["params", "macs"])
+@pytest.mark.parametrize("depth", [False, True])
+def test_close_to_the_best_of_all_plans(seed: int, cost: Cost, depth: bool) -> None:
+    network, how = toys.stack(2, heads=2, qk=2, vo=2, units=6, dim=3), replace(FREE, depth=depth)
+    curves = random_curves(network, how, seed)
+    alone = [
+        [(shape, cost.sublayer(sub, shape), damage(toys.network(sub), curves, {sub.name: shape})) for shape in shapes]
+        for sub in network.present
+        for shapes in [options(sub, gone=depth)]
     ]
-    plans = [((a, b), model_cost(structure, (a, b), kind)) for a in per_block for b in per_block]
-    dense = model_cost(structure, structure.shapes, kind)
-    worst = damage(structure, curves, (per_block[0],) * 2)
-    gaps = []
+    plans = torch.tensor(
+        [[sum(o[1] for o in plan), sum(o[2] for o in plan)] for plan in product(*alone)], dtype=torch.float64
+    )
+    costs, damages = plans[:, 0] + cost.fixed(network), plans[:, 1]
+    worst, gaps = float(damages.max()), []
     for percent in (45, 55, 65, 75, 85, 95):
-        limit = dense * percent // 100
-        if limit < smallest(structure, FREE, kind):
+        bound = share_of(network, cost, percent)
+        if bound.limit < bound.of(network, smallest(network, how)):
             continue
-        best = min(damage(structure, curves, plan) for plan, cost in plans if cost <= limit)
-        chosen = allocate(structure, curves, kind, limit, FREE)
-        assert model_cost(structure, chosen, kind) <= limit
-        gaps.append(damage(structure, curves, chosen) - best)
+        best = float(damages[costs <= bound.limit].min())
+        chosen = allocate(network, curves, bound, how)
+        assert bound.met(network, chosen)
+        gaps.append(damage(network, curves, chosen) - best)
     assert len(gaps) >= 5
     assert min(gaps) > -1e-9
     assert max(gaps) < 0.1 * worst  # a knapsack's last item
@@ -167,108 +191,160 @@ def test_close_to_the_best_of_all_plans(seed: int, kind: BudgetKind) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=seeds, kind=budget_kinds, log_price=st.floats(-4, -1))
-def test_optimal_wherever_a_price_leads(seed: int, kind: BudgetKind, log_price: float) -> None:
+@given(seed=seeds, kind=budget_kinds, log_price=st.floats(-4, -1), depth=st.booleans())
+def test_optimal_wherever_a_price_leads(seed: int, kind: BudgetKind, log_price: float, depth: bool) -> None:
     """What is cheapest at some price per unit of cost is the best plan of all for its own cost (Everett)."""
-    structure = toy(2, BlockShape(heads=3, qk=2, vo=3, ffn=5))
-    curves = random_curves(structure, FREE, seed)
-    options = [
-        BlockShape(heads=h, qk=q, vo=v, ffn=f)
-        for h, q, v, f in product(range(1, 4), range(1, 3), range(1, 4), range(1, 6))
-    ]
-    alone = [replace(structure, blocks=(block,)) for block in structure.blocks]
+    network, cost = toys.stack(2, heads=3, qk=2, vo=3, units=5, dim=3), COUNTED[kind]
+    how = replace(FREE, depth=depth)
+    curves = random_curves(network, how, seed)
 
-    def price_of(i: int, shape: BlockShape) -> float:
-        return damage(alone[i], curves[i : i + 1], (shape,)) + 10**log_price * model_cost(alone[i], (shape,), kind)
+    def price_of(sub: PresentSublayer, shape: SublayerWidths) -> float:
+        return damage(toys.network(sub), curves, {sub.name: shape}) + 10**log_price * cost.sublayer(sub, shape)
 
-    best = tuple(min(options, key=lambda shape, i=i: price_of(i, shape)) for i in range(2))
-    chosen = allocate(structure, curves, kind, model_cost(structure, best, kind), FREE)
-    assert damage(structure, curves, chosen) == pytest.approx(damage(structure, curves, best), abs=1e-9)
+    best = {
+        sub.name: min(options(sub, gone=depth), key=lambda shape, sub=sub: price_of(sub, shape))
+        for sub in network.present
+    }
+    chosen = allocate(network, curves, Bound(cost, cost_of(network, best, cost)), how)
+    assert damage(network, curves, chosen) == pytest.approx(damage(network, curves, best), abs=1e-9)
 
 
 def test_cuts_fall_where_they_hurt_least() -> None:
-    structure = toy(3, BlockShape(heads=4, qk=8, vo=8, ffn=32))
-    how = WidthSettings(multiple=4, min_width=4)
-
-    def curves(fragile: int) -> Curves:
-        return tuple(
-            {
-                kind: convex(
-                    getattr(b.shape, FIELD[kind]), 2, 100.0 if i == fragile else 1.0, allowed_widths(b, kind, how)
-                )
-                for kind in KINDS
-            }
-            for i, b in enumerate(structure.blocks)
-        )
-
-    limit = model_cost(structure, structure.shapes, "params") * 6 // 10
-    for fragile in range(3):
-        shapes = allocate(structure, curves(fragile), "params", limit, how)
-        costs = [s.heads * (s.qk + s.vo) + s.ffn for s in shapes]
-        assert costs[fragile] == max(costs)
-        assert costs[fragile] > min(costs)
+    network, how = toys.stack(3, heads=4, qk=8, vo=8, units=32), WidthSettings(multiple=4, min_width=4, depth=False)
+    bound = share_of(network, PARAMS, 60)
+    for fragile in network.blocks:
+        curves = {
+            sub.name: {k: curve_of(sub, k, how, 2, 100.0 if sub.block == fragile else 1.0) for k in sub.widths.kinds}
+            for sub in network.present
+        }
+        widths = allocate(network, curves, bound, how)
+        costs = {
+            block: sum(PARAMS.sublayer(sub, widths[sub.name]) for sub in subs) for block, subs in network.blocks.items()
+        }
+        assert costs[fragile] == max(costs.values()) > min(costs.values())
 
 
 def test_a_free_cut_is_taken_first() -> None:
-    structure = toy(2, BlockShape(heads=2, qk=8, vo=8, ffn=16))
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    curves = {
+        sub.name: {k: curve_of(sub, k, how, 1, 0.0 if k == "qk" else 1.0) for k in sub.widths.kinds}
+        for sub in network.present
+    }
+    without = {n: replace(of, qk=2) if isinstance(of, AttentionWidths) else of for n, of in network.widths.items()}
+    assert allocate(network, curves, Bound(PARAMS, cost_of(network, without, PARAMS)), how) == without
+
+
+def test_a_sublayer_goes_as_a_whole_where_that_hurts_least() -> None:
+    """Width 0 is the last point of a head curve or an FFN's; nothing else of the sub-layer is damaged as well."""
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    curves = random_curves(network, how, 0)
+    for name in ("b0.attn", "b1.mlp"):
+        sub = next(sub for sub in network.present if sub.name == name)
+        kind = sub.widths.kinds[0]
+        widths = allowed_widths(sub, kind, how)
+        free = {k: curve_of(sub, k, how, 1, 5.0) for k in sub.widths.kinds} | {
+            kind: DamageCurve(widths, (1e-6, *[1e-6] * (len(widths) - 2), 0.0))
+        }
+        without = {**network.widths, name: absent(sub.widths)}
+        given = {**curves, name: free}
+        assert allocate(network, given, Bound(PARAMS, cost_of(network, without, PARAMS)), how) == without
+        assert predicted_damage(network, given, without) == pytest.approx(1e-6)
+        kept = allocate(network, given, Bound(PARAMS, cost_of(network, without, PARAMS)), replace(how, depth=False))
+        assert not any(is_absent(of) for of in kept.values())
+
+
+def test_what_is_absent_stays_absent() -> None:
+    dense_network = toys.stack(2, heads=2, qk=8, vo=8, units=16)
+    network = toys.network(toys.gone("b0.attn", AttentionWidths(heads=0, qk=0, vo=0)), *dense_network.sublayers[1:])
     how = WidthSettings(multiple=2, min_width=2)
-    curves: Any = tuple(
-        {k: convex(getattr(b.shape, FIELD[k]), 1, 0.0 if k == "qk" else 1.0, allowed_widths(b, k, how)) for k in KINDS}
-        for b in structure.blocks
-    )
-    without = tuple(replace(s, qk=2) for s in structure.shapes)
-    shapes = allocate(structure, curves, "params", model_cost(structure, without, "params"), how)
-    assert shapes == without
+    curves = random_curves(network, how, 0)
+    assert "b0.attn" not in curves
+    bound = share_of(network, PARAMS, 60)
+    for widths in (allocate(network, curves, bound, how), uniform(network, bound, how), smallest(network, how)):
+        assert widths["b0.attn"] == AttentionWidths(heads=0, qk=0, vo=0)
+        check_widths(network, widths)
+        assert bound.met(network, widths)
+
+
+def test_latency_is_kept_by_the_times_of_each_sublayer() -> None:
+    """Two sub-layers of equal damage: the one that takes longer is cut."""
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2, depth=False)
+    flat = AttentionTimes((1, 2), (8,), (8,), (((1.0,),), ((1.0,),)), 0.0)
+    times = {
+        name: flat if name.endswith("attn") else FfnTimes((2, 16), (0.5, 8.0 if name == "b1.mlp" else 1.0))
+        for name in network.widths
+    }
+    cost = Latency(outside=1.0, scale=1.5, times=times)
+    curves = {sub.name: {k: curve_of(sub, k, how, 2, 1.0) for k in sub.widths.kinds} for sub in network.present}
+    bound = share_of(network, cost, 70)
+    widths = allocate(network, curves, bound, how)
+    assert bound.met(network, widths)
+    assert width(widths["b1.mlp"], "ffn") < width(widths["b0.mlp"], "ffn")
+    assert widths["b0.attn"] == network.widths["b0.attn"]  # narrower takes as long
 
 
 def test_a_kind_without_a_curve_or_permission_is_not_cut() -> None:
-    structure = toy(2, BlockShape(heads=2, qk=8, vo=8, ffn=16))
-    how = WidthSettings(multiple=2, min_width=2)
-    limit = model_cost(structure, structure.shapes, "params") * 8 // 10
-    ffn_only: Any = tuple({"ffn": convex(16, 2, 1.0, allowed_widths(b, "ffn", how))} for b in structure.blocks)
-    for shape in allocate(structure, ffn_only, "params", limit, how):
-        assert (shape.heads, shape.qk, shape.vo) == (2, 8, 8)
-        assert shape.ffn < 16
-    fixed = toy(2, BlockShape(heads=2, qk=8, vo=8, ffn=16), prunable=("vo", "ffn"))
-    for shape in allocate(fixed, random_curves(fixed, how, 0), "params", limit, how):
-        assert (shape.heads, shape.qk) == (2, 8)
-    for shape in uniform(fixed, "params", limit, how):
-        assert (shape.heads, shape.qk) == (2, 8)
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    bound = share_of(network, PARAMS, 80)
+    whole = AttentionWidths(heads=2, qk=8, vo=8)
+    ffn_only: Curves = {
+        s.name: {"ffn": curve_of(s, "ffn", how, 2, 1.0)} for s in network.present if s.name.endswith("mlp")
+    }
+    for of in allocate(network, ffn_only, bound, how).values():
+        assert of == whole if isinstance(of, AttentionWidths) else of.units < 16
+    fixed = excluding(network, ["head", "qk"])
+    for widths in (allocate(fixed, random_curves(fixed, how, 0), bound, how), uniform(fixed, bound, how)):
+        assert all((of.heads, of.qk) == (2, 8) for of in widths.values() if isinstance(of, AttentionWidths))
+    held = excluding(network, ["b0"])
+    for widths in (allocate(held, random_curves(held, how, 0), bound, how), uniform(held, bound, how)):
+        assert {n: of for n, of in widths.items() if n.startswith("b0")} == {
+            n: of for n, of in network.widths.items() if n.startswith("b0")
+        }
 
 
-def test_a_budget_out_of_reach_names_the_smallest_possible() -> None:
-    structure, how = deit_tiny(), WidthSettings()
-    floor = smallest(structure, how, "params")
-    curves = random_curves(structure, how, 0)
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_budget_out_of_reach_names_the_smallest_possible(depth: bool) -> None:
+    network, how = deit_tiny(), WidthSettings(depth=depth)
+    floor = cost_of(network, smallest(network, how), PARAMS)
+    assert all(is_absent(of) == depth for of in smallest(network, how).values())
+    curves = random_curves(network, how, 0)
+    below = Bound(PARAMS, floor - 1)
     message = rf"no plan meets {floor - 1:,} parameters: the smallest possible model has {floor:,} parameters; raise"
     for ask in (
-        lambda: allocate(structure, curves, "params", floor - 1, how),
-        lambda: require_feasible(structure, "params", floor - 1, how),
-        lambda: uniform(structure, "params", floor - 1, how),
+        lambda: allocate(network, curves, below, how),
+        lambda: require_feasible(network, below, how),
+        lambda: uniform(network, below, how),
     ):
         with pytest.raises(BudgetError, match=message):
             ask()
-    assert model_cost(structure, allocate(structure, curves, "params", floor, how), "params") == floor
-    require_feasible(structure, "params", floor, how)
+    assert cost_of(network, allocate(network, curves, Bound(PARAMS, floor), how), PARAMS) == floor
+    require_feasible(network, Bound(PARAMS, floor), how)
 
 
 def test_a_budget_that_the_measured_kinds_cannot_reach() -> None:
     """Curves for FFNs alone: narrow attention would fit, but nobody has measured it."""
-    structure, how = toy(2, BlockShape(heads=2, qk=8, vo=8, ffn=16)), WidthSettings(multiple=2, min_width=2)
-    curves: Any = tuple({"ffn": convex(16, 2, 1.0, allowed_widths(b, "ffn", how))} for b in structure.blocks)
-    shapes = tuple(replace(s, ffn=2) for s in structure.shapes)
-    floor = model_cost(structure, shapes, "params")
-    assert allocate(structure, curves, "params", floor, how) == shapes
+    network = toys.stack(2, heads=2, qk=8, vo=8, units=16)
+    how = WidthSettings(multiple=2, min_width=2, depth=False)
+    curves: Curves = {
+        s.name: {"ffn": curve_of(s, "ffn", how, 2, 1.0)} for s in network.present if s.name.endswith("mlp")
+    }
+    widths = {n: FfnWidths(units=2) if isinstance(of, FfnWidths) else of for n, of in network.widths.items()}
+    floor = cost_of(network, widths, PARAMS)
+    assert allocate(network, curves, Bound(PARAMS, floor), how) == widths
     with pytest.raises(BudgetError, match=rf"no plan meets {floor - 1:,} parameters: .* {floor:,}"):
-        allocate(structure, curves, "params", floor - 1, how)
+        allocate(network, curves, Bound(PARAMS, floor - 1), how)
 
 
 def test_uniform_without_room_for_all_heads_says_what_else_would_do() -> None:
-    structure, how = deit_tiny(), WidthSettings()
-    all_heads = model_cost(structure, [BlockShape(heads=3, qk=8, vo=8, ffn=40)] * 12, "params")
+    network, how = deit_tiny(), WidthSettings()
+    narrow = {
+        n: FfnWidths(units=40) if isinstance(of, FfnWidths) else AttentionWidths(heads=3, qk=8, vo=8)
+        for n, of in network.widths.items()
+    }
+    all_heads = cost_of(network, narrow, PARAMS)
     with pytest.raises(BudgetError, match=rf"all heads kept cost at least {all_heads:,} parameters.*measured"):
-        uniform(structure, "params", all_heads - 1, how)
-    assert uniform(structure, "params", all_heads, how) == (BlockShape(heads=3, qk=8, vo=8, ffn=40),) * 12
+        uniform(network, Bound(PARAMS, all_heads - 1), how)
+    assert uniform(network, Bound(PARAMS, all_heads), how) == narrow
 
 
 @pytest.mark.parametrize(
@@ -288,10 +364,39 @@ def test_uniform_without_room_for_all_heads_says_what_else_would_do() -> None:
     ],
 )
 def test_allowed_widths(kind: Kind, how: WidthSettings, expected: tuple[int, ...]) -> None:
-    block = toy(1, BlockShape(heads=3, qk=20, vo=20, ffn=100)).blocks[0]
-    assert allowed_widths(block, kind, how) == expected
-    held = replace(block, prunable=frozenset(KINDS) - {kind})
+    network = toys.stack(1, heads=3, qk=20, vo=20, units=100)
+    sub = network.present[kind == "ffn"]
+    gone = (0,) if kind in ("head", "ffn") else ()  # a sub-layer goes with its heads or its hidden units
+    assert allowed_widths(sub, kind, how) == (*gone, *expected)
+    assert allowed_widths(sub, kind, replace(how, depth=False)) == expected
+    assert allowed_widths(replace(sub, removable=False), kind, how) == expected
+    assert allowed_widths(replace(sub, prunable=sub.prunable - {kind}), kind, how) == (*gone, expected[-1])
+    held = excluding(network, [kind]).present[kind == "ffn"]
     assert allowed_widths(held, kind, how) == expected[-1:]
+
+
+def test_an_ffn_may_have_a_floor_of_its_own() -> None:
+    how = WidthSettings(multiple=16, min_ffn=0.1, depth=False)
+    assert allowed_widths(toys.ffn("b0", 100, floor=70), "ffn", how) == (80, 96, 100)
+
+
+def test_the_smallest_widths() -> None:
+    network, how = toys.stack(1, heads=3, qk=20, vo=20, units=100), WidthSettings(min_heads=2, depth=False)
+    assert smallest(network, how) == {"b0.attn": AttentionWidths(heads=2, qk=8, vo=8), "b0.mlp": FfnWidths(units=8)}
+    assert smallest(network, replace(how, depth=True)) == {n: absent(of) for n, of in network.widths.items()}
+    held = excluding(network, ["head"])
+    assert smallest(held, replace(how, depth=True))["b0.attn"] == AttentionWidths(heads=3, qk=8, vo=8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "fitting"), [("multiple", 100), ("min_width", 20), ("min_heads", 3)], ids=lambda value: str(value)
+)
+def test_floors_above_what_the_network_has_are_refused(setting: str, fitting: int) -> None:
+    network = toys.stack(2, heads=3, qk=20, vo=20, units=100)
+    require_fitting(network, WidthSettings(**{setting: fitting}))
+    with pytest.raises(ConfigError, match=rf"widths\.{setting} is {fitting + 1}, but {fitting} is the most .* at most"):
+        require_fitting(network, WidthSettings(**{setting: fitting + 1}))
+    require_fitting(toys.stack(1, heads=1, qk=2, vo=2, units=4), WidthSettings())
 
 
 @settings(max_examples=50, deadline=None)
@@ -319,17 +424,42 @@ def test_a_damage_curve_is_geometric_between_points_and_ends_in_a_parabola() -> 
         curve(7)
 
 
-def test_predicted_damage_is_the_sum_over_blocks_and_kinds() -> None:
-    ffn, qk = DamageCurve((8, 16, 64), (3.0, 1.0, 0.0)), DamageCurve((2, 8), (0.4, 0.0))
-    curves: Curves = ({"ffn": ffn}, {"ffn": ffn, "qk": qk}, {})
-    shape = BlockShape(heads=3, qk=5, vo=2, ffn=16)
-    structure = toy(3, replace(shape, heads=4))
-    shapes = (replace(shape, ffn=40), shape, shape)
-    assert predicted_damage(structure, curves, shapes) == pytest.approx(0.25 + 1.0 + 0.1 * 3 / 4)
-    assert predicted_damage(structure, curves, (replace(shape, qk=8, ffn=64),) * 3) == 0
+def test_predicted_damage_is_the_sum_over_sublayers_and_kinds() -> None:
+    ffn, qk, head = (
+        DamageCurve((8, 16, 64), (3.0, 1.0, 0.0)),
+        DamageCurve((2, 8), (0.4, 0.0)),
+        DamageCurve((0, 4), (7.0, 0.0)),
+    )
+    curves: Curves = {"b0.mlp": {"ffn": ffn}, "b1.attn": {"qk": qk, "head": head}, "b1.mlp": {"ffn": ffn}}
+    network = toys.stack(3, heads=4, qk=8, vo=2, units=64)
+    narrow = AttentionWidths(heads=4, qk=5, vo=2)
+    widths = {**network.widths, "b0.mlp": FfnWidths(units=40), "b1.attn": narrow, "b1.mlp": FfnWidths(units=16)}
+    assert predicted_damage(network, curves, widths) == pytest.approx(0.25 + 1.0 + 0.1)
+    fewer = replace(narrow, heads=3)
+    assert predicted_damage(network, curves, {**widths, "b1.attn": fewer}) == pytest.approx(
+        0.25 + 1.0 + 7 / 16 + 0.1 * 3 / 4
+    )
+    assert predicted_damage(network, curves, {**widths, "b1.attn": absent(narrow)}) == pytest.approx(0.25 + 1.0 + 7)
+    assert predicted_damage(network, curves, network.widths) == 0
 
 
-@pytest.mark.parametrize("setting", [{"multiple": 0}, {"min_width": 0}, {"min_heads": 0}, {"min_ffn": 1.5}])
+def test_curves_survive_json() -> None:
+    curves = random_curves(toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(), 0)
+    assert curves_from_json(json.loads(json.dumps(curves_to_json(curves)))) == curves
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"multiple": 0}, {"min_width": 0}, {"min_heads": 0}, {"min_ffn": 1.5}, {"stages": 0}, {"stages": 101}],
+)
 def test_width_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=rf"widths\.{next(iter(setting))} must be"):
+    with pytest.raises(ConfigError, match=rf"widths\.{next(iter(setting))} must be"):
         WidthSettings(**setting)
+
+
+def test_uniform_widths_take_one_stage() -> None:
+    WidthSettings(choice="uniform", stages=1)
+    with pytest.raises(ConfigError, match=r'widths\.stages is 2 with widths\.choice = "uniform", which takes one'):
+        WidthSettings(choice="uniform", stages=2)
+    with pytest.raises(ConfigError, match="choice"):
+        WidthSettings(choice="best")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import nn
 
 import gohsp
 from gohsp import models
-from gohsp.errors import DataError, RecipeError
+from gohsp.errors import DataError, ConfigError
 from gohsp.recipe import DataSettings
 from refusals import Refusal
 
@@ -124,6 +124,6 @@ CASES = (
     Refusal("a class folder whose name is no text", no_text, DataError, r"caf\xe9"),
     Refusal("shards with numbers and words for labels", lambda root: shard(root, "ant", "3"), DataError, "3 and 'ant'"),
     Refusal("class names that are too few", lambda _: models.set_class_names(model(), ["ant"]), DataError, "2 outputs"),
-    Refusal("half an image", lambda _: DataSettings(holdout_images=0.5), RecipeError, "holdout_images"),  # type: ignore[arg-type]
-    Refusal("a split without a name", lambda _: DataSettings(train_split=" "), RecipeError, "train_split"),
+    Refusal("half an image", lambda _: DataSettings(holdout_images=0.5), ConfigError, "holdout_images"),  # type: ignore[arg-type]
+    Refusal("a split without a name", lambda _: DataSettings(train_split=" "), ConfigError, "train_split"),
 )

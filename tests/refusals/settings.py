@@ -12,7 +12,7 @@ import tomli_w
 
 import gohsp
 from gohsp import recipe as recipes
-from gohsp.errors import RecipeError
+from gohsp.errors import ConfigError
 from refusals import Refusal
 
 TITLE = "Settings"
@@ -33,7 +33,7 @@ def written(key: str, value: Any) -> Callable[[Path], object]:
 
 def setting(key: str, value: Any, says: str) -> Refusal:
     """``key`` set to ``value`` in a recipe."""
-    return Refusal(f"`{key} = {tomli_w.dumps({'': value})[5:].strip()}`", written(key, value), RecipeError, says)
+    return Refusal(f"`{key} = {tomli_w.dumps({'': value})[5:].strip()}`", written(key, value), ConfigError, says)
 
 
 def above_the_model(**widths: int) -> Callable[[Path], object]:
@@ -86,21 +86,21 @@ CASES = (
     Refusal(
         "a stage of -1 epochs, by Python",
         lambda _: gohsp.Recipe(finetune=gohsp.StageSettings(epochs=-1)),
-        RecipeError,
+        ConfigError,
         "finetune.epochs must be a whole number of at least 0, got -1",
     ),
     Refusal(
         "a table where settings belong, by Python",
         lambda _: gohsp.Recipe(training={"batch_size": 8}),  # type: ignore[arg-type]
-        RecipeError,
+        ConfigError,
         "training must be a TrainingSettings",
     ),
     Refusal(
         "`widths.min_width` above the heads' width",
         above_the_model(min_width=16),
-        RecipeError,
+        ConfigError,
         "widths.min_width is 16, but 8 is the most that a block of this model has (qk, vo)",
     ),
-    Refusal("`widths.min_heads` above the heads", above_the_model(min_heads=5), RecipeError, "give at most 4"),
-    Refusal("`widths.multiple` above every width", above_the_model(multiple=65), RecipeError, "give at most 64"),
+    Refusal("`widths.min_heads` above the heads", above_the_model(min_heads=5), ConfigError, "give at most 4"),
+    Refusal("`widths.multiple` above every width", above_the_model(multiple=65), ConfigError, "give at most 64"),
 )

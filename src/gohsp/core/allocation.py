@@ -296,6 +296,7 @@ def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str
     Raises:
         BudgetError: Even the smallest allowed widths with all heads kept cost more than the bound.
     """
+    require_feasible(network, bound, settings)
     settings = replace(settings, depth=False)
 
     def at(share: float) -> dict[str, SublayerWidths]:

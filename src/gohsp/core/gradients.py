@@ -69,8 +69,7 @@ def differentiated(
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     for images in (few for batch in batches for few in batch.split(IMAGES)):
-        with evaluating(model):
-            yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
+        yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
 
 
 def _pass(
@@ -98,7 +97,7 @@ def _pass(
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[name], calls[name] = args[0].detach(), Call(args[1:], kwargs)
 
-    with torch.set_grad_enabled(backward), ExitStack() as stack:
+    with torch.set_grad_enabled(backward), evaluating(model), ExitStack() as stack:
         for sub in network.present:
             attention, readout = (named_module(model, name) for name in (sub.name, sub.readout.module))
             stack.callback(readout.register_forward_hook(partial(keep, sub.name)).remove)
@@ -107,8 +106,10 @@ def _pass(
                 stack.callback(hook.remove)
         with autocast(images.device, precision):
             output = objective.output(model(images)).float()
-        for name, x in inputs.items():
-            require_finite(f"the input of module '{name}'", x)
+        for sub in network.present:
+            if sub.name in inputs:
+                require_finite(f"the input of module '{sub.name}'", inputs[sub.name])
+            require_finite(f"the input of module '{sub.readout.module}'", read[sub.name])
         require_finite("the model's output", output)
         scalars = [objective.draw(output, generator) for _ in range(draws)]
         sure = objective.confidence(output) if confidence and objective.confidence else None

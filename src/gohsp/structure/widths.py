@@ -7,7 +7,7 @@ from the names of sub-layers. A sub-layer of width 0 is absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from gohsp.errors import PlanError, nearest
@@ -167,7 +167,7 @@ def widths_from_json(tables: Any) -> dict[str, SublayerWidths]:
     """
     read = {}
     for name, table in _tables(tables, "widths"):
-        of = AttentionWidths if "units" not in table else FfnWidths
+        of = AttentionWidths if _is_attention(table) else FfnWidths
         _require_keys(name, table, of)
         for key, value in table.items():
             if not is_whole(value) or value < 0:
@@ -191,7 +191,7 @@ def kept_from_json(tables: Any) -> dict[str, SublayerKept]:
     """
     read: dict[str, SublayerKept] = {}
     for name, table in _tables(tables, "kept units"):
-        of = FfnKept if "units" in table else AttentionKept
+        of = AttentionKept if _is_attention(table) else FfnKept
         _require_keys(name, table, of)
         read[name] = of(**{key: _indices(name, value, nested=key in ("qk", "vo")) for key, value in table.items()})
     return read
@@ -211,12 +211,16 @@ def _tables(tables: Any, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(name), table) for name, table in tables.items()]
 
 
+def _is_attention(table: Mapping[str, Any]) -> bool:
+    return any(key in table for key in ("heads", "qk", "vo"))
+
+
 def _require_keys(name: str, table: Mapping[str, Any], of: type) -> None:
-    fields = of.__dataclass_fields__.keys()
+    known = [field.name for field in fields(of)]
     for key in table:
-        if key not in fields:
-            raise PlanError(f"'{name}' of the plan: unknown key '{key}'; {nearest(str(key), fields)}")
-    if missing := [key for key in fields if key not in table]:
+        if key not in known:
+            raise PlanError(f"'{name}' of the plan: unknown key '{key}'; {nearest(str(key), known)}")
+    if missing := [key for key in known if key not in table]:
         raise PlanError(f"'{name}' of the plan lacks {missing}; give heads, qk and vo of an attention, units of an FFN")
 
 

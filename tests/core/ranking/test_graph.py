@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gohsp.core.graph import is_irreducible, isolated_nodes, normalise, stationary_distribution, transition_matrix
-from gohsp.errors import NonFiniteError, RecipeError
+from gohsp.core.ranking.graph import (
+    is_irreducible,
+    isolated_nodes,
+    normalise,
+    stationary_distribution,
+    transition_matrix,
+)
+from gohsp.errors import NonFiniteError, ConfigError
 
 
 def random_edges(nodes: int, seed: int = 0) -> Tensor:
@@ -129,11 +135,11 @@ def test_an_iteration_limit_is_reported_and_not_hidden() -> None:
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, math.nan], [math.inf, 1.0]])
 def test_normalise_refuses_what_is_no_distribution(weights: list[float]) -> None:
-    with pytest.raises(RecipeError, match="finite weights"):
+    with pytest.raises(ConfigError, match="finite weights"):
         normalise(torch.tensor(weights))
 
 
 @pytest.mark.parametrize("damping", [-0.1, 1.1, math.nan])
 def test_damping_out_of_range_is_refused(damping: float) -> None:
-    with pytest.raises(RecipeError, match="damping must be from 0"):
+    with pytest.raises(ConfigError, match="damping must be from 0"):
         stationary_distribution(transition_matrix(random_edges(2)), damping=damping)

@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gohsp.core import attention_stats
-from gohsp.core.attention_stats import (
+from gohsp.core import gradients
+from gohsp.core.gradients import differentiated
+from gohsp.core.objective import Objective, classification, features
+from gohsp.core.ranking import statistics as of_heads
+from gohsp.core.ranking.statistics import (
     EDGES,
+    GRADIENT_STATISTICS,
+    SCOPES,
     STATISTICS,
     Edge,
     HeadStatistics,
+    HeadStatisticsFitter,
     Scope,
     Statistic,
     attention_divergence,
-    collect_head_statistics,
     output_distance,
     residual_covariances,
 )
 from gohsp.errors import DataError, NonFiniteError, UnsupportedModelError
-from gohsp.models.timm import describe
+from gohsp.models import describe, resize
+from gohsp.structure import Network, absent
 
 HEADS, DEPTH, WIDTH = 4, 2, 8  # of the model fixture
 MakeModel = Callable[..., nn.Module]
-SCOPES = get_args(Scope)
 
 
-def collect(model: nn.Module, batches: Any, **options: Any) -> HeadStatistics:
-    return collect_head_statistics(model, describe(model), batches, **options)
+def collect(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    scope: Scope = "global",
+    edge: Edge = "jsd",
+    wanted: Collection[Statistic] = STATISTICS,
+    precision: torch.dtype = torch.float32,
+    objective: Objective | None = None,
+    draws: int = 0,
+    network: Network | None = None,
+) -> HeadStatistics:
+    """Statistics of a stream of batches, from the confidence of a classifier unless another objective is given."""
+    network = network or describe(model)
+    fitter = HeadStatisticsFitter(model, network, scope=scope, edge=edge, wanted=wanted, precision=precision)
+    confidence = bool(set(wanted) & set(GRADIENT_STATISTICS))
+    how = {"draws": draws, "confidence": confidence, "precision": precision}
+    for found in differentiated(model, network, objective or classification(), batches, **how):
+        fitter.update(found)
+    return fitter.statistics
 
 
 def contributions(model: Any, images: Tensor) -> Tensor:
@@ -79,7 +103,7 @@ def jsd(p: Tensor, q: Tensor) -> float:
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 14])
 def test_divergences_are_those_of_explicit_probabilities(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_stats, "_CHUNK", chunk)
+    monkeypatch.setattr(of_heads, "_CHUNK", chunk)
     maps = random_maps()
     direct = row_sums(maps, jsd)
     torch.testing.assert_close(attention_divergence(maps, "jsd"), direct, rtol=1e-4, atol=1e-5)
@@ -175,7 +199,6 @@ def test_residual_of_a_copied_head_vanishes_and_stays_finite() -> None:
 
 def gates_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of the predicted class with every head scaled by a gate, and its derivative by the gates."""
-    structure = describe(model)
     gates = torch.ones(len(images), DEPTH * HEADS, requires_grad=True)
     with torch.no_grad():
         predicted = model(images).argmax(dim=-1)
@@ -188,8 +211,8 @@ def gates_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         return hook
 
     hooks = [
-        model.get_submodule(b.attention_readout.module).register_forward_pre_hook(hook_for(i))
-        for i, b in enumerate(structure.blocks)
+        model.get_submodule(sub.readout.module).register_forward_pre_hook(hook_for(i))
+        for i, sub in enumerate(describe(model).attentions)
     ]
     chosen = model(images).log_softmax(dim=-1).gather(1, predicted[:, None])
     for hook in hooks:
@@ -280,21 +303,21 @@ def test_attention_maps_of_few_images_live_at_a_time(
         most = max(most, sum(held.shape[0] * held.shape[1] for ref in living if (held := ref()) is not None))
         return maps
 
-    real = attention_stats.attention_rows
-    monkeypatch.setattr(attention_stats, "attention_rows", watched)
-    monkeypatch.setattr(attention_stats, "GRADIENT_IMAGES", 8)
+    real = of_heads.attention_rows
+    monkeypatch.setattr(of_heads, "attention_rows", watched)
+    monkeypatch.setattr(gradients, "IMAGES", 8)
     collect(model, images.split(16), scope=scope, edge="jsd")
     assert len(living) == 4 * DEPTH  # two batches, in two parts each, all blocks
-    assert 0 < most <= 8 / attention_stats._EVERY * HEADS * DEPTH
+    assert 0 < most <= 8 / of_heads._EVERY * HEADS * DEPTH
 
 
 def test_backward_passes_take_few_images_whatever_the_batches(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, sizes = collect(model, [images]), []
+    network, whole, sizes = describe(model), collect(model, [images]), []
     model.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
-    monkeypatch.setattr(attention_stats, "GRADIENT_IMAGES", 5)
-    parts = collect(model, [images])
+    monkeypatch.setattr(gradients, "IMAGES", 5)
+    parts = collect(model, [images], network=network)
     assert sizes == [5] * 6 + [2]
     assert parts.images == whole.images
     torch.testing.assert_close(parts.taylor, whole.taylor)
@@ -310,7 +333,7 @@ def test_every_fourth_image_is_compared_whatever_the_batches(
 ) -> None:
     few = collect(model, images.split(size), scope=scope, edge="jsd")
     assert few.images == len(images)
-    monkeypatch.setattr(attention_stats, "_EVERY", 1)
+    monkeypatch.setattr(of_heads, "_EVERY", 1)
     fourths = collect(model, [images[::4]], scope=scope, edge="jsd")
     for a, b in zip(few.edges, fourths.edges, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -329,8 +352,8 @@ def test_attention_rows_are_made_in_the_precision_asked_for(
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=0, atol=1e-5)  # no bf16 in between
         return rows
 
-    real = attention_stats.attention_rows
-    monkeypatch.setattr(attention_stats, "attention_rows", watched)
+    real = of_heads.attention_rows
+    monkeypatch.setattr(of_heads, "attention_rows", watched)
     collect(model, [images], edge="jsd", precision=precision)
     assert set(seen) == {precision}
 
@@ -345,11 +368,11 @@ def test_few_queries_tell_what_all_of_them_tell(
         rows.append(maps.shape[2])
         return attention_divergence(maps, edge)
 
-    monkeypatch.setattr(attention_stats, "attention_divergence", watched)
+    monkeypatch.setattr(of_heads, "attention_divergence", watched)
     everything = collect(model, [images], scope=scope, edge="jsd").edges
     tokens = rows[0]
-    assert tokens < attention_stats._QUERIES
-    monkeypatch.setattr(attention_stats, "_QUERIES", tokens // 2)
+    assert tokens < of_heads._QUERIES
+    monkeypatch.setattr(of_heads, "_QUERIES", tokens // 2)
     rows.clear()
     drawn = collect(model, [images], scope=scope, edge="jsd").edges
     assert set(rows) == {tokens // 2}
@@ -359,12 +382,12 @@ def test_few_queries_tell_what_all_of_them_tell(
 
 
 def test_without_gradients_one_forward_pass_and_no_more(model: nn.Module, images: Tensor) -> None:
-    graphs = []
+    network, graphs = describe(model), []
     model.register_forward_hook(lambda _module, _args, out: graphs.append(out.requires_grad))
-    statistics = collect(model, images.split(16), wanted=())
+    statistics = collect(model, images.split(16), wanted=(), network=network)
     assert graphs == [False] * 2
     assert all(getattr(statistics, name) is None for name in STATISTICS)
-    collect(model, images.split(16))
+    collect(model, images.split(16), network=network)
     assert graphs[2:] == [True] * 2
 
 
@@ -391,14 +414,14 @@ def test_the_model_is_left_as_it_was(model: nn.Module, images: Tensor) -> None:
     assert not images.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(not m._forward_pre_hooks for m in model.modules())
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(
     ("parameter", "named"),
     [
         ("blocks.0.attn.qkv.weight", r"'blocks\.0\.attn(\.proj)?'"),
-        ("blocks.0.attn.proj.weight", r"'blocks\.1\.attn'"),
+        ("blocks.0.attn.proj.weight", r"'blocks\.0\.mlp\.fc2'"),
         ("head.weight", "the model's output"),
     ],
 )
@@ -416,8 +439,51 @@ def test_no_images_is_an_error(model: nn.Module) -> None:
         collect(model, [])
 
 
-def test_gradients_need_a_classifier(make_model: MakeModel, images: Tensor) -> None:
-    model = make_model(num_classes=0, global_pool="")
-    with pytest.raises(UnsupportedModelError, match="'contribution'"):
-        collect(model, [images])
-    assert collect(model, [images], wanted=()).images == 32
+def test_what_has_no_confidence_is_weighed_by_its_draws(make_model: MakeModel, images: Tensor) -> None:
+    """Half the mean square of what zeroing a head changes of a draw, image by image; no first order."""
+    model = make_model(mlp_ratio=2, num_classes=0)
+    network, objective = describe(model), features(scale=0.7)
+    found = collect(model, images.split(8), objective=objective, draws=3, network=network)
+    assert found.fisher is not None
+    assert torch.equal(found.fisher, found.taylor)
+    expected = torch.zeros(DEPTH * HEADS, dtype=torch.float64)
+    for passed in differentiated(model, network, objective, images.split(8), draws=3):
+        for drawn in passed.drawn:
+            slopes = []
+            for sub in network.attentions:
+                weight = model.get_submodule(sub.readout.module).weight
+                z = passed.read[sub.name].unflatten(2, (HEADS, WIDTH))
+                g = (drawn[sub.name] @ weight).unflatten(2, (HEADS, WIDTH))
+                slopes.append((z * g).sum((1, 3)))
+            expected += torch.cat(slopes, dim=1).double().square().sum(0) / (2 * 3 * len(images))
+    torch.testing.assert_close(found.fisher, expected, rtol=1e-4, atol=0)
+
+
+def test_gradient_statistics_need_gradients(make_model: MakeModel, images: Tensor) -> None:
+    model = make_model(num_classes=0)
+    with pytest.raises(UnsupportedModelError, match="gradient statistics need gradients"):
+        collect(model, [images], objective=features())
+    assert collect(model, [images], objective=features(), wanted=["contribution"]).images == 32
+
+
+def test_attentions_that_differ_in_tokens_share_no_graph(model: nn.Module, images: Tensor) -> None:
+    """As where a network halves its tokens on the way; each attention alone can still be ranked."""
+    network = describe(model)
+    _, second = network.attentions
+    (passed,) = differentiated(model, network, classification(), [images], draws=0)
+    fewer = replace(passed, inputs={**passed.inputs, second.name: passed.inputs[second.name][:, :3]})
+    HeadStatisticsFitter(model, network, scope="layer", edge="jsd", wanted=()).update(fewer)
+    with pytest.raises(UnsupportedModelError, match=r"which here see \[3, 5\] tokens; use scope 'layer'"):
+        HeadStatisticsFitter(model, network, scope="global", edge="jsd", wanted=()).update(fewer)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_sublayer_that_is_gone_has_no_heads(model: nn.Module, images: Tensor, scope: Scope, edge: Edge) -> None:
+    network = describe(model)
+    resize(model, {**network.widths, "blocks.0.attn": absent(network.widths["blocks.0.attn"])})
+    found = collect(model, [images], scope=scope, edge=edge)
+    assert found.heads == {"blocks.1.attn": HEADS}
+    assert [len(edges) for edges in found.edges] == [HEADS]
+    assert found.taylor is not None
+    assert len(found.taylor) == HEADS
