@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.activations import Stages
-from gohsp.core.compensation import BlockMoments, collect_moments
+from gohsp.core.capture import Trunk, open_trunk
+from gohsp.core.moments import SublayerMoments, collect_moments
+from gohsp.core.objective import Objective, classification
 from gohsp.models import describe
-from gohsp.models import stages as stages_of
-from gohsp.structure import ModelStructure
+from gohsp.structure import Network
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 
@@ -75,7 +75,7 @@ def model(make_model: Callable[..., nn.Module]) -> nn.Module:
 
 
 @pytest.fixture
-def structure(model: nn.Module) -> ModelStructure:
+def network(model: nn.Module) -> Network:
     return describe(model)
 
 
@@ -84,21 +84,26 @@ def images() -> Tensor:
     return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def moments(model: nn.Module, structure: ModelStructure, images: Tensor) -> tuple[BlockMoments, ...]:
-    return collect_moments(model, structure, [images])
+@pytest.fixture(scope="session")
+def objective() -> Objective:
+    return classification()
 
 
 @pytest.fixture
-def stages(model: nn.Module) -> Stages:
-    return stages_of(model)
+def moments(model: nn.Module, network: Network, images: Tensor) -> dict[str, SublayerMoments]:
+    return collect_moments(model, network, [images])
 
 
 @pytest.fixture
-def embedded(stages: Stages, images: Tensor) -> Tensor:
+def trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
+    return open_trunk(model, network, images[:2])
+
+
+@pytest.fixture
+def entered(trunk: Trunk, images: Tensor) -> Tensor:
     """What the images send into the first block of ``model``, ``[32, 5, 32]``."""
     with torch.no_grad():
-        return stages.embed(images)
+        return trunk.enter(images)
 
 
 @pytest.fixture(scope="session")
