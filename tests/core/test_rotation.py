@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gohsp.core.activations import attention_rows, inputs_of, queries_keys
-from gohsp.core.compensation import BlockMoments, InputFitter, collect_moments, tensors_of
-from gohsp.core.projection import ProjectionSettings, constrained, select
+from gohsp.core.capture import attention_rows, observe_inputs, queries_keys
+from gohsp.core.moments import AttentionMoments, InputFitter, collect_moments, tensors_of
+from gohsp.core.projection import RepairSettings, constrained, select
 from gohsp.core.rotation import balance_query_key, order_values, rotate, rotate_queries_keys, rotate_values
-from gohsp.models import describe, stages
-from gohsp.structure import BlockShape, ModelStructure
+from gohsp.models import describe
+from gohsp.structure import AttentionKept, AttentionWidths, Network
 
 seeds = st.integers(0, 10**6)
 
@@ -60,16 +60,16 @@ def test_truncated_queries_and_keys_give_the_best_centred_logits(
 ) -> None:
     """Against an SVD of all logits themselves, each query's mean over the keys of an image taken off."""
     model = make_model(mlp_ratio=1, qkv_bias=bias)
-    structure = describe(model)
-    block = structure.blocks[0]
+    network = describe(model)
+    (sub, *_) = network.attentions
     with torch.no_grad():  # tokens of an image have much in common, and so have its keys
         x = torch.randn(12, 5, 32) + 3 * torch.randn(12, 1, 32) + 2
     fitter = InputFitter(32, torch.device("cpu"))
     fitter.update(x)
     empty = torch.zeros(1, 1, dtype=torch.float64)
-    rotate_queries_keys(model, block, BlockMoments(fitter.moment, fitter.within, empty, empty))
+    rotate_queries_keys(model, sub, AttentionMoments(fitter.moment, fitter.within, empty))
     with torch.no_grad():
-        q, k = (t.double().transpose(0, 1).flatten(1, 2) for t in queries_keys(model, block, x))  # [heads, 60, 8]
+        q, k = (t.double().transpose(0, 1).flatten(1, 2) for t in queries_keys(model, sub, x))  # [heads, 60, 8]
     k = (k.unflatten(1, (12, 5)) - k.unflatten(1, (12, 5)).mean(2, keepdim=True)).flatten(1, 2)
     logits = q @ k.transpose(1, 2)
     singular = torch.linalg.svdvals(logits)
@@ -81,9 +81,9 @@ def test_truncated_queries_and_keys_give_the_best_centred_logits(
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_does_not_see_what_all_keys_of_an_image_share(
-    fused: bool, model: nn.Module, structure: ModelStructure
+    fused: bool, model: nn.Module, network: Network
 ) -> None:
-    block, module = structure.blocks[0], model.blocks[0].attn
+    sub, module = network.attentions[0], model.blocks[0].attn
     module.fused_attn = fused
     x = torch.randn(3, 5, 32)
     shift = torch.randn(3, 1, 32)  # another vector for every image
@@ -92,10 +92,10 @@ def test_attention_does_not_see_what_all_keys_of_an_image_share(
         shifted = module(x)
         rows.remove()
         expected = module(x)
-        q, k = queries_keys(model, block, x)
-        probabilities = (q @ (k + shift.unflatten(2, (4, 8)).transpose(1, 2)).mT * block.scale).softmax(-1)
+        q, k = queries_keys(model, sub, x)
+        probabilities = (q @ (k + shift.unflatten(2, (4, 8)).transpose(1, 2)).mT * sub.scale).softmax(-1)
     torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(probabilities, attention_rows(model, block, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probabilities, attention_rows(model, sub, x), rtol=1e-4, atol=1e-5)
 
 
 kinds = st.sampled_from(["alive", "zero", "constant", "rank one", "tiny"])
@@ -194,18 +194,18 @@ def test_values_are_ordered_by_what_layer_scale_lets_through(make_model: Callabl
     model = make_model(init_values=1.0)
     with torch.no_grad():  # three channels in four are all but shut
         model.blocks[0].ls1.gamma[8:] = 1e-3
-    block = describe(model).blocks[0]
-    heads, vo = block.shape.heads, block.shape.vo
+    (sub, *_) = describe(model).attentions
+    heads, vo = sub.widths.heads, sub.widths.vo
     (x,) = random(0, (200, heads * vo))
     outputs = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], dim=1)
     empty = torch.zeros(1, 1, dtype=torch.float64)
     before = model.blocks[0].attn.proj.weight.detach().double()
-    turned = rotate_values(model, block, BlockMoments(empty, empty, outputs.T @ outputs / 200, empty))
+    turned = rotate_values(model, sub, AttentionMoments(empty, empty, outputs.T @ outputs / 200))
     gamma = model.blocks[0].ls1.gamma.detach().double()[:, None]
     centred = x - x.mean(0)
     for h in range(heads):
         part = slice(h * vo, (h + 1) * vo)
-        spread = turned.head_outputs[part, part] - torch.outer(*2 * [turned.head_outputs[part, -1]])
+        spread = turned.read[part, part] - torch.outer(*2 * [turned.read[part, -1]])
         written = gamma * model.blocks[0].attn.proj.weight[:, part].detach().double()
         singular = torch.linalg.svdvals(gamma * before[:, part] @ centred[:, part].T / 200**0.5)
         for kept in range(vo + 1):
@@ -227,41 +227,42 @@ def test_rotation_leaves_the_function_and_foretells_the_moments(
     arguments: dict, make_model: Callable[..., nn.Module], images: Tensor
 ) -> None:
     model = make_model(mlp_ratio=1, **arguments)
-    structure = describe(model)
-    moments = collect_moments(model, structure, [images])
+    network = describe(model)
+    moments = collect_moments(model, network, [images])
     before = copy.deepcopy(model)
-    turned = rotate(model, structure, moments)
+    turned = rotate(model, network, moments)
     with torch.no_grad():
         expected, got = before(images), model(images)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    for told, measured in zip(turned, collect_moments(model, structure, [images]), strict=True):
-        for a, b in zip(tensors_of(told), tensors_of(measured), strict=True):
+    measured = collect_moments(model, network, [images])
+    assert turned.keys() == measured.keys()
+    for name, told in turned.items():
+        for a, b in zip(tensors_of(told), tensors_of(measured[name]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
     rows = {"qk": slice(0, 64), "vo": slice(64, 96)}
     for kind, part in rows.items():
         old, new = before.blocks[1].attn.qkv.weight[part], model.blocks[1].attn.qkv.weight[part]
-        assert torch.equal(old, new) != (kind in structure.blocks[1].rotatable)
+        assert torch.equal(old, new) != (kind in network.attentions[1].rotatable)
 
 
-def test_attention_itself_is_untouched(model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
-    moments = collect_moments(model, structure, [images])
+def test_attention_itself_is_untouched(model: nn.Module, network: Network, images: Tensor) -> None:
+    moments = collect_moments(model, network, [images])
     x = torch.randn(3, 5, 32)
-    before = attention_rows(model, structure.blocks[0], x)
-    rotate(model, structure, moments)
-    torch.testing.assert_close(attention_rows(model, structure.blocks[0], x), before, rtol=1e-4, atol=1e-5)
+    before = attention_rows(model, network.attentions[0], x)
+    rotate(model, network, moments)
+    torch.testing.assert_close(attention_rows(model, network.attentions[0], x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_after_rotation_selection_keeps_leading_dimensions(
     make_model: Callable[..., nn.Module], images: Tensor
 ) -> None:
     model = make_model(mlp_ratio=2, proj_bias=False)
-    structure = describe(model)
-    moments = rotate(model, structure, collect_moments(model, structure, [images]))
-    block = structure.blocks[0]
-    how = ProjectionSettings(metric="euclidean", strength="activation", guidance=0)
-    kept = select(
-        block, constrained(model, block, "euclidean"), moments[0], BlockShape(heads=4, qk=3, vo=5, ffn=64), how
-    )
+    network = describe(model)
+    moments = rotate(model, network, collect_moments(model, network, [images]))
+    (sub, *_) = network.attentions
+    values, want = constrained(model, sub, "activation"), AttentionWidths(heads=4, qk=3, vo=5)
+    kept = select(sub, values, moments[sub.name], want, RepairSettings(guidance=0), metric="activation")
+    assert isinstance(kept, AttentionKept)
     assert kept.qk == ((0, 1, 2),) * 4
     assert kept.vo == ((0, 1, 2, 3, 4),) * 4
 
@@ -273,21 +274,22 @@ def test_leading_values_are_the_best_of_a_head(
 ) -> None:
     """Where the readout's bias can take over means, a principal component analysis; else one about the origin."""
     model = make_model(mlp_ratio=2, proj_bias=bias)
-    structure = describe(model)
-    block, proj = structure.blocks[0], model.blocks[0].attn.proj
-    moments = collect_moments(model, structure, [images])[0]
+    network = describe(model)
+    sub, proj = network.attentions[0], model.blocks[0].attn.proj
+    moments = collect_moments(model, network, [images])[sub.name]
+    assert isinstance(moments, AttentionMoments)
 
     def contributions() -> tuple[Tensor, Tensor]:
         """Head outputs ``[heads, tokens, vo]`` and the readout's columns ``[heads, vo, D]``."""
-        with torch.no_grad():
-            (z,) = inputs_of(model, block.name, stages(model).embed(images), ["blocks.0.attn.proj"])
-        return z.double().flatten(0, 1).unflatten(1, (4, 8)).transpose(0, 1), proj.weight.detach().double().T.unflatten(
-            0, (4, 8)
-        )
+        seen: list[Tensor] = []
+        with observe_inputs(model, {sub.readout.module: seen.append}), torch.no_grad():
+            model(images)
+        z = seen[0].double().flatten(0, 1).unflatten(1, (4, 8)).transpose(0, 1)
+        return z, proj.weight.detach().double().T.unflatten(0, (4, 8))
 
     z, columns = contributions()
     written = z @ columns
-    after = rotate_values(model, block, moments)
+    after = rotate_values(model, sub, moments)
     z, columns = contributions()
     torch.testing.assert_close(z @ columns, written, rtol=1e-3, atol=1e-4)
     left = written - z[..., :kept] @ columns[:, :kept]
@@ -296,24 +298,24 @@ def test_leading_values_are_the_best_of_a_head(
     best = torch.linalg.svdvals(written)[:, kept:].square().sum(1)
     torch.testing.assert_close(left.square().sum((1, 2)), best, rtol=1e-3, atol=1e-6 * float(written.square().sum()))
     flat = z.transpose(0, 1).flatten(1)
-    torch.testing.assert_close(after.head_outputs[:-1, :-1], flat.mT @ flat / len(flat), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.read[:-1, :-1], flat.mT @ flat / len(flat), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["qk", "vo"])
 def test_a_basis_that_must_stay_stays(kind: str, make_model: Callable[..., nn.Module], images: Tensor) -> None:
     model = make_model(mlp_ratio=1, **({"qk_norm": True} if kind == "qk" else {"scale_attn_norm": True}))
-    structure = describe(model)
-    moments = collect_moments(model, structure, [images])
-    before = copy.deepcopy(model.state_dict())
+    network = describe(model)
+    moments = collect_moments(model, network, [images])
+    (sub, *_), before = network.attentions, copy.deepcopy(model.state_dict())
     if kind == "qk":
-        rotate_queries_keys(model, structure.blocks[0], moments[0])
+        rotate_queries_keys(model, sub, moments[sub.name])
     else:
-        assert rotate_values(model, structure.blocks[0], moments[0]) is moments[0]
+        assert rotate_values(model, sub, moments[sub.name]) is moments[sub.name]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["all", "query", "key", "value", "readout", "rank one"])
-def test_degenerate_heads(what: str, model: nn.Module, structure: ModelStructure, images: Tensor) -> None:
+def test_degenerate_heads(what: str, model: nn.Module, network: Network, images: Tensor) -> None:
     attn = model.blocks[0].attn
     with torch.no_grad():
         rows = {"query": [0], "key": [1], "value": [2], "all": [0, 1, 2], "rank one": [], "readout": []}[what]
@@ -327,8 +329,8 @@ def test_degenerate_heads(what: str, model: nn.Module, structure: ModelStructure
                 attn.qkv.weight[part * 32 + 1 : part * 32 + 8] = attn.qkv.weight[part * 32]
                 attn.qkv.bias[part * 32 + 1 : part * 32 + 8] = attn.qkv.bias[part * 32]
         expected = model(images)
-        moments = rotate(model, structure, collect_moments(model, structure, [images]))
+        moments = rotate(model, network, collect_moments(model, network, [images]))
         got = model(images)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert all(torch.isfinite(m.head_outputs).all() for m in moments)
+    assert all(torch.isfinite(of.read).all() for of in moments.values())
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
