@@ -7,7 +7,7 @@ from the names of sub-layers. A sub-layer of width 0 is absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from gohsp.errors import PlanError, nearest
@@ -212,11 +212,11 @@ def _tables(tables: Any, what: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _require_keys(name: str, table: Mapping[str, Any], of: type) -> None:
-    fields = of.__dataclass_fields__.keys()
+    known = [field.name for field in fields(of)]
     for key in table:
-        if key not in fields:
-            raise PlanError(f"'{name}' of the plan: unknown key '{key}'; {nearest(str(key), fields)}")
-    if missing := [key for key in fields if key not in table]:
+        if key not in known:
+            raise PlanError(f"'{name}' of the plan: unknown key '{key}'; {nearest(str(key), known)}")
+    if missing := [key for key in known if key not in table]:
         raise PlanError(f"'{name}' of the plan lacks {missing}; give heads, qk and vo of an attention, units of an FFN")
 
 
