@@ -9,13 +9,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gohsp.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file as it comes; for use within :func:`storing` and what builds on it."""
+    from safetensors.torch import save_file  # PyTorch, which text files do without
+
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 

@@ -7,6 +7,9 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
+from dataclasses import make_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,47 +20,57 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
+from pydantic import ValidationError
 
 from gohsp.errors import RunError, StorageError
-from gohsp.report import HEADERS, plots, read, render_html, summary_table, validate, write
-from gohsp.report.html import duration, index_ranges, quantity, signed
+from gohsp.report import (
+    HEADERS,
+    Heal,
+    HealStep,
+    Plan,
+    Ranking,
+    Report,
+    parse,
+    plots,
+    read,
+    summary_table,
+    write,
+)
+from gohsp.report.blocks import blocks_of
+from gohsp.report.html import duration, index_ranges, render_html
+from gohsp.report.summary import quantity, signed
+from gohsp.structure import AttentionWidths
 
 SCRIPT = "<script>alert('x')</script>"
 
 
-def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0) -> dict[str, Any]:
-    """A plausible train-route report of a ViT with `blocks` blocks of `heads` heads of 64 dimensions."""
+def make_content(blocks: int = 12, heads: int = 3, units: int = 768, seed: int = 0) -> dict[str, Any]:
+    """Plausible JSON of a fine-tuning run of a ViT with `blocks` blocks of `heads` heads of 64 dimensions."""
     rng = np.random.default_rng(seed)
-    dense = {"heads": heads, "qk": 64, "vo": 64, "ffn": ffn}
-    pruned, kept, scores, transition = [], [], [], []
+    dense, pruned, kept, scores, transition = {}, {}, {}, {}, {}
+
+    def pick(total: int, count: int) -> list[int]:
+        return sorted(int(i) for i in rng.choice(total, count, replace=False))
+
     for block in range(blocks):
+        attention, ffn = f"blocks.{block}.attn", f"blocks.{block}.mlp"
         edges = rng.uniform(0.1, 0.69, (heads, heads))
         edges = edges + edges.T
         np.fill_diagonal(edges, 0)
         matrix = edges / edges.sum(1, keepdims=True) if heads > 1 else np.ones((1, 1))
         score = rng.dirichlet(np.full(heads, 6.0))
         stay = max(1, heads - int(rng.integers(0, heads // 2 + 1)))
-        widths = {
-            "heads": stay,
-            "qk": int(rng.choice([16, 24, 32])),
-            "vo": int(rng.choice([32, 48, 64])),
-            "ffn": ffn - 64 * int(rng.integers(1, ffn // 80)) if block > 0 else ffn,
+        qk, vo = int(rng.choice([16, 24, 32])), int(rng.choice([32, 48, 64]))
+        hidden = units - 64 * int(rng.integers(1, units // 80)) if block > 0 else units
+        dense |= {attention: {"heads": heads, "qk": 64, "vo": 64}, ffn: {"units": units}}
+        pruned |= {attention: {"heads": stay, "qk": qk, "vo": vo}, ffn: {"units": hidden}}
+        kept[attention] = {
+            "heads": sorted(int(h) for h in np.argsort(score)[::-1][:stay]),
+            "qk": [pick(64, qk) for _ in range(stay)],
+            "vo": [pick(64, vo) for _ in range(stay)],
         }
-
-        def pick(total: int, count: int) -> list[int]:
-            return sorted(int(i) for i in rng.choice(total, count, replace=False))
-
-        pruned.append(widths)
-        kept.append(
-            {
-                "heads": sorted(int(h) for h in np.argsort(score)[::-1][:stay]),
-                "qk": [pick(64, widths["qk"]) for _ in range(stay)],
-                "vo": [pick(64, widths["vo"]) for _ in range(stay)],
-                "ffn": pick(ffn, widths["ffn"]),
-            }
-        )
-        scores.append(score.tolist())
-        transition.append(matrix.tolist())
+        kept[ffn] = {"units": pick(units, hidden)}
+        scores[attention], transition[attention] = score.tolist(), matrix.tolist()
 
     def curve(epochs: int, first: float, last: float) -> list[dict[str, Any]]:
         top1 = last + (first - last) * np.exp(-1.5 * np.arange(epochs))
@@ -75,13 +88,14 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
 
     steps = 24
     return {
-        "schema_version": 3,
-        "gohsp": "0.1.0",
+        "schema_version": 4,
+        "gohsp": "0.2.0",
         "created": "2025-11-22T17:30:00+00:00",
-        "command": ["gohsp", "prune", "recipes/deit tiny.toml", "--budget", "params=-40%"],
+        "command": ["gohsp", "prune", "settings/deit tiny.toml", "--budget", "params=-40%"],
         "seed": 0,
         "machine": {"device": "cpu", "processor": "Example CPU 9000", "cores": 2, "python": "3.11.7"},
         "versions": {"torch": "2.8.0", "timm": "1.0.31"},
+        "method": "gohsp",
         "model": {
             "library": "timm",
             "architecture": "deit_tiny_patch16_224",
@@ -123,8 +137,14 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
             "loss": 0.61,
             "n": 2000,
         },
-        "fidelity": {"images": 128, "kl": 0.321, "predicted_kl": 0.25, "agreement": 79.6},
-        "plan": {"dense": [dict(dense) for _ in range(blocks)], "pruned": pruned, "kept": kept},
+        "fidelity": {
+            "objective": "classification",
+            "images": 128,
+            "distance": 0.321,
+            "predicted_distance": 0.25,
+            "agreement": 79.6,
+        },
+        "plan": {"dense": dense, "pruned": pruned, "kept": kept, "stages": 2},
         "ranking": {
             "method": "chain",
             "edge": "jsd",
@@ -164,53 +184,94 @@ def make_report(blocks: int = 12, heads: int = 3, ffn: int = 768, seed: int = 0)
             "dense_retrained": curve(3, 83.9, 84.25),
         },
         "timings": {"train dense": 1850.0, "rank": 34.2, "allocate": 210.0, "admm": 410.0, "finetune": 805.5},
-        "recipe": {"seed": 0, "budget": "params=-40%", "train": {"epochs": 3, "optimizer": "adamw"}},
+        "config": {"seed": 0, "budget": "params=-40%", "train": {"epochs": 3, "optimizer": "adamw"}},
     }
 
 
-def one_shot(report: dict[str, Any]) -> dict[str, Any]:
+def one_shot(content: dict[str, Any]) -> dict[str, Any]:
     """The same run without any training."""
-    report = {key: value for key, value in report.items() if key not in ("admm", "dense_retrained")}
-    return report | {"curves": {}}
+    content = {key: value for key, value in content.items() if key not in ("admm", "dense_retrained")}
+    return content | {"method": "oneshot", "curves": {}}
+
+
+TINY = make_content()
 
 
 @pytest.fixture(scope="module")
-def tiny() -> dict[str, Any]:
-    return make_report()
+def tiny() -> Report:
+    return parse(TINY)
 
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Any]:
-    """Two blocks, where rendering should not cost time."""
-    return make_report(2)
+    """The content of two blocks, where rendering should not cost time."""
+    return make_content(2)
 
 
 @pytest.fixture(scope="module")
-def large() -> dict[str, Any]:
-    return make_report(24, 16, 4096, seed=1)
+def large() -> Report:
+    return parse(make_content(24, 16, 4096, seed=1))
 
 
 # --- schema ---------------------------------------------------------------------------------------------
 
 
-def edited(report: dict[str, Any], path: str, value: Any = None, *, drop: bool = False) -> dict[str, Any]:
-    """A deep copy with the entry at a dotted path set, or dropped."""
-    report = copy.deepcopy(report)
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-    level: Any = report
+def edited(content: dict[str, Any], path: str, value: Any = None, *, drop: bool = False) -> dict[str, Any]:
+    """A deep copy with the entry at a path such as "plan/dense/blocks.0.mlp" set, or dropped."""
+    content = copy.deepcopy(content)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    level: Any = content
     for part in parents:
         level = level[part]
     if drop:
         del level[last]
     else:
         level[last] = value
-    return report
+    return content
 
 
-def test_valid_reports_pass(tiny: dict[str, Any], large: dict[str, Any]) -> None:
-    for report in (tiny, large, one_shot(tiny)):
-        validate(report)
-        validate(json.loads(json.dumps(report)))
+def without(content: dict[str, Any], sublayer: str) -> dict[str, Any]:
+    """A deep copy in which a sub-layer is removed whole."""
+    content = copy.deepcopy(content)
+    table = content["plan"]["pruned"][sublayer]
+    content["plan"]["pruned"][sublayer] = dict.fromkeys(table, 0)
+    content["plan"]["kept"][sublayer] = {key: [] for key in table}
+    return content
+
+
+def test_valid_reports_pass(tiny: Report, large: Report) -> None:
+    for report in (tiny, large, parse(one_shot(TINY)), parse(without(TINY, "blocks.3.attn"))):
+        assert parse(json.loads(report.model_dump_json())) == report
+    assert json.loads(tiny.model_dump_json()) == json.loads(json.dumps(TINY)) | {
+        "heal": None,
+        "speed": None,
+        "data": TINY["data"] | {"class_names": None},
+    }
+
+
+def test_a_report_is_built_of_typed_parts_and_cannot_be_changed(tiny: Report) -> None:
+    parts = {name: getattr(tiny, name) for name in Report.model_fields}
+    assert isinstance(parts["plan"], Plan)
+    assert Report(**parts) == tiny
+    plan = Plan(dense=tiny.plan.dense, pruned=tiny.plan.pruned, kept=tiny.plan.kept, stages=2)
+    assert plan == tiny.plan
+    assert plan.dense["blocks.0.attn"] == AttentionWidths(heads=3, qk=64, vo=64)
+    with pytest.raises(ValidationError, match="frozen"):
+        tiny.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="unknown key 'sead', did you mean 'seed'"):
+        Report(**parts, sead=1)
+
+
+def test_rankings_and_healing_are_taken_over_from_dataclasses(tiny: Report) -> None:
+    content = {key: getattr(tiny.ranking, key) for key in Ranking.model_fields}
+    settings = {key: content.pop(key) for key in ("method", "edge", "scope", "damping", "teleport")}
+    settings_type = make_dataclass("Settings", settings)
+    ranking = make_dataclass("HeadRanking", ["settings", *content])(settings_type(**settings), **content)
+    assert Ranking.of(ranking) == tiny.ranking
+    step = make_dataclass("HealStep", ["blocks", "error", "distance"])
+    heal = Heal.of([step(0, None, 0.4), step(1, 0.9, 0.3), step(2, 0.8, 0.3)])
+    assert heal.kept == 1  # the first of the best
+    assert heal.curve[2] == HealStep(blocks=2, error=0.8, distance=0.3)
 
 
 @pytest.mark.parametrize(
@@ -218,120 +279,151 @@ def test_valid_reports_pass(tiny: dict[str, Any], large: dict[str, Any]) -> None
     [
         "schema_version",
         "budget",
-        "pruned.top1",
-        "plan.kept",
-        "plan.pruned.3.ffn",
-        "ranking.transition",
-        "admm.trace.2.rho",
-        "admm.loss_after_cut",
-        "curves.finetune.0.loss",
-        "equality.tolerance",
-        "data.classes",
+        "method",
+        "pruned/top1",
+        "plan/kept",
+        "plan/pruned/blocks.3.mlp",
+        "plan/pruned/blocks.3.attn/heads",
+        "ranking/transition",
+        "ranking/scores/blocks.2.attn",
+        "admm/trace/2/rho",
+        "admm/loss_after_cut",
+        "curves/finetune/0/loss",
+        "equality/tolerance",
+        "fidelity/objective",
+        "config",
     ],
 )
-def test_missing_key_is_named(tiny: dict[str, Any], path: str) -> None:
-    with pytest.raises(RunError, match=rf"\b{path.split('.')[-1]}\b"):
-        validate(edited(tiny, path, drop=True))
+def test_missing_key_is_named(path: str) -> None:
+    with pytest.raises(RunError, match=rf"\b{path.split('/')[-1]}\b"):
+        parse(edited(TINY, path, drop=True))
 
 
 @pytest.mark.parametrize(
     ("path", "misspelt", "meant"),
     [
         ("equalitty", "equalitty", "equality"),
-        ("pruned.top_1", "top_1", "top1"),
-        ("plan.dense.0.fnn", "fnn", "ffn"),
-        ("curves.fine_tune", "fine_tune", "finetune"),
-        ("ranking.dampening", "dampening", "damping"),
+        ("pruned/top_1", "top_1", "top1"),
+        ("plan/dense/blocks.0.mlp/unit", "unit", "units"),
+        ("plan/stage", "stage", "stages"),
+        ("curves/fine_tune", "fine_tune", "finetune"),
+        ("ranking/dampening", "dampening", "damping"),
     ],
 )
-def test_misspelt_key_is_named_with_the_right_one(tiny: dict[str, Any], path: str, misspelt: str, meant: str) -> None:
-    with pytest.raises(RunError, match=rf"unknown key '{misspelt}', did you mean '{meant}'"):
-        validate(edited(tiny, path, 1))
+def test_misspelt_key_is_named_with_the_right_one(path: str, misspelt: str, meant: str) -> None:
+    with pytest.raises(RunError, match=rf"unknown key '{misspelt}'[,;] (did you mean|valid:) '{meant}'"):
+        parse(edited(TINY, path, 1))
 
 
 @pytest.mark.parametrize(
     ("path", "value", "names"),
     [
-        ("pruned.params", "3.3M", r"'pruned\.params'.*'3\.3M'"),
-        ("pruned.params", 3.5, r"'pruned\.params'.*3\.5"),
-        ("pruned.top1", 101.0, r"'pruned\.top1'.*101"),
-        ("pruned.loss", float("nan"), r"'pruned\.loss'"),
-        ("recipe.train.lr", float("inf"), r"'recipe\.train.*inf"),
-        ("recipe.train.lr", {1: 2}, r"'recipe\.train.*valid string"),
-        ("model.arguments.act", print, r"'model\.arguments\.act'.*JSON"),
-        ("budget.kind", "flops", r"'budget\.kind'.*'flops'"),
+        ("pruned/params", "3.3M", r"'pruned\.params'.*'3\.3M'"),
+        ("pruned/params", 3.5, r"'pruned\.params'.*3\.5"),
+        ("pruned/top1", 101.0, r"'pruned\.top1'.*101"),
+        ("pruned/loss", float("nan"), r"'pruned\.loss'"),
+        ("config/train/lr", float("inf"), r"'config\.train.*inf"),
+        ("config/train/lr", {1: 2}, r"'config\.train.*valid string"),
+        ("model/arguments/act", print, r"'model\.arguments\.act'.*JSON"),
+        ("budget/kind", "flops", r"'budget\.kind'.*'flops'"),
+        ("method", "train", r"'method'.*'train'"),
         ("created", "2025-11-22T17:30:00", r"'created'.*UTC"),
         ("created", "2025-11-22T17:30:00+02:00", r"'created'.*UTC"),
         ("created", "yesterday", r"'created'.*yesterday"),
-        ("admm.trace.4.primal", -1.0, r"'admm\.trace\[4\]\.primal'.*-1"),
-        ("plan.kept.1.heads", [0, 0], r"kept\[1\]\.heads must be strictly increasing"),
-        ("plan.kept.2.heads", [0, 1, 3], r"kept\[2\]\.heads names index 3, the dense width is 3"),
-        ("plan.pruned.5.ffn", 8, r"kept\[5\]\.ffn has \d+ indices, the pruned width is 8"),
-        ("plan.kept.0.qk", [], r"kept\[0\]\.qk has 0 lists for 2 kept heads"),
-        ("plan.pruned", [], r"dense has 12 blocks, pruned 0 and kept 12"),
-        ("ranking.transition.6", [[1.0]], r"transition\[6\] is not 3 x 3"),
-        ("ranking.transition.6.1", [0.5, 0.0, 0.4], r"transition\[6\]\[1\] sums to 0\.9, must be 1"),
-        ("ranking.scores", [[1.0]], r"transition has 12 blocks, scores 1"),
+        ("admm/trace/4/primal", -1.0, r"'admm\.trace\[4\]\.primal'.*-1"),
+        ("fidelity/objective", "features", r"'fidelity': agreement is there for the objective 'classification'"),
+        ("fidelity/agreement", None, r"'fidelity': agreement is there for the objective 'classification'"),
+        ("plan/kept/blocks.1.attn/heads", [0, 0], r"'blocks\.1\.attn': 'heads' must be ascending.*\(0, 0\)"),
+        ("plan/kept/blocks.2.attn/heads", [0, 1, 3], r"'blocks\.2\.attn': 'heads' must be .* from 0 to 2, got \(0, 1, 3\)"),
+        ("plan/kept/blocks.2.mlp/units", [0, 768], r"'blocks\.2\.mlp': 'units' must be .* from 0 to 767"),
+        ("plan/kept/blocks.0.attn/heads", "all", r"'plan\.kept': 'blocks\.0\.attn' .* must be lists of indices"),
+        ("plan/pruned/blocks.5.mlp/units", 8, r"'blocks\.5\.mlp' keeps .*units=\d+.*pruned widths are .*units=8"),
+        ("plan/pruned/blocks.5.mlp/units", -8, r"'plan\.pruned': 'blocks\.5\.mlp'.*at least 0, got -8"),
+        ("plan/pruned/blocks.5.attn/qk", 0, r"'plan\.pruned': 'blocks\.5\.attn'.*no width of 0, or all of them"),
+        ("plan/pruned/blocks.5.attn", {"units": 8}, r"'blocks\.5\.attn' is an attention in one"),
+        ("plan/kept/blocks.0.attn/qk", [], r"'blocks\.0\.attn': 'qk' must list equally many .* 2 kept heads"),
+        ("plan/pruned", {}, r"dense and pruned differ in \['blocks\.0\.attn'"),
+        ("plan/dense", [], r"'plan\.dense': .*a table for each sub-layer"),
+        ("ranking/transition/blocks.6.attn", [[1.0]], r"transition\['blocks\.6\.attn'\] is not 3 x 3"),
+        (
+            "ranking/transition/blocks.6.attn/1",
+            [0.5, 0.0, 0.4],
+            r"transition\['blocks\.6\.attn'\]\[1\] sums to 0\.9, must",
+        ),
+        ("ranking/scores", {}, r"transition and scores differ in \['blocks\.0\.attn'"),
     ],
 )
-def test_wrong_value_is_named(tiny: dict[str, Any], path: str, value: Any, names: str) -> None:
+def test_wrong_value_is_named(path: str, value: Any, names: str) -> None:
     with pytest.raises(RunError, match=names):
-        validate(edited(tiny, path, value))
+        parse(edited(TINY, path, value))
 
 
-def test_scores_must_cover_the_plans_heads(tiny: dict[str, Any]) -> None:
-    report = edited(tiny, "ranking.scores.0", [0.5, 0.5])
-    report["ranking"]["transition"][0] = [[0.0, 1.0], [1.0, 0.0]]
-    with pytest.raises(RunError, match=r"ranking\.scores has \[2, 3.*plan\.dense has \[3, 3"):
-        validate(report)
+def test_scores_must_cover_the_plans_heads() -> None:
+    content = edited(TINY, "ranking/scores/blocks.0.attn", [0.5, 0.5])
+    content["ranking"]["transition"]["blocks.0.attn"] = [[0.0, 1.0], [1.0, 0.0]]
+    with pytest.raises(RunError, match=r"ranking\.scores has 2 heads of 'blocks\.0\.attn', plan\.dense has 3"):
+        parse(content)
+    with pytest.raises(RunError, match=r"ranking\.scores has 0 heads of 'blocks\.0\.attn', plan\.dense has 3"):
+        parse(edited(edited(TINY, "ranking/scores", {}), "ranking/transition", {}))
 
 
-def test_global_chain_may_leave_its_block(tiny: dict[str, Any]) -> None:
-    row = [0.0, 0.1, 0.05]
-    validate(edited(edited(tiny, "ranking.transition.6.0", row), "ranking.scope", "global"))
-    with pytest.raises(RunError, match="at most 1"):
-        validate(edited(edited(tiny, "ranking.transition.6.0", [0.0, 0.9, 0.9]), "ranking.scope", "global"))
+def test_a_global_chain_is_scaled_to_each_attention() -> None:
+    wide = edited(TINY, "ranking/scope", "global")
+    parse(wide)
+    with pytest.raises(RunError, match=r"sums to 0\.15, must be 1"):
+        parse(edited(wide, "ranking/transition/blocks.6.attn/0", [0.0, 0.1, 0.05]))
 
 
-def test_reports_of_version_1_are_read(small: dict[str, Any]) -> None:
-    old = copy.deepcopy(small) | {"schema_version": 1}
-    del old["fidelity"], old["data"]["calibration_images"]
-    validate(old)
-    assert "Right after the cut" not in Page(render_html(old)).text
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_reports_of_the_first_edition_are_refused_in_one_clear_sentence(
+    small: dict[str, Any], tmp_path: Path, version: int
+) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(small | {"schema_version": version, "recipe": {}}))
+    with pytest.raises(
+        RunError, match=rf"schema_version {version}, which gohsp 0\.1 .* reads; this gohsp reads 4"
+    ) as told:
+        read(tmp_path)
+    assert "recipe" not in str(told.value)
 
 
-def test_other_schema_version_says_so(tiny: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match=r"schema_version 4, this gohsp knows \(1, 2, 3\)"):
-        validate(edited(tiny, "schema_version", 4))
+def test_other_schema_version_says_so() -> None:
+    with pytest.raises(RunError, match=r"schema_version 5, this gohsp reads 4: use the gohsp that wrote it"):
+        parse(edited(TINY, "schema_version", 5))
 
 
 def test_not_an_object() -> None:
     with pytest.raises(RunError, match="got list"):
-        validate([])  # type: ignore[arg-type]
+        parse([])
 
 
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def test_reading_imports_no_library_that_draws_or_computes(small: dict[str, Any], tmp_path: Path) -> None:
+    write(parse(small), tmp_path)
+    script = (
+        "import sys; from pathlib import Path; import gohsp.report;"
+        "rows = gohsp.report.summary_table(gohsp.report.read(Path(sys.argv[1])));"
+        "print(len(rows), *{'matplotlib', 'jinja2', 'torch', 'timm', 'gohsp.core'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["3"]
+
+
 def test_write_then_read_is_identity(small: dict[str, Any], tmp_path: Path) -> None:
-    write(small, tmp_path / "run")
-    assert read(tmp_path / "run") == small
+    report = parse(small)
+    write(report, tmp_path / "run")
+    assert read(tmp_path / "run") == report
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
-    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 3,')
-    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render_html(small)
-
-
-def test_invalid_report_writes_nothing(small: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RunError):
-        write(edited(small, "pruned.top1", drop=True), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run" / "report.json").read_text().startswith('{\n  "schema_version": 4,')
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render_html(report)
 
 
 @pytest.mark.parametrize("fails", ["write", "replace"])
 def test_failing_write_leaves_the_old_files(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    write(one_shot(small), tmp_path)
+    write(parse(one_shot(small)), tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     real = Path.write_bytes
 
@@ -347,14 +439,14 @@ def test_failing_write_leaves_the_old_files(
     else:
         monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError, match=r"report\.html' cannot be written"):
-        write(small, tmp_path)
+        write(parse(small), tmp_path)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_files_are_readable_by_others_as_the_umask_says(small: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    write(one_shot(small), tmp_path)
+    write(parse(one_shot(small)), tmp_path)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
@@ -372,28 +464,24 @@ def test_read_names_the_file_and_the_fault(small: dict[str, Any], tmp_path: Path
 
 
 def test_a_report_that_was_changed_is_refused_however_plausible(small: dict[str, Any], tmp_path: Path) -> None:
-    write(small, tmp_path)
+    write(parse(small), tmp_path)
     path = tmp_path / "report.json"
     whole = path.read_text()
     assert whole.count("83.8") == 1
     path.write_text(whole.replace("83.8", "93.8"))
     with pytest.raises(RunError, match=r"report\.json' is not as it was written"):
         read(tmp_path)
+    path.write_text(json.dumps(small))  # no digest
+    with pytest.raises(RunError, match=r"report\.json' is not as it was written"):
+        read(tmp_path)
     path.write_text(json.dumps(json.loads(whole)))  # laid out otherwise
-    assert read(tmp_path) == small
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_reports_without_a_digest_are_read(small: dict[str, Any], tmp_path: Path, version: int) -> None:
-    old = copy.deepcopy(small) | {"schema_version": version}
-    (tmp_path / "report.json").write_text(json.dumps(old))
-    assert read(tmp_path) == old
+    assert read(tmp_path) == parse(small)
 
 
 # --- the table ------------------------------------------------------------------------------------------
 
 
-def test_summary_numbers(tiny: dict[str, Any]) -> None:
+def test_summary_numbers(tiny: Report) -> None:
     dense, retrained, pruned = summary_table(tiny)
     assert [row.model for row in (dense, retrained, pruned)] == ["dense", "dense, trained longer", "pruned"]
     assert dense.params_change is None
@@ -418,8 +506,8 @@ def test_summary_numbers(tiny: dict[str, Any]) -> None:
     ]
 
 
-def test_summary_without_retrained(tiny: dict[str, Any]) -> None:
-    assert [row.model for row in summary_table(one_shot(tiny))] == ["dense", "pruned"]
+def test_summary_without_retrained() -> None:
+    assert [row.model for row in summary_table(parse(one_shot(TINY)))] == ["dense", "pruned"]
 
 
 def test_texts_of_numbers() -> None:
@@ -477,7 +565,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def html(tiny: dict[str, Any]) -> str:
+def html(tiny: Report) -> str:
     return render_html(tiny)
 
 
@@ -523,115 +611,221 @@ def test_page_shows_the_table_and_the_checks(page: Page) -> None:
     for text in ("−40.0 %", "−45.0 %", "81.7 ± 0.9", "5.53 M → 3.31 M", "−2.5 against dense trained longer"):
         assert text in page.text
     assert "3.0e-07" in page.text
-    assert "gohsp prune 'recipes/deit tiny.toml' --budget params=-40%" in page.text
-    kept, total = 0, 36
-    for block in make_report()["plan"]["kept"]:
-        kept += len(block["heads"])
-    assert f"{kept} of {total}" in page.text
+    assert "gohsp prune 'settings/deit tiny.toml' --budget params=-40%" in page.text
+    kept = sum(len(table.get("heads", ())) for table in TINY["plan"]["kept"].values())
+    assert f"{kept} of 36" in page.text
+    assert "ADMM, cut and fine-tuned" in page.text
 
 
 def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
-    page = Page(render_html(one_shot(small)))
+    page = Page(render_html(parse(one_shot(small))))
     assert "The course of training over the epochs" not in page.labels()
     assert "ADMM" not in page.text
     assert "trained longer" not in page.text
 
 
-def without_labels(report: dict[str, Any]) -> dict[str, Any]:
-    """What the one-shot route writes."""
-    report = copy.deepcopy(one_shot(report))
+def without_labels(content: dict[str, Any]) -> dict[str, Any]:
+    """What the one-shot method writes."""
+    content = copy.deepcopy(one_shot(content))
     for name in ("dense", "pruned"):
-        report[name] = {key: report[name][key] for key in ("params", "macs")}
+        content[name] = {key: content[name][key] for key in ("params", "macs")}
     for key in ("validation_split", "train_images", "validation_images", "unreadable_images"):
-        del report["data"][key]
-    return report
+        del content["data"][key]
+    return content
 
 
 def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str, Any]) -> None:
-    report = without_labels(small)
-    validate(report)
+    report = parse(without_labels(small))
     page = Page(render_html(report))
     assert "Agrees with dense" in page.text
     assert "79.6 %" in page.text
-    assert "reads no labels" in page.text
+    assert "No labels were read" in page.text
     assert "Top-1 accuracy" not in page.text
+    assert "1,024 images without labels" in page.text
     assert summary_table(report)[1].cells()[3] == ("–", "")
+    bare = without_labels(small) | {"fidelity": None, "command": []}
+    text = Page(render_html(parse(edited(bare, "data/calibration_images", None)))).text
+    assert "Agrees with dense" not in text
+    assert "Right after the cut" not in text
+    assert "Command" not in text
 
 
 def test_scores_are_complete_or_absent(small: dict[str, Any]) -> None:
-    report = without_labels(small)
-    report["pruned"]["top1"] = 50.0
     with pytest.raises(RunError, match="all of top1, top5, loss and n"):
-        validate(report)
+        parse(edited(without_labels(small), "pruned/top1", 50.0))
 
 
-def test_fidelity_is_told(page: Page) -> None:
+def test_fidelity_is_told_in_nats_for_classes(page: Page) -> None:
+    assert "is the dense one's for 79.6 % and its predictions diverge by" in page.text
     assert "0.321 nats (0.250 predicted)" in page.text
 
 
+def of_features(content: dict[str, Any], objective: str = "features") -> dict[str, Any]:
+    """A one-shot run on a model of the user's own that tells no classes apart."""
+    content = without_labels(content)
+    content["fidelity"] |= {"objective": objective, "agreement": None, "predicted_distance": None}
+    content["model"] = {"architecture": "MyBackbone"}
+    del content["data"]["classes"]
+    return content
+
+
+def test_fidelity_is_told_as_a_share_of_the_variance_for_features(small: dict[str, Any]) -> None:
+    text = Page(render_html(parse(of_features(small)))).text
+    assert "Distance to dense" in text
+    assert "MyBackbone, pruned" in text
+    assert re.search(r"half the mean squared difference .*\n.*0\.321 of the outputs' variance\.", text)
+    assert "tells no classes apart" in text
+    for wrong in ("nats.", "agree", "first prediction", "classes ·", "Model arguments", "None", "predicted)"):
+        assert wrong not in text.replace("loss (nats)", "")
+
+
+def test_fidelity_by_the_users_own_objective(small: dict[str, Any]) -> None:
+    text = Page(render_html(parse(of_features(small, "boxes")))).text
+    assert "0.321 by the objective “boxes”" in text
+    assert "variance" not in text
+
+
 @pytest.mark.parametrize(
-    ("kept", "told"), [(1, "kept as it was after 1 of 2 windows"), (0, "No window of the polish helped")]
+    ("kept", "told"), [(1, "kept as it was after 1 of 2 windows"), (0, "No window of healing helped")]
 )
-def test_the_polish_is_told(small: dict[str, Any], kept: int, told: str) -> None:
-    curve = [{"blocks": n, "error": None if n == 0 else 0.9, "kl": kl} for n, kl in enumerate((0.4, 0.321, 0.5))]
-    content = small | {"polish": {"kept": kept, "curve": curve}}
-    validate(content)
-    text = Page(render_html(content)).text
+def test_healing_is_told(small: dict[str, Any], kept: int, told: str) -> None:
+    distances = enumerate((0.4, 0.321, 0.5))
+    curve = [{"blocks": n, "error": None if n == 0 else 0.9, "distance": distance} for n, distance in distances]
+    text = Page(render_html(parse(small | {"heal": {"kept": kept, "curve": curve}}))).text
     assert told in text
-    assert "After the cut and its polish" in text
+    assert "After the cut and its healing" in text
+    assert ("0.400 nats" in text) == bool(kept)
     with pytest.raises(RunError, match="kept names 3 blocks"):
-        validate(content | {"polish": {"kept": 3, "curve": curve}})
+        parse(small | {"heal": {"kept": 3, "curve": curve}})
 
 
 def test_page_with_curves_but_no_admm(small: dict[str, Any]) -> None:
-    report = {key: value for key, value in small.items() if key != "admm"}
-    page = Page(render_html(report | {"curves": {"finetune": small["curves"]["finetune"]}}))
+    content = {key: value for key, value in small.items() if key != "admm"}
+    page = Page(render_html(parse(content | {"curves": {"finetune": small["curves"]["finetune"]}})))
     assert "The course of training over the epochs" in page.labels()
 
 
-def test_large_model_renders(large: dict[str, Any]) -> None:
+def irregular() -> dict[str, Any]:
+    """Of eight blocks one lacks an attention, one an FFN; two sub-layers go whole, one had gone; widths differ."""
+    content = make_content(8, seed=4)
+    plan, ranking = content["plan"], content["ranking"]
+    for name in ("blocks.1.attn", "blocks.6.mlp"):
+        for table in (plan["dense"], plan["pruned"], plan["kept"], ranking["scores"], ranking["transition"]):
+            table.pop(name, None)
+    plan["dense"]["blocks.7.mlp"]["units"] = 1024
+    for name in ("blocks.2.attn", "blocks.4.mlp", "blocks.5.attn"):
+        content = without(content, name)
+    content["plan"]["dense"]["blocks.5.attn"] = {"heads": 0, "qk": 0, "vo": 0}
+    for key in ("scores", "transition"):
+        del content["ranking"][key]["blocks.5.attn"]
+    return content
+
+
+def test_page_of_sublayers_that_are_absent_or_lacking() -> None:
+    html = render_html(parse(irregular()))
+    page = Page(html)
+    assert "Removed whole: blocks.2.attn, blocks.4.mlp." in page.text
+    assert "2 of 14 sub-layers removed whole" in page.text
+    graphs = [label for label in page.labels() if label and "Markov" in label]
+    assert [label.split()[-1] for label in graphs] == ["0", "2", "3", "4", "6", "7"]
+    rows = {row[0]: row[1:] for row in table_rows(html, "Widths and kept heads")}
+    assert list(rows) == [str(block) for block in range(8)]
+    assert [*rows["1"][:3], rows["1"][4]] == ["–"] * 4
+    assert rows["2"][:3] == ["absent of 3", "absent of 64", "absent of 64"]
+    assert rows["2"][4] == "none"
+    assert rows["4"][3] == "absent of 768"
+    assert rows["5"][:3] == ["absent"] * 3
+    assert rows["6"][3] == "–"
+    assert rows["7"][3].endswith(" of 1024")
+
+
+def table_rows(html: str, title: str) -> list[list[str]]:
+    """The cells of the table under a title, as plain text."""
+    table = re.search(rf"{title}.*?<tbody>(.*?)</tbody>", html, re.DOTALL)
+    assert table
+    rows = re.findall(r"<tr>(.*?)</tr>", table[1], re.DOTALL)
+    return [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)] for row in rows]
+
+
+def test_page_of_a_network_without_attentions(small: dict[str, Any]) -> None:
+    content = copy.deepcopy(small)
+    for table in (*(content["plan"][key] for key in ("dense", "pruned", "kept")), content["ranking"]["scores"]):
+        for name in ("blocks.0.attn", "blocks.1.attn"):
+            del table[name]
+    report = parse(edited(content, "ranking/transition", {}))
+    page = Page(render_html(report))
+    assert "Importance of every head" not in page.labels()
+    assert "graph of heads" not in page.text
+    assert [axes.get_title() for axes in plots.kept_widths(report).axes] == ["FFN units\nof 768"]
+    with pytest.raises(RunError, match="no heads to draw"):
+        plots.head_importance(report)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp"], ["0", "1"]),
+        (["enc.layers.encoder_layer_0.self_attention", "enc.layers.encoder_layer_1.mlp"], ["0", "1"]),
+        (["vit.layer.0.attention.attention", "vit.layer.0.mlp", "vit.layer.1.mlp"], ["0", "1"]),
+        (["layers.0.blocks.0.attn", "layers.0.blocks.0.mlp", "layers.1.blocks.0.attn"], ["0.0", "1.0"]),
+        (["image.layers.0.attn", "text.layers.0.attn"], ["image.layers.0", "text.layers.0"]),
+        (["stem.attn", "stem.mlp", "blocks.0.attn"], ["stem", "0"]),
+        (["blocks.0.attn", "blocks.0.mlp1", "blocks.0.mlp2"], ["0", "0"]),
+        (["attn", "mlp"], ["attn", "mlp"]),
+    ],
+)
+def test_blocks_have_short_distinct_labels(names: list[str], labels: list[str]) -> None:
+    widths = {n: {"heads": 1, "qk": 1, "vo": 1} if "att" in n.split(".")[-1] else {"units": 2} for n in names}
+    kept = {
+        n: {"units": [0, 1]} if "units" in of else {"heads": [0], "qk": [[0]], "vo": [[0]]} for n, of in widths.items()
+    }
+    blocks = blocks_of(Plan(dense=widths, pruned=widths, kept=kept))  # type: ignore[arg-type]
+    assert [block.label for block in blocks] == labels
+    assert [name for block in blocks for name in (block.attention, block.ffn) if name] == names
+
+
+def test_large_model_renders(large: Report) -> None:
     html = render_html(large)
     assert len(Page(html).labels()) == 3 + 24
     assert len(html) < 4_000_000
 
 
 def test_untrusted_text_is_escaped(small: dict[str, Any]) -> None:
-    report = copy.deepcopy(small)
+    report = json.loads(json.dumps(small).replace("blocks.", f"{SCRIPT}."))
     report["model"]["architecture"] = report["data"]["source"] = report["machine"]["processor"] = SCRIPT
     report["ranking"]["edge"] = report["ranking"]["method"] = report["admm"]["status"] = SCRIPT
     report["ranking"]["notes"] = ["<img src=x onerror=alert(1)>"]
     report["command"] = ["gohsp", "</pre>" + SCRIPT]
-    report["recipe"] = report["model"]["arguments"] = {SCRIPT: {"x": [SCRIPT, "</pre>", "$\\frac{"]}}
+    report["config"] = report["model"]["arguments"] = {SCRIPT: {"x": [SCRIPT, "</pre>", "$\\frac{"]}}
     report["versions"] = report["versions"] | {"items": SCRIPT}
     report["timings"] = {SCRIPT: 1.0, "values": 2.0}
-    page = Page(render_html(report))
+    page = Page(render_html(parse(report)))
     assert not {tag for tag, _ in page.tags} & {"script", "img"}
-    assert page.text.count("alert('x')") >= 8
+    assert page.text.count("alert('x')") >= 10
 
 
 def test_class_names_are_shown_shortened_and_escaped(small: dict[str, Any]) -> None:
     names = [SCRIPT, *(f"class {number}" for number in range(1, small["data"]["classes"]))]
-    report = edited(small, "data.class_names", names)
-    validate(report)
-    page = Page(render_html(report))
+    report = edited(small, "data/class_names", names)
+    page = Page(render_html(parse(report)))
     assert SCRIPT + ", class 1, " in page.text
     assert not [tag for tag, _ in page.tags if tag == "script"]
-    many = edited(edited(small, "data.classes", 1000), "data.class_names", [f"c{number}" for number in range(1000)])
-    text = Page(render_html(many)).text
+    many = edited(edited(small, "data/classes", 1000), "data/class_names", [f"c{number}" for number in range(1000)])
+    text = Page(render_html(parse(many))).text
     assert "c18, c19 and 980 more" in text
     assert "c20" not in text
     with pytest.raises(RunError, match=r"data.*class_names has 3 names for 10 classes"):
-        validate(edited(small, "data.class_names", ["a", "b", "c"]))
+        parse(edited(small, "data/class_names", ["a", "b", "c"]))
 
 
 def test_warnings_are_shown_where_due(small: dict[str, Any], page: Page) -> None:
     assert not any(attributes.get("class") == "warn" for _, attributes in page.tags)
-    report = edited(small, "admm.status", "epochs_over")
+    report = edited(small, "admm/status", "epochs_over")
     report["data"]["unreadable_images"] = 7
     report["ranking"]["notes"] = ["block 3 is reducible"]
     report["budget"]["achieved"] = 4_000_000
     report["equality"]["max_relative_difference"] = 0.1
-    text = Page(render_html(report)).text
+    text = Page(render_html(parse(report))).text
     for part in (
         "did not converge; it ended with status “epochs_over”",
         "7 images could not be read",
@@ -675,9 +869,19 @@ def labels_outside(axis: Axis) -> list[Text]:
 
 @pytest.mark.parametrize(("blocks", "heads", "ffn"), [(12, 3, 768), (24, 16, 4096), (40, 8, 11008), (1, 1, 100)])
 def test_nothing_overlaps(blocks: int, heads: int, ffn: int) -> None:
-    report = make_report(blocks, heads, ffn, seed=2)
+    report = parse(make_content(blocks, heads, ffn, seed=2))
     for draw in (plots.head_importance, plots.kept_widths, plots.training):
         assert_texts_apart(draw(report))
+
+
+def test_nothing_overlaps_where_names_are_long_and_sublayers_absent() -> None:
+    content = json.dumps(irregular())
+    towers = content.replace("blocks.0", "vision_model.encoder.layers.0").replace(
+        "blocks.1", "text_model.encoder.layers.0"
+    )
+    for report in (parse(json.loads(content)), parse(json.loads(towers))):
+        for draw in (plots.head_importance, plots.kept_widths):
+            assert_texts_apart(draw(report))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 9, 12, 16, 24])
@@ -690,7 +894,7 @@ def test_graph_labels_do_not_overlap(heads: int, key: bool) -> None:
     assert_texts_apart(figure)
 
 
-def test_axes_are_named(tiny: dict[str, Any]) -> None:
+def test_axes_are_named(tiny: Report) -> None:
     heat, bar = plots.head_importance(tiny).axes
     assert (heat.get_xlabel(), heat.get_ylabel(), bar.get_ylabel()) == (
         "head",
@@ -706,32 +910,33 @@ def test_axes_are_named(tiny: dict[str, Any]) -> None:
     assert ("epoch of the ADMM stage", "relative residual") in names
 
 
-def test_heat_map_marks_exactly_the_removed_heads(tiny: dict[str, Any], large: dict[str, Any]) -> None:
-    for report in (tiny, large):
+def test_heat_map_marks_exactly_the_removed_heads(tiny: Report, large: Report) -> None:
+    for report in (tiny, large, parse(without(TINY, "blocks.3.attn"))):
         (marks,) = plots.head_importance(report).axes[0].get_lines()
         crossed = {(int(y), int(x)) for x, y in zip(*marks.get_data(), strict=True)}
-        kept = [set(block["heads"]) for block in report["plan"]["kept"]]
-        heads = len(report["ranking"]["scores"][0])
+        kept = [report.plan.kept[name].heads for name in report.ranking.scores]
+        heads = len(report.ranking.scores["blocks.0.attn"])
         assert crossed == {(b, h) for b in range(len(kept)) for h in range(heads) if h not in kept[b]}
         assert crossed
 
 
-def test_heat_map_colours_and_numbers_are_the_scores(tiny: dict[str, Any], large: dict[str, Any]) -> None:
+def test_heat_map_colours_and_numbers_are_the_scores(tiny: Report, large: Report) -> None:
     for report in (tiny, large):
         axes = plots.head_importance(report).axes[0]
         drawn = np.asarray(axes.collections[0].get_array())
-        np.testing.assert_array_equal(drawn, report["ranking"]["scores"])
+        np.testing.assert_array_equal(drawn, list(report.ranking.scores.values()))
     written = {text.get_text() for text in plots.head_importance(tiny).axes[0].texts}
-    assert written == {f"{score:.3f}" for row in tiny["ranking"]["scores"] for score in row}
+    assert written == {f"{score:.3f}" for row in tiny.ranking.scores.values() for score in row}
     assert not plots.head_importance(large).axes[0].texts
 
 
 def test_heat_map_of_blocks_with_different_head_counts(small: dict[str, Any]) -> None:
-    report = copy.deepcopy(small)
-    report["plan"]["dense"][0]["heads"], report["plan"]["pruned"][0]["heads"] = 1, 1
-    report["plan"]["kept"][0] |= {key: report["plan"]["kept"][0][key][:1] for key in ("qk", "vo")} | {"heads": [0]}
-    report["ranking"]["scores"][0], report["ranking"]["transition"][0] = [1.0], [[1.0]]
-    validate(report)
+    content = copy.deepcopy(small)
+    name, plan = "blocks.0.attn", content["plan"]
+    plan["dense"][name]["heads"], plan["pruned"][name]["heads"] = 1, 1
+    plan["kept"][name] |= {key: plan["kept"][name][key][:1] for key in ("qk", "vo")} | {"heads": [0]}
+    content["ranking"]["scores"][name], content["ranking"]["transition"][name] = [1.0], [[1.0]]
+    report = parse(content)
     drawn = plots.head_importance(report).axes[0].collections[0].get_array()
     np.testing.assert_array_equal(np.ma.getmaskarray(drawn)[0], [False, True, True])
     render_html(report)
@@ -775,16 +980,29 @@ def test_graph_rejects_a_matrix_of_another_size() -> None:
         plots.head_graph(np.eye(2), [0.2, 0.3, 0.5])
 
 
-def test_bars_are_the_kept_shares(tiny: dict[str, Any]) -> None:
+def test_bars_are_the_kept_shares(tiny: Report) -> None:
     for axes, kind in zip(plots.kept_widths(tiny).axes, plots.KINDS, strict=True):
         whole, kept = axes.containers
         assert all(bar.get_width() == 1 for bar in whole)
-        pairs = zip(tiny["plan"]["pruned"], tiny["plan"]["dense"], strict=True)
-        assert [bar.get_width() for bar in kept] == [after[kind] / before[kind] for after, before in pairs]
-        assert [text.get_text() for text in axes.texts] == [str(b[kind]) for b in tiny["plan"]["pruned"]]
+        pruned = [getattr(of, kind) for of in tiny.plan.pruned.values() if hasattr(of, kind)]
+        dense = [getattr(of, kind) for of in tiny.plan.dense.values() if hasattr(of, kind)]
+        assert [bar.get_width() for bar in kept] == [
+            after / before for after, before in zip(pruned, dense, strict=True)
+        ]
+        assert [text.get_text() for text in axes.texts] == [str(after) for after in pruned]
 
 
-def test_training_curves_stand_one_after_the_other(tiny: dict[str, Any]) -> None:
+def test_bars_tell_removed_sublayers_from_lacking_ones() -> None:
+    figure = plots.kept_widths(parse(irregular()))
+    crossed = [list(axes.get_lines()[0].get_ydata()) for axes in figure.axes]
+    assert crossed == [[2], [2], [2], [4]]
+    barred = [[round(bar.get_y() + bar.get_height() / 2) for bar in axes.containers[0]] for axes in figure.axes]
+    assert barred == [[0, 2, 3, 4, 6, 7]] * 3 + [[0, 1, 2, 3, 4, 5, 7]]
+    assert figure.axes[3].get_title() == "FFN units\nof 768–1024"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["removed sub-layer"]
+
+
+def test_training_curves_stand_one_after_the_other(tiny: Report) -> None:
     residuals, top1, loss, penalty = plots.training(tiny).axes
     curves = {str(line.get_label()): line for line in top1.get_lines()}
     at = {name: list(line.get_xdata()) for name, line in curves.items()}
@@ -794,24 +1012,24 @@ def test_training_curves_stand_one_after_the_other(tiny: dict[str, Any]) -> None
         "pruned, fine-tuned": [7, 8],
         "dense, trained longer": [6, 7, 8],
     }
-    expected = [epoch["top1"] for epoch in tiny["curves"]["finetune"]]
+    expected = [epoch.top1 for epoch in tiny.curves.finetune]
     assert list(curves["pruned, fine-tuned"].get_ydata()) == expected
     assert len(loss.get_lines()) == 8  # training and validation loss of four stages
     assert residuals.get_yscale() == penalty.get_yscale() == "log"
     primal, dual = (line.get_ydata() for line in residuals.get_lines())
-    trace = tiny["admm"]["trace"]
-    assert list(primal) == [step["primal"] for step in trace]
+    assert tiny.admm
+    trace = tiny.admm.trace
+    assert list(primal) == [step.primal for step in trace]
     assert np.isnan(dual[0])  # the first dual residual is 0: a gap, not a plunge
-    assert list(penalty.get_lines()[0].get_ydata()) == [step["rho"] for step in trace]
+    assert list(penalty.get_lines()[0].get_ydata()) == [step.rho for step in trace]
 
 
-def test_unscored_epochs_are_left_out(tiny: dict[str, Any]) -> None:
-    report = copy.deepcopy(tiny)
-    report["curves"]["dense"][1] |= {"top1": None, "loss": None}
-    validate(report)
-    assert list(plots.training(report).axes[1].get_lines()[0].get_xdata()) == [1, 3, 4, 5]
+def test_unscored_epochs_are_left_out() -> None:
+    content = copy.deepcopy(TINY)
+    content["curves"]["dense"][1] |= {"top1": None, "loss": None}
+    assert list(plots.training(parse(content)).axes[1].get_lines()[0].get_xdata()) == [1, 3, 4, 5]
 
 
-def test_training_without_training_is_an_error(tiny: dict[str, Any]) -> None:
+def test_training_without_training_is_an_error() -> None:
     with pytest.raises(RunError, match="no training"):
-        plots.training(one_shot(tiny))
+        plots.training(parse(one_shot(TINY)))

@@ -1,6 +1,7 @@
 """The report of a run: ``report.json`` for programs, ``report.html`` for people.
 
-It works on the report as plain JSON data and knows nothing of models or tensors.
+It is a validated model that knows nothing of tensors. What renders it, :mod:`gohsp.report.html` and
+:mod:`gohsp.report.plots`, is imported where a page or picture is made, for it takes matplotlib and jinja2.
 """
 
 from __future__ import annotations
@@ -13,39 +14,76 @@ from typing import Any
 
 from gohsp import files
 from gohsp.errors import RunError
-from gohsp.report.html import HEADERS, SummaryRow, render_html, summary_table
-from gohsp.report.schema import SCHEMA_VERSION, validate
+from gohsp.report.schema import (
+    SCHEMA_VERSION,
+    Admm,
+    Budget,
+    Curves,
+    Data,
+    Epoch,
+    Equality,
+    Fidelity,
+    Heal,
+    HealStep,
+    Machine,
+    Metrics,
+    Model,
+    Plan,
+    Ranking,
+    Report,
+    Speed,
+    TraceStep,
+    parse,
+)
+from gohsp.report.summary import HEADERS, SummaryRow, summary_table
 
 __all__ = [
     "HEADERS",
     "SCHEMA_VERSION",
+    "Admm",
+    "Budget",
+    "Curves",
+    "Data",
+    "Epoch",
+    "Equality",
+    "Fidelity",
+    "Heal",
+    "HealStep",
+    "Machine",
+    "Metrics",
+    "Model",
+    "Plan",
+    "Ranking",
+    "Report",
+    "Speed",
     "SummaryRow",
+    "TraceStep",
+    "parse",
     "read",
-    "render_html",
     "summary_table",
-    "validate",
     "write",
 ]
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
+def write(report: Report, folder: Path) -> None:
     """Write ``report.html`` and then ``report.json``, each whole or not at all.
 
     Args:
-        report: Plain JSON data that follows the schema.
+        report: The report.
         folder: Where to write; made if it is not there.
 
     Raises:
-        RunError: The report does not follow the schema; nothing is written.
         StorageError: The folder cannot be written.
     """
-    validate(report)
+    from gohsp.report.html import render_html  # matplotlib and jinja2, which reading does without
+
     files.write_atomic(folder / "report.html", render_html(report))
-    content = {**report, "digest": _digest(report)}
+    content = report.model_dump(mode="json")
+    content["digest"] = _digest(content)
     files.write_atomic(folder / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Report:
     """Read ``report.json`` back.
 
     Args:
@@ -55,25 +93,25 @@ def read(folder: Path) -> dict[str, Any]:
         The report, checked against its digest and the schema.
 
     Raises:
-        RunError: There is no report, it cannot be read, is damaged, or does not follow the schema.
+        RunError: There is no report, it cannot be read, is damaged, of another version, or does not follow the schema.
     """
     path = folder / "report.json"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"'{path}' does not exist: give the folder of a finished run") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"'{path}' cannot be read as JSON ({error}): restore it or run again") from error
-    digest = report.pop("digest", None) if isinstance(report, dict) else None
+    digest = content.pop("digest", None) if isinstance(content, dict) else None
     try:
-        validate(report)
+        report = parse(content)
     except RunError as error:
         raise RunError(f"'{path}': {error}") from error
-    if report["schema_version"] >= 3 and digest != _digest(report):
+    if digest != _digest(content):
         raise RunError(f"'{path}' is not as it was written, its digest differs: restore it or run again")
     return report
 
 
-def _digest(report: Mapping[str, Any]) -> str:
+def _digest(content: Mapping[str, Any]) -> str:
     """A hash of the content, however it is laid out."""
-    return hashlib.blake2b(json.dumps(report, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

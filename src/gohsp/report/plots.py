@@ -7,7 +7,6 @@ read across a phone and fills half a desktop page.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +17,9 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gohsp.errors import RunError
+from gohsp.report.blocks import Block, block_name, blocks_of, short_labels
+from gohsp.report.schema import Epoch, Report, TraceStep
+from gohsp.structure import Widths
 
 INK, EDGE, MUTED, LINE, PALE = "#1f2937", "#475569", "#6b7280", "#9ca3af", "#e5e7eb"
 KEPT, REMOVED = "#2563eb", "#c2410c"
@@ -27,47 +29,53 @@ STAGES = {  # colour, line style and name of each training curve; the style tell
     "finetune": ("#2563eb", "-", "pruned, fine-tuned"),
     "dense_retrained": ("#c2410c", "--", "dense, trained longer"),
 }
-KINDS = {"heads": "heads", "qk": "q/k width", "vo": "v/o width", "ffn": "FFN units"}
+KINDS = {"heads": "heads", "qk": "q/k width", "vo": "v/o width", "units": "FFN units"}
 
 # Up to this many heads, scores are written out and every edge is drawn.
 FEW_HEADS = 8
 STRONGEST_EDGES = 3
 _WIDTH = 4.8
+_LONGEST_LABEL = 14
 _SMALL, _TEXT = 8, 9
 _HEAT: LinearSegmentedColormap = LinearSegmentedColormap.from_list(
     "heat", ["#eff6ff", "#bfdbfe", "#60a5fa", "#2563eb", "#172554"]
 )
 
 
-def head_importance(report: Mapping[str, Any]) -> Figure:
-    """Draw the ranking as a heat map: one row a block, one column a head, removed heads crossed out.
+def head_importance(report: Report) -> Figure:
+    """Draw the ranking as a heat map: one row an attention, one column a head, removed heads crossed out.
 
     Args:
-        report: A valid report.
+        report: The report.
 
     Returns:
-        A figure; scores are written into the cells where no block has more than eight heads.
+        A figure; scores are written into the cells where no attention has more than eight heads.
+
+    Raises:
+        RunError: The ranking holds no heads.
     """
-    scores: list[list[float]] = report["ranking"]["scores"]
-    kept = [set(block["heads"]) for block in report["plan"]["kept"]]
-    blocks, heads = len(scores), max(map(len, scores))
-    grid = np.full((blocks, heads), np.nan)
-    for block, row in enumerate(scores):
-        grid[block, : len(row)] = row
+    if not report.ranking.scores:
+        raise RunError("the report holds no heads to draw: its ranking.scores are empty")
+    scores = list(report.ranking.scores.values())
+    kept = [report.plan.kept[name].heads for name in report.ranking.scores]
+    rows, heads = len(scores), max(map(len, scores))
+    grid = np.full((rows, heads), np.nan)
+    for index, row in enumerate(scores):
+        grid[index, : len(row)] = row
     scale = Normalize(float(np.nanmin(grid)), float(np.nanmax(grid)))
 
-    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * blocks)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * rows)), layout="constrained")
     axes = figure.subplots()
     mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors="white", linewidth=1.5)
-    removed = [(b, h) for b, row in enumerate(scores) for h in range(len(row)) if h not in kept[b]]
+    removed = [(r, h) for r, row in enumerate(scores) for h in range(len(row)) if h not in kept[r]]
     few = heads <= FEW_HEADS
-    for block, row in enumerate(scores):
+    for index, row in enumerate(scores):
         for head, score in enumerate(row) if few else ():
             ink = "white" if scale(score) > 0.62 else INK
-            axes.text(head + 0.5, block + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center")
+            axes.text(head + 0.5, index + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center")
     cross = axes.plot(
         [head + (0.16 if few else 0.5) for _, head in removed],
-        [block + 0.5 for block, _ in removed],
+        [index + 0.5 for index, _ in removed],
         "X",
         markersize=7,
         color=REMOVED,
@@ -75,12 +83,12 @@ def head_importance(report: Mapping[str, Any]) -> Figure:
         label="removed head",
     )
     axes.set_xticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
-    _block_axis(axes, np.arange(blocks) + 0.5, blocks)
+    _block_axis(axes, np.arange(rows) + 0.5, attention_labels(report))
     axes.set_xlabel("head", size=_TEXT)
     _tidy(axes)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05, aspect=max(20, 2 * blocks))
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05, aspect=max(20, 2 * rows))
     bar.set_label("importance score (no unit)", size=_TEXT, color=INK)
     bar.ax.tick_params(labelsize=_SMALL, colors=INK, length=2)
     for solids in bar.ax.collections:
@@ -98,7 +106,7 @@ def head_graph(
     title: str = "",
     key: bool = True,
 ) -> Figure:
-    """Draw the Markov chain on the heads of one block, heads on a circle.
+    """Draw the Markov chain on the heads of one attention, heads on a circle.
 
     A node's area is its score and an edge's width and opacity its transition probability, each relative to
     the picture's largest. With more than eight heads only the three likeliest moves from each head are
@@ -186,49 +194,82 @@ def head_graph(
     return figure
 
 
-def kept_widths(report: Mapping[str, Any]) -> Figure:
+def attention_labels(report: Report) -> list[str]:
+    """The blocks of the ranked attentions, by their short labels."""
+    labels = short_labels(map(block_name, report.plan.dense))
+    return [labels[block_name(name)] for name in report.ranking.scores]
+
+
+def kept_widths(report: Report) -> Figure:
     """Draw what each block keeps: one row a block, one panel a kind, bars as shares of the dense width.
 
+    A sub-layer that was removed has a cross in place of its bar; one that the dense model lacks has no bar at all.
+
     Args:
-        report: A valid report.
+        report: The report.
 
     Returns:
         A figure; the number beside each bar is the kept width in units of its kind.
     """
-    dense, pruned = report["plan"]["dense"], report["plan"]["pruned"]
-    blocks = len(dense)
-    rows = np.arange(blocks)
-    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * blocks)), layout="constrained")
-    panels = figure.subplots(1, len(KINDS), sharey=True)
-    for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
-        before = np.array([block[kind] for block in dense])
-        after = np.array([block[kind] for block in pruned])
-        share = after / np.maximum(before, 1)
-        axes.barh(rows, np.ones(blocks), color=PALE, height=0.72)
-        axes.barh(rows, share, color=KEPT, height=0.72)
-        for row in rows:
-            axes.text(1.06, row, str(after[row]), size=_SMALL, color=INK, va="center")
-        of = f"{before.min()}" if before.min() == before.max() else f"{before.min()}–{before.max()}"
-        axes.set_title(f"{name}\nof {of}", size=_TEXT, color=INK)
-        axes.set_xlim(0, 1.5)
-        axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
-        _tidy(axes)
-        axes.spines["left"].set_visible(False)
-        axes.spines["bottom"].set_bounds(0, 1)
-        axes.tick_params(axis="y", length=0)
-    _block_axis(panels[0], rows, blocks)
+    blocks = blocks_of(report.plan)
+    dense, pruned = (
+        {kind: _column(w, blocks, kind) for kind in KINDS} for w in (report.plan.dense, report.plan.pruned)
+    )
+    kinds = [kind for kind in KINDS if any(dense[kind])]
+    figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * len(blocks))), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    crosses = [
+        _draw_widths(axes, dense[kind], pruned[kind], KINDS[kind]) for axes, kind in zip(panels, kinds, strict=True)
+    ]
+    _block_axis(panels[0], np.arange(len(blocks)), [block.label for block in blocks])
     figure.supxlabel("kept share of the dense width (%)", size=_TEXT, color=INK)
+    if drawn := [cross for cross in crosses if len(cross.get_xdata())]:  # type: ignore[arg-type]
+        figure.legend(handles=drawn[:1], loc="outside upper left", frameon=False, fontsize=_SMALL)
     return figure
 
 
-def training(report: Mapping[str, Any]) -> Figure:
+def _column(widths: Widths, blocks: Sequence[Block], kind: str) -> list[int]:
+    """The widths of a kind by block; 0 where a block has no such sub-layer."""
+    names = [block.ffn if kind == "units" else block.attention for block in blocks]
+    return [getattr(widths[name], kind) if name else 0 for name in names]
+
+
+def _draw_widths(axes: Axes, dense: Sequence[int], pruned: Sequence[int], name: str) -> Line2D:
+    """Draw one panel of :func:`kept_widths`; returns the crosses of removed sub-layers."""
+    rows = [row for row, before in enumerate(dense) if before]
+    axes.barh(rows, np.ones(len(rows)), color=PALE, height=0.72)
+    axes.barh(rows, [pruned[row] / dense[row] for row in rows], color=KEPT, height=0.72)
+    removed = [row for row in rows if not pruned[row]]
+    (cross,) = axes.plot(
+        [0.5] * len(removed),
+        removed,
+        "X",
+        markersize=6,
+        color=REMOVED,
+        markeredgecolor="white",
+        label="removed sub-layer",
+    )
+    for row in rows:
+        axes.text(1.06, row, str(pruned[row]), size=_SMALL, color=INK if pruned[row] else REMOVED, va="center")
+    least, most = min(dense[row] for row in rows), max(dense)
+    axes.set_title(f"{name}\nof {least if least == most else f'{least}–{most}'}", size=_TEXT, color=INK)
+    axes.set_xlim(0, 1.5)
+    axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+    _tidy(axes)
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 1)
+    axes.tick_params(axis="y", length=0)
+    return cross
+
+
+def training(report: Report) -> Figure:
     """Draw how training went: ADMM's residuals and penalty, then accuracy and loss of every stage.
 
     The stages stand one after the other, at the epochs trained so far; ``dense_retrained`` starts, as the
     pruning does, where ``dense`` ends. Panels without data are left out.
 
     Args:
-        report: A valid report.
+        report: The report.
 
     Returns:
         A figure of one to three panels, one above the other.
@@ -238,9 +279,9 @@ def training(report: Mapping[str, Any]) -> Figure:
     """
     if not has_training(report):
         raise RunError("the report holds no training to draw: it has no admm.trace and all curves are empty")
-    curves = {stage: report["curves"][stage] for stage in STAGES if report["curves"].get(stage)}
-    trace = report["admm"]["trace"] if report.get("admm") else []
-    scored = any(epoch["top1"] is not None for epochs in curves.values() for epoch in epochs)
+    curves = {stage: epochs for stage in STAGES if (epochs := getattr(report.curves, stage))}
+    trace = report.admm.trace if report.admm else ()
+    scored = any(epoch.top1 is not None for epochs in curves.values() for epoch in epochs)
     panels = ["residuals"] * bool(trace) + ["top1"] * scored + ["loss"] * bool(curves)
 
     figure = Figure(figsize=(_WIDTH, 0.4 + 2.3 * len(panels)), layout="constrained")
@@ -254,24 +295,24 @@ def training(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def has_training(report: Mapping[str, Any]) -> bool:
+def has_training(report: Report) -> bool:
     """Tell whether there is anything for `training` to draw."""
-    return bool((report.get("admm") or {}).get("trace")) or any(report["curves"].values())
+    return bool(report.admm and report.admm.trace) or any(getattr(report.curves, stage) for stage in STAGES)
 
 
-def _draw_residuals(axes: Axes, trace: Sequence[Mapping[str, float]]) -> None:
-    epoch = [step["epoch"] for step in trace]
+def _draw_residuals(axes: Axes, trace: Sequence[TraceStep]) -> None:
+    epoch = [step.epoch for step in trace]
     lines = []
     for name, colour, marker in (("primal", KEPT, "o"), ("dual", REMOVED, "^")):
         lines += axes.plot(
             epoch, _positive(trace, name), color=colour, marker=marker, markersize=3, label=f"{name} residual"
         )
-    _log_scale(axes, [step[name] for step in trace for name in ("primal", "dual")])
+    _log_scale(axes, [getattr(step, name) for step in trace for name in ("primal", "dual")])
     axes.set_xlabel("epoch of the ADMM stage", size=_TEXT)
     axes.set_ylabel("relative residual", size=_TEXT)
     penalty = axes.twinx()
     lines += penalty.plot(epoch, _positive(trace, "rho"), "--", color=MUTED, label="penalty ρ (right axis)")
-    _log_scale(penalty, [step["rho"] for step in trace])
+    _log_scale(penalty, [step.rho for step in trace])
     _tidy(penalty)
     penalty.spines["left"].set_visible(False)
     penalty.spines["right"].set_visible(True)
@@ -279,17 +320,17 @@ def _draw_residuals(axes: Axes, trace: Sequence[Mapping[str, float]]) -> None:
     _legend(axes, lines)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], metric: str) -> None:
     start = _stage_starts(curves)
-    handles: list[Any] = []
+    handles: list[Line2D] = []
     for stage, epochs in curves.items():
         colour, style, name = STAGES[stage]
-        x = [start[stage] + epoch["epoch"] for epoch in epochs]
-        y = np.array([epoch[metric] for epoch in epochs], dtype=float)
+        x = [start[stage] + epoch.epoch for epoch in epochs]
+        y = np.array([getattr(epoch, metric) for epoch in epochs], dtype=float)
         known = ~np.isnan(y)
         handles += axes.plot(np.array(x)[known], y[known], style, color=colour, marker="o", markersize=3.5, label=name)
         if metric == "loss":
-            axes.plot(x, [epoch["train_loss"] for epoch in epochs], ":", color=colour)
+            axes.plot(x, [epoch.train_loss for epoch in epochs], ":", color=colour)
     if metric == "loss":
         handles = [
             Line2D([], [], color=INK, marker="o", markersize=3.5, label="validation loss"),
@@ -303,9 +344,9 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, Any]]], 
     _legend(axes, handles)
 
 
-def _stage_starts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+def _stage_starts(curves: Mapping[str, Sequence[Epoch]]) -> dict[str, int]:
     """Return the epochs trained before each stage."""
-    length = {stage: curves[stage][-1]["epoch"] if stage in curves else 0 for stage in STAGES}
+    length = {stage: curves[stage][-1].epoch if stage in curves else 0 for stage in STAGES}
     return {
         "dense": 0,
         "admm": length["dense"],
@@ -314,9 +355,9 @@ def _stage_starts(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
     }
 
 
-def _positive(trace: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
+def _positive(trace: Sequence[TraceStep], name: str) -> np.ndarray:
     """Return one column of the trace with zeros as gaps, for a log axis."""
-    values = np.array([step[name] for step in trace], dtype=float)
+    values = np.array([getattr(step, name) for step in trace], dtype=float)
     return np.where(values > 0, values, np.nan)
 
 
@@ -339,13 +380,19 @@ def _node(axes: Axes, place: np.ndarray, radius: float, stays: bool) -> None:
     axes.plot(*place, "x", markersize=size / 2, color=REMOVED, markeredgewidth=1.4)
 
 
-def _block_axis(axes: Axes, places: np.ndarray, blocks: int) -> None:
-    axes.set_yticks(places, [str(block) for block in range(blocks)])
-    axes.set_ylim(places[-1] + 0.5, places[0] - 0.5)  # block 0, the first to see the image, on top
+def _block_axis(axes: Axes, places: np.ndarray, labels: Sequence[str]) -> None:
+    axes.set_yticks(places, [_elided(label) for label in labels], parse_math=False)
+    axes.set_ylim(places[-1] + 0.5, places[0] - 0.5)  # the first to see the image on top
     axes.set_ylabel("block", size=_TEXT)
 
 
-def _legend(axes: Axes, handles: Sequence[Any]) -> None:
+def _elided(label: str) -> str:
+    """A label that leaves room for the picture: of a long one, both ends."""
+    half = _LONGEST_LABEL // 2
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D]) -> None:
     axes.legend(
         handles=handles,
         loc="lower left",

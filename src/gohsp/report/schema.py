@@ -1,27 +1,53 @@
-"""The schema of ``report.json``, version 3: what a run writes, and what is accepted when read back.
+"""The report as a validated model, schema version 4; ``docs/report.md`` is the same in prose, key by key with units.
 
-The same schema in prose, key by key with units, is ``docs/report.md``.
+Every level can be built from keywords, from plain JSON data, or from an object with attributes of the same names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
-from gohsp.errors import RunError, nearest
+from gohsp.errors import PlanError, RunError, nearest
+from gohsp.structure import (
+    AttentionKept,
+    AttentionWidths,
+    BudgetKind,
+    FfnKept,
+    FfnWidths,
+    SublayerKept,
+    SublayerWidths,
+    check_indices,
+    is_absent,
+    kept_from_json,
+    kept_to_json,
+    widths_from_json,
+    widths_to_json,
+)
 
-SCHEMA_VERSION = 3
-"""What is written; every key that version 2 added is optional, and version 3 added the digest of the file alone."""
-
-READABLE_VERSIONS = (1, 2, 3)
+SCHEMA_VERSION = 4
+FIRST_EDITION = (1, 2, 3)
+"""Versions that only gohsp 0.1 reads."""
 
 # A chain's rows are written in float64 after a float64 normalisation; float32 input costs 1e-6.
 _ROW_SUM_TOLERANCE = 1e-4
 _SHOWN_PROBLEMS = 5
+
+T = TypeVar("T")
 
 
 def _is_utc(text: str) -> str:
@@ -30,19 +56,45 @@ def _is_utc(text: str) -> str:
     return text
 
 
+def _checked(check: Callable[..., T], *given: Any) -> T:
+    """What ``check`` returns; its refusal becomes one that pydantic collects with the others."""
+    try:
+        return check(*given)
+    except PlanError as error:
+        raise ValueError(str(error)) from error
+
+
+def _widths(given: Any) -> dict[str, SublayerWidths]:
+    return _typed(given, (AttentionWidths, FfnWidths), widths_from_json)
+
+
+def _kept(given: Any) -> dict[str, SublayerKept]:
+    return _typed(given, (AttentionKept, FfnKept), kept_from_json)
+
+
+def _typed(given: Any, types: tuple[type, ...], from_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The table itself where it is typed already, or what its plain data stand for."""
+    if isinstance(given, Mapping) and all(isinstance(value, types) for value in given.values()):
+        return dict(given)
+    return _checked(from_json, given)
+
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-Indices = list[Count]
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+"""A list, as JSON has it, or a tuple."""
 FreeDict = dict[str, JsonValue]
+WidthsTable = Annotated[dict[str, SublayerWidths], PlainValidator(_widths), PlainSerializer(widths_to_json)]
+KeptTable = Annotated[dict[str, SublayerKept], PlainValidator(_kept), PlainSerializer(kept_to_json)]
 
 
 class _Level(BaseModel):
     """One level of the report: exact types, finite numbers, no key that is not declared."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, from_attributes=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -63,21 +115,21 @@ class Machine(_Level):
 
 
 class Model(_Level):
-    """The dense model, as its library builds it."""
+    """The dense model, as its library builds it; a model of the user's own has a class name and no library."""
 
-    library: str
+    library: str | None = None
     architecture: str
-    arguments: FreeDict
+    arguments: FreeDict = {}
 
 
 class Data(_Level):
-    """The images that calibrated, trained and scored the models; the one-shot route only calibrates."""
+    """The images that calibrated, trained and scored the models; the one-shot method only calibrates."""
 
     source: str
     train_split: str
     image_size: Positive
-    classes: Positive
-    class_names: list[str] | None = None
+    classes: Positive | None = None
+    class_names: Many[str] | None = None
     calibration_images: Positive | None = None
     validation_split: str | None = None
     train_images: Count | None = None
@@ -85,22 +137,22 @@ class Data(_Level):
     unreadable_images: Count = 0
 
     @model_validator(mode="after")
-    def _one_name_a_class(self) -> Data:
+    def _one_name_a_class(self) -> Self:
         if self.class_names is not None and len(self.class_names) != self.classes:
-            raise ValueError(f"class_names has {len(self.class_names)} names for {self.classes} classes")
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.classes or 'no'} classes")
         return self
 
 
 class Budget(_Level):
     """The bound that was asked for, and what the pruned model takes; of a latency budget, milliseconds a batch."""
 
-    kind: Literal["params", "macs", "latency"]
+    kind: BudgetKind
     requested: str
     limit: Positive | AboveZero
     achieved: Positive | AboveZero
 
     @model_validator(mode="after")
-    def _counts_are_whole(self) -> Budget:
+    def _counts_are_whole(self) -> Self:
         if self.kind != "latency" and not (isinstance(self.limit, int) and isinstance(self.achieved, int)):
             raise ValueError(f"limit and achieved of a {self.kind} budget are whole numbers")
         return self
@@ -126,7 +178,7 @@ class Metrics(_Level):
     n: Positive | None = None
 
     @model_validator(mode="after")
-    def _all_or_none(self) -> Metrics:
+    def _all_or_none(self) -> Self:
         scores = (self.top1, self.top5, self.loss, self.n)
         if None in scores and any(score is not None for score in scores):
             raise ValueError("give all of top1, top5, loss and n, or none of them")
@@ -136,116 +188,112 @@ class Metrics(_Level):
 class Fidelity(_Level):
     """The cut model against the dense one, before any fine-tuning, on images that nothing was measured on.
 
-    ``kl`` is the mean divergence of its predictions in nats, ``predicted_kl`` what the damage curves foresaw (None
-    without them), ``agreement`` the share of images with the same first prediction.
+    ``distance`` is the objective's mean distance of their outputs: nats of divergence for ``classification``, half the
+    mean squared error over the outputs' variance for ``features``. ``predicted_distance`` is what the damage curves
+    foresaw (None without them), ``agreement`` the share of images with the same first prediction (None without
+    classes).
     """
 
+    objective: str
     images: Positive
-    kl: NonNegative
-    predicted_kl: NonNegative | None
-    agreement: Percent
+    distance: NonNegative
+    predicted_distance: NonNegative | None = None
+    agreement: Percent | None = None
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> Self:
+        if (self.objective == "classification") != (self.agreement is not None):
+            raise ValueError("agreement is there for the objective 'classification', and for no other")
+        return self
 
 
-class PolishStep(_Level):
-    """The polish after one more window: relative error on calibration images, divergence on held-out ones."""
+class HealStep(_Level):
+    """Healing after one more window: relative error on calibration images, distance on held-out ones."""
 
     blocks: Count
     error: NonNegative | None
-    kl: NonNegative
+    distance: NonNegative
 
 
-class Polish(_Level):
+class Heal(_Level):
     """Tuning of blocks after a one-shot cut; ``kept`` is how many windows stayed, first to last."""
 
     kept: Count
-    curve: list[PolishStep]
+    curve: Many[HealStep]
+
+    @classmethod
+    def of(cls, curve: Iterable[Any]) -> Self:
+        """From the steps of healing (objects with the attributes of :class:`HealStep`), of which the best stays."""
+        steps = tuple(HealStep.model_validate(step) for step in curve)
+        return cls(kept=min(steps, key=lambda step: step.distance).blocks, curve=steps)
 
     @model_validator(mode="after")
-    def _kept_is_there(self) -> Polish:
+    def _kept_is_there(self) -> Self:
         if self.kept not in [step.blocks for step in self.curve]:
             raise ValueError(f"kept names {self.kept} blocks, which curve does not hold")
         return self
 
 
-class Widths(_Level):
-    """The widths of one block; ``qk`` and ``vo`` are those of each head."""
-
-    heads: Count
-    qk: Count
-    vo: Count
-    ffn: Count
-
-
-class Kept(_Level):
-    """The dense indices that one block keeps; ``qk`` and ``vo`` have a list for each kept head."""
-
-    heads: Indices
-    qk: list[Indices]
-    vo: list[Indices]
-    ffn: Indices
-
-
 class Plan(_Level):
-    """Dense and pruned widths and the kept indices, block by block.
+    """Dense and pruned widths and the kept dense indices, by sub-layer; at width 0 a sub-layer is absent.
 
-    ``allocation_stages`` is how often damage curves were measured on the way; None where widths came otherwise.
+    ``stages`` is how often damage curves were measured on the way; None where widths came otherwise.
     """
 
-    dense: Annotated[list[Widths], Field(min_length=1)]
-    pruned: list[Widths]
-    kept: list[Kept]
-    allocation_stages: Positive | None = None
+    dense: WidthsTable
+    pruned: WidthsTable
+    kept: KeptTable
+    stages: Positive | None = None
 
     @model_validator(mode="after")
-    def _agrees(self) -> Plan:
-        blocks = len(self.dense)
-        if not len(self.pruned) == len(self.kept) == blocks:
-            raise ValueError(
-                f"dense has {blocks} blocks, pruned {len(self.pruned)} and kept {len(self.kept)}: "
-                "give every block in each"
-            )
-        for block, (dense, pruned, kept) in enumerate(zip(self.dense, self.pruned, self.kept, strict=True)):
-            _check_indices(f"kept[{block}].heads", kept.heads, pruned.heads, dense.heads)
-            _check_indices(f"kept[{block}].ffn", kept.ffn, pruned.ffn, dense.ffn)
-            for kind, per_head in (("qk", kept.qk), ("vo", kept.vo)):
-                if len(per_head) != pruned.heads:
-                    raise ValueError(f"kept[{block}].{kind} has {len(per_head)} lists for {pruned.heads} kept heads")
-                for position, indices in enumerate(per_head):
-                    name = f"kept[{block}].{kind}[{position}]"
-                    _check_indices(name, indices, getattr(pruned, kind), getattr(dense, kind))
+    def _agrees(self) -> Self:
+        if not self.dense:
+            raise ValueError("dense has no sub-layer")
+        for key, table in (("pruned", self.pruned), ("kept", self.kept)):
+            if odd := sorted(self.dense.keys() ^ table.keys()):
+                raise ValueError(f"dense and {key} differ in {odd}: give every sub-layer in each")
+        for name, dense in self.dense.items():
+            pruned, kept = self.pruned[name], self.kept[name]
+            if not type(dense) is type(pruned) is type(kept.widths):
+                raise ValueError(f"'{name}' is an attention in one of dense, pruned and kept, and an FFN in another")
+            _checked(check_indices, name, kept, dense)
+            if kept.widths != pruned:
+                raise ValueError(f"'{name}' keeps indices of {kept.widths}, the pruned widths are {pruned}")
         return self
 
 
 class Ranking(_Level):
-    """The heads' scores, and the Markov chain they come from, block by block."""
+    """The heads' scores, and the Markov chain they come from, by attention."""
 
     method: str
     edge: str
     scope: Literal["layer", "global"]
     damping: Annotated[float, Field(ge=0, le=1)]
     teleport: str
-    scores: list[list[NonNegative]]
-    transition: list[list[list[NonNegative]]]
+    scores: Annotated[dict[str, Many[NonNegative]], Field(strict=False)]
+    transition: Annotated[dict[str, Many[Many[NonNegative]]], Field(strict=False)]
     iterations: Count
     residual: NonNegative
     images: Count
-    notes: list[str]
+    notes: Many[str] = ()
+
+    @classmethod
+    def of(cls, ranking: Any) -> Self:
+        """From a head ranking: a dataclass with these fields, of which ``settings`` holds those that were asked for."""
+        content = dataclasses.asdict(ranking)
+        return cls(**content.pop("settings"), **content)
 
     @model_validator(mode="after")
-    def _is_chain(self) -> Ranking:
-        if len(self.transition) != len(self.scores):
-            raise ValueError(f"transition has {len(self.transition)} blocks, scores {len(self.scores)}")
-        for block, (scores, matrix) in enumerate(zip(self.scores, self.transition, strict=True)):
-            heads = len(scores)
+    def _is_chain(self) -> Self:
+        if odd := sorted(self.transition.keys() ^ self.scores.keys()):
+            raise ValueError(f"transition and scores differ in {odd}: give every attention in both")
+        for name, scores in self.scores.items():
+            matrix, heads = self.transition[name], len(scores)
             if len(matrix) != heads or any(len(row) != heads for row in matrix):
-                raise ValueError(f"transition[{block}] is not {heads} x {heads}, as its {heads} scores ask")
+                raise ValueError(f"transition['{name}'] is not {heads} x {heads}, as its {heads} scores ask")
             for head, row in enumerate(matrix):
-                total = sum(row)
-                # With scope "global" some writers leave out the moves to other blocks, others scale what is left.
-                short = self.scope == "layer" and total < 1 - _ROW_SUM_TOLERANCE
-                if short or total > 1 + _ROW_SUM_TOLERANCE:
-                    allowed = "1" if self.scope == "layer" else "at most 1"
-                    raise ValueError(f"transition[{block}][{head}] sums to {total:.6g}, must be {allowed}")
+                if abs(sum(row) - 1) > _ROW_SUM_TOLERANCE:
+                    raise ValueError(f"transition['{name}'][{head}] sums to {sum(row):.6g}, must be 1")
         return self
 
 
@@ -266,7 +314,7 @@ class Admm(_Level):
     status: str
     metric: str
     penalty: str
-    trace: list[TraceStep]
+    trace: Many[TraceStep]
     loss_before_cut: NonNegative
     loss_after_cut: NonNegative
 
@@ -291,24 +339,29 @@ class Epoch(_Level):
 
 
 class Curves(_Level):
-    """The epochs of every training stage; a stage that was not run is empty or absent."""
+    """The epochs of every training stage; a stage that was not run is empty."""
 
-    dense: list[Epoch] = []
-    admm: list[Epoch] = []
-    finetune: list[Epoch] = []
-    dense_retrained: list[Epoch] = []
+    dense: Many[Epoch] = ()
+    admm: Many[Epoch] = ()
+    finetune: Many[Epoch] = ()
+    dense_retrained: Many[Epoch] = ()
 
 
 class Report(_Level):
-    """The whole of ``report.json``."""
+    """What a run did and why: the whole of ``report.json`` but its digest.
 
-    schema_version: Literal[1, 2, 3]
+    Raises:
+        pydantic.ValidationError: A part is missing, unknown or has a wrong value; :func:`parse` puts it in words.
+    """
+
+    schema_version: Literal[4] = SCHEMA_VERSION
     gohsp: str
     created: Annotated[str, AfterValidator(_is_utc)]
-    command: list[str]
+    command: Many[str]
     seed: int
     machine: Machine
     versions: dict[str, str]
+    method: Literal["oneshot", "finetune", "gohsp"]
     model: Model
     data: Data
     budget: Budget
@@ -316,59 +369,59 @@ class Report(_Level):
     dense_retrained: Metrics | None = None
     pruned: Metrics
     fidelity: Fidelity | None = None
-    polish: Polish | None = None
+    heal: Heal | None = None
     speed: Speed | None = None
     plan: Plan
     ranking: Ranking
     admm: Admm | None = None
     equality: Equality
-    curves: Curves
+    curves: Curves = Curves()
     timings: dict[str, NonNegative]
-    recipe: FreeDict
+    config: FreeDict
 
     @model_validator(mode="after")
-    def _one_score_a_head(self) -> Report:
-        given = [len(scores) for scores in self.ranking.scores]
-        heads = [block.heads for block in self.plan.dense]
-        if given != heads:
-            raise ValueError(f"ranking.scores has {given} heads by block, plan.dense has {heads}")
+    def _one_score_a_head(self) -> Self:
+        given = {name: len(scores) for name, scores in self.ranking.scores.items()}
+        dense = self.plan.dense.items()
+        heads = {name: of.heads for name, of in dense if isinstance(of, AttentionWidths) and not is_absent(of)}
+        for name in sorted(given.keys() | heads.keys()):
+            if given.get(name, 0) != heads.get(name, 0):
+                raise ValueError(
+                    f"ranking.scores has {given.get(name, 0)} heads of '{name}', plan.dense has {heads.get(name, 0)}"
+                )
         return self
 
 
-def validate(report: Mapping[str, Any]) -> None:
-    """Check a report against the schema.
+def parse(content: Any) -> Report:
+    """Make a report of plain JSON data.
 
     Args:
-        report: Plain JSON data: dicts, lists, strings, finite numbers, booleans, None.
+        content: Dicts, lists, strings, finite numbers, booleans, None.
 
     Raises:
         RunError: Of another schema version, or a key is missing, unknown or has a wrong value; the message
             names every such key (the first five).
     """
-    if not isinstance(report, Mapping):
-        raise RunError(f"a report is a JSON object, got {type(report).__name__}; see docs/report.md")
-    version = report.get("schema_version")
-    if version not in READABLE_VERSIONS:
+    if not isinstance(content, Mapping):
+        raise RunError(f"a report is a JSON object, got {type(content).__name__}; see docs/report.md")
+    version = content.get("schema_version")
+    if version in FIRST_EDITION:
         raise RunError(
-            f"the report has schema_version {version!r}, this gohsp knows {READABLE_VERSIONS}: "
-            "use the gohsp that wrote it, or run again"
+            f"the report has schema_version {version}, which gohsp 0.1 (the first edition) reads; this gohsp reads "
+            f"{SCHEMA_VERSION}: use gohsp 0.1, or run again"
+        )
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"the report has schema_version {version!r}, this gohsp reads {SCHEMA_VERSION}: use the gohsp that wrote "
+            "it, or run again"
         )
     try:
-        Report.model_validate(dict(report))
+        return Report.model_validate(dict(content))
     except ValidationError as error:
         problems = [_problem(detail) for detail in error.errors()]
         shown = "; ".join(problems[:_SHOWN_PROBLEMS])
         more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         raise RunError(f"the report does not follow its schema: {shown}{more}. See docs/report.md") from error
-
-
-def _check_indices(name: str, indices: list[int], kept: int, dense: int) -> None:
-    if len(indices) != kept:
-        raise ValueError(f"{name} has {len(indices)} indices, the pruned width is {kept}")
-    if any(a >= b for a, b in pairwise(indices)):
-        raise ValueError(f"{name} must be strictly increasing")
-    if indices and indices[-1] >= dense:
-        raise ValueError(f"{name} names index {indices[-1]}, the dense width is {dense}")
 
 
 def _problem(detail: Any) -> str:

@@ -350,20 +350,28 @@ def check_kept(network: Network, kept: Kept) -> None:
     _require_names(network, kept)
     check_widths(network, kept_widths(kept))
     for sub in network.sublayers:
-        of, have = kept[sub.name], sub.widths
-        if isinstance(of, AttentionKept) and isinstance(have, AttentionWidths):
-            groups = [("heads", of.heads, have.heads)]
-            for kind, per_head, most in (("qk", of.qk, have.qk), ("vo", of.vo, have.vo)):
-                if len(per_head) != len(of.heads) or len({len(dims) for dims in per_head}) > 1:
-                    raise PlanError(
-                        f"'{sub.name}': '{kind}' must list equally many dimensions for each of the {len(of.heads)} "
-                        f"kept heads, got lists of {[len(dims) for dims in per_head]}"
-                    )
-                groups += [(kind, dims, most) for dims in per_head]
-        else:
-            groups = [("units", of.units, have.units)]  # type: ignore[union-attr]
-        for label, indices, most in groups:
-            if list(indices) != sorted(set(indices)) or (indices and (indices[0] < 0 or indices[-1] >= most)):
+        check_indices(sub.name, kept[sub.name], sub.widths)
+
+
+def check_indices(name: str, kept: SublayerKept, present: SublayerWidths) -> None:
+    """Check what stays of one sub-layer against its present widths, which are of the same type.
+
+    Raises:
+        PlanError: Indices out of range, repeated or unordered; heads of unequal width.
+    """
+    if isinstance(kept, AttentionKept) and isinstance(present, AttentionWidths):
+        groups = [("heads", kept.heads, present.heads)]
+        for kind, per_head, most in (("qk", kept.qk, present.qk), ("vo", kept.vo, present.vo)):
+            if len(per_head) != len(kept.heads) or len({len(dims) for dims in per_head}) > 1:
                 raise PlanError(
-                    f"'{sub.name}': '{label}' must be ascending distinct indices from 0 to {most - 1}, got {indices}"
+                    f"'{name}': '{kind}' must list equally many dimensions for each of the {len(kept.heads)} "
+                    f"kept heads, got lists of {[len(dims) for dims in per_head]}"
                 )
+            groups += [(kind, dims, most) for dims in per_head]
+    else:
+        groups = [("units", kept.units, present.units)]  # type: ignore[union-attr]
+    for label, indices, most in groups:
+        if list(indices) != sorted(set(indices)) or (indices and (indices[0] < 0 or indices[-1] >= most)):
+            raise PlanError(
+                f"'{name}': '{label}' must be ascending distinct indices from 0 to {most - 1}, got {indices}"
+            )

@@ -1,0 +1,120 @@
+"""The before/after table that the page shares with the terminal, and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gohsp.report.schema import Metrics, Report
+
+HEADERS = ("model", "parameters", "MACs", "top-1 (%)", "top-5 (%)", "loss (nats)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SummaryRow:
+    """One model of the before/after table; changes are against the dense model, None for itself.
+
+    Attributes:
+        model: "dense", "dense, trained longer" or "pruned".
+        params: Number of parameters.
+        macs: Multiply-accumulates of one image.
+        top1: Top-1 accuracy in percent; None, like all other scores, where no labels were read.
+        top1_error: Its standard error in percentage points, from the number of images scored.
+        top5: Top-5 accuracy in percent.
+        loss: Mean cross-entropy in nats.
+        params_change: In percent.
+        macs_change: In percent.
+        top1_change: In percentage points.
+        top5_change: In percentage points.
+        loss_change: In nats.
+    """
+
+    model: str
+    params: int
+    macs: int
+    top1: float | None
+    top1_error: float | None
+    top5: float | None
+    loss: float | None
+    params_change: float | None
+    macs_change: float | None
+    top1_change: float | None
+    top5_change: float | None
+    loss_change: float | None
+
+    def cells(self) -> list[tuple[str, str]]:
+        """A (value, change) pair of texts for each of `HEADERS`; an unknown change is empty."""
+        top1 = "–" if self.top1 is None else f"{self.top1:.1f} ± {self.top1_error:.1f}"
+        return [
+            (self.model, ""),
+            (quantity(self.params), signed(self.params_change, 1, " %")),
+            (quantity(self.macs), signed(self.macs_change, 1, " %")),
+            (top1, signed(self.top1_change, 1)),
+            (_fixed(self.top5, 1), signed(self.top5_change, 1)),
+            (_fixed(self.loss, 3), signed(self.loss_change, 3)),
+        ]
+
+
+def summary_table(report: Report) -> list[SummaryRow]:
+    """The before/after table: dense, dense trained on (where there is one) and pruned."""
+    rows = [_row("dense", report.dense, None)]
+    if report.dense_retrained is not None:
+        rows.append(_row("dense, trained longer", report.dense_retrained, report.dense))
+    return [*rows, _row("pruned", report.pruned, report.dense)]
+
+
+def relative(value: float, reference: float) -> float:
+    """The change from ``reference`` (not zero) to ``value`` in percent."""
+    return 100 * (value - reference) / reference
+
+
+def quantity(value: float) -> str:
+    """A count with three figures and a unit prefix: 5,717,416 is "5.72 M"."""
+    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= factor:
+            scaled = value / factor
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{prefix}"
+    return str(value)
+
+
+def signed(value: float | None, digits: int, unit: str = "") -> str:
+    """A change with its sign, a true minus; None gives no text."""
+    if value is None:
+        return ""
+    text = f"{value:+.{digits}f}"
+    if not float(text):
+        text = f"±{0:.{digits}f}"
+    return text.replace("-", "−") + unit
+
+
+def _row(model: str, metrics: Metrics, dense: Metrics | None) -> SummaryRow:
+    def change(score: str) -> float | None:
+        now, before = getattr(metrics, score), getattr(dense, score, None)
+        return None if now is None or before is None else now - before
+
+    return SummaryRow(
+        model=model,
+        params=metrics.params,
+        macs=metrics.macs,
+        top1=metrics.top1,
+        top1_error=_standard_error(metrics),
+        top5=metrics.top5,
+        loss=metrics.loss,
+        params_change=relative(metrics.params, dense.params) if dense else None,
+        macs_change=relative(metrics.macs, dense.macs) if dense else None,
+        top1_change=change("top1"),
+        top5_change=change("top5"),
+        loss_change=change("loss"),
+    )
+
+
+def _standard_error(metrics: Metrics) -> float | None:
+    """Of top-1 accuracy, in percentage points."""
+    if metrics.top1 is None or metrics.n is None:
+        return None
+    share = metrics.top1 / 100
+    return 100 * math.sqrt(share * (1 - share) / metrics.n)
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
