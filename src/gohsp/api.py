@@ -268,9 +268,7 @@ def open_session(
     )
 
 
-def _labelled(
-    session: Session, dense: nn.Module, images: Iterable[Any], validation: Iterable[Any] | None
-) -> Labelled:
+def _labelled(session: Session, dense: nn.Module, images: Iterable[Any], validation: Iterable[Any] | None) -> Labelled:
     classes = _require_classifier(session, dense)
     if iter(images) is images or not hasattr(images, "__len__"):
         raise DataError(

@@ -22,15 +22,18 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from gohsp import console, data, files, models, opening, pipeline, report, run, training
-from gohsp import recipe as recipes
-from gohsp.core import ranking
+from gohsp import config as configs
+from gohsp import console, data, files, models, opening, report, runs
+from gohsp.api import rank
+from gohsp.config import Config
+from gohsp.core.ranking import RankingSettings
 from gohsp.errors import GohspError, PlanError, StorageError
-from gohsp.measure import evaluate
-from gohsp.recipe import Recipe
-from gohsp.report import plots
+from gohsp.evaluation import evaluate
+from gohsp.report import Report as RunReport
+from gohsp.runs import folder as folders
+from gohsp.runtime import Precision, pick_device, require_one_process, resolve_precision, telling
 from gohsp.settings import SEED, WORKERS, require, whole
-from gohsp.structure import BlockShape, shapes_from_json
+from gohsp.structure import SublayerWidths, widths_from_json
 
 Positional = tyro.conf.Positional
 T = TypeVar("T")
@@ -42,7 +45,7 @@ Folder = Annotated[str, tyro.conf.arg(metavar="PATH")]
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small ViT on scikit-learn's digits, prune it by the whole GOHSP route, reload it and report."""
+    """Train a small ViT on scikit-learn's digits, prune it by method gohsp, reload it and report."""
 
     out: Folder = "runs/demo"
     """Folder of the run."""
@@ -56,18 +59,18 @@ class Demo:
     def __call__(self, command: Sequence[str]) -> None:
         """Run the demo."""
         text = importlib.resources.files("gohsp").joinpath("demo.toml").read_text(encoding="utf-8")
-        recipe = recipes.from_mapping(tomllib.loads(text), where="demo.toml")
-        source = data.DataSource(source="digits")
-        result = pipeline.prune(
-            "vit_tiny_patch16_224",
-            source,
-            self.budget,
-            self.out,
-            recipe=recipe,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            command=command,
-        )
+        with console.progress() as progress:
+            result = runs.run(
+                "vit_tiny_patch16_224",
+                "digits",
+                self.budget,
+                self.out,
+                config=configs.from_mapping(tomllib.loads(text), where="demo.toml"),
+                resume=self.resume,
+                overwrite=self.overwrite,
+                command=command,
+                progress=progress,
+            )
         show_summary(result.report, result.folder)
 
 
@@ -93,14 +96,14 @@ class Rank:
     """The split to draw images from; no label is read."""
     images: int = 256
     """How many."""
-    block: int = 0
-    """The block whose graph is drawn."""
+    attention: str | None = None
+    """The attention whose graph is drawn; by default the first."""
     out: Folder = "ranking"
     """Folder for ranking.json and graph.png."""
     seed: int = 0
     """Which images are drawn."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
-    settings: Flat[ranking.RankingSettings] = field(default_factory=ranking.RankingSettings)
+    settings: Flat[RankingSettings] = field(default_factory=RankingSettings)
 
     def __post_init__(self) -> None:
         require("--images", self.images, whole())
@@ -109,53 +112,45 @@ class Rank:
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
         model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
-        if self.settings.needs_logits:
-            models.require_classifier(model)
-        structure = models.describe(model)
-        if not 0 <= self.block < len(structure.blocks):
-            raise PlanError(f"--block must be from 0 to {len(structure.blocks) - 1}, got {self.block}")
-        preprocessing = data.Preprocessing.from_model(model)
+        names = [sub.name for sub in models.describe(model).attentions]
+        if self.attention not in (None, *names):
+            raise PlanError(f"--attention must be one of {names}, got '{self.attention}'")
         batches = data.calibration_images(
             data.DataSource(source=self.data),
             self.split,
             self.images,
-            transform=data.eval_transform(preprocessing),
+            transform=data.eval_transform(data.Preprocessing.from_model(model)),
             seed=self.seed,
         )
-        accelerator = training.make_accelerator("auto")
-        out = _made(self.out)
+        out, drawn = _made(self.out), self.attention or names[0]
         with console.notes.status("ranking heads"):
-            heads = ranking.rank_heads(
-                model.to(accelerator.device),
-                structure,
-                batches,
-                self.settings,
-                seed=self.seed,
-                precision=training.autocast_dtype(accelerator),
-            )
-        record = heads.to_json()
-        files.write_atomic(out / "ranking.json", json.dumps(record, indent=2) + "\n")
-        figure = plots.head_graph(
-            record["transition"][self.block], record["scores"][self.block], title=f"block {self.block}"
-        )
-        with files.replacing(out / "graph.png") as picture:
-            figure.savefig(picture, format="png", dpi=150)
-        title = f"{escape(self.model)}: {record['method']}, {record['edge']}"
-        table = Table("block", "heads, best first (score)", title=title)
-        for i, scores in enumerate(record["scores"]):
+            config = Config(ranking=self.settings, seed=self.seed)
+            ranking = report.Ranking.of(rank(model.to(pick_device("auto")), batches, config=config))
+        text = json.dumps(ranking.model_dump(mode="json"), indent=2) + "\n"
+        files.write_atomic(out / "ranking.json", text)
+        _draw_graph(ranking, drawn, out / "graph.png")
+        table = Table("attention", "heads, best first (score)", title=f"{escape(self.model)}: {ranking.method}")
+        for name, scores in ranking.scores.items():
             order = sorted(range(len(scores)), key=lambda h: -scores[h])
-            table.add_row(str(i), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))
+            table.add_row(escape(name), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))
         console.results.print(table)
         _say(f"wrote {out / 'ranking.json'} and {out / 'graph.png'}")
+
+
+def _draw_graph(ranking: report.Ranking, attention: str, path: Path) -> None:
+    from gohsp.report import plots  # matplotlib takes a second to import
+
+    figure = plots.head_graph(ranking.transition[attention], ranking.scores[attention], title=attention)
+    with files.replacing(path) as picture:
+        figure.savefig(picture, format="png", dpi=150)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
     """Prune a model to a budget.
 
-    The training route ranks heads, allocates, cuts, repairs in closed form, fine-tunes and reports; with
-    --admm-stage.epochs it trains with ADMM's pull before the cut. --route oneshot ends with the repair, and needs
-    neither labels nor training.
+    --method oneshot ranks heads, allocates, cuts and repairs: a thousand unlabelled images, minutes. --method finetune
+    trains the result, with labels. --method gohsp, the paper's, trains with ADMM's pull before the cut, too.
     """
 
     model: Positional[str]
@@ -166,41 +161,39 @@ class Prune:
     """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%."""
     out: Folder
     """Folder of the run."""
-    recipe: Path | None = None
-    """A TOML recipe; the flags below override it."""
+    config: Path | None = None
+    """A TOML file of settings; the flags below override it."""
     plan: Path | None = None
     """An edited plan.json whose widths to use."""
-    calibration_size: int | None = None
-    """Unlabelled training images for statistics and repairs; short for --data.calibration-images."""
+    exclude: tuple[str, ...] = ()
+    """What to leave alone: names of sub-layers or blocks, or kinds of unit (head, qk, vo, ffn)."""
     resume: bool = False
     """Go on with the run that the folder holds."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
-    settings: Flat[Recipe] = field(default_factory=Recipe)
+    settings: Flat[Config] = field(default_factory=Config)
 
     def __call__(self, command: Sequence[str]) -> None:
         """Prune."""
-        recipe = self.settings
-        if self.calibration_size is not None:
-            require("--calibration-size", self.calibration_size, whole())
-            settings = dataclasses.replace(recipe.data, calibration_images=self.calibration_size)
-            recipe = dataclasses.replace(recipe, data=settings)
-        inputs = {"the recipe": self.recipe, "the plan": self.plan}
-        run.check(self.out, resume=self.resume, overwrite=self.overwrite, inputs=inputs)
-        result = pipeline.prune(
-            self.model,
-            data.DataSource(source=self.data),
-            self.budget,
-            self.out,
-            recipe=recipe,
-            weights=self.source.weights,
-            pretrained=self.source.pretrained,
-            shapes=read_plan(self.plan) if self.plan else None,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            command=command,
-        )
+        inputs = {"the settings file": self.config, "the plan": self.plan}
+        folders.check(self.out, resume=self.resume, overwrite=self.overwrite, inputs=inputs)
+        with console.progress() as progress:
+            result = runs.run(
+                self.model,
+                self.data,
+                self.budget,
+                self.out,
+                config=self.settings,
+                weights=self.source.weights,
+                pretrained=self.source.pretrained,
+                exclude=self.exclude,
+                widths=read_plan(self.plan) if self.plan else None,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                command=command,
+                progress=progress,
+            )
         show_summary(result.report, result.folder)
 
 
@@ -218,7 +211,7 @@ class Evaluate:
     """Images a batch."""
     workers: int = 0
     """Processes that read images."""
-    precision: training.Precision = "no"
+    precision: Precision = "no"
     """Mixed precision of the forward pass."""
     strict: bool = False
     """End at the first unreadable image."""
@@ -234,7 +227,7 @@ class Evaluate:
         """Evaluate."""
         model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
         models.require_classifier(model)
-        accelerator = training.make_accelerator(self.precision)
+        device = pick_device("auto")
         split = data.open_split(data.DataSource(source=self.data), self.split)
         batches = data.loader(
             split,
@@ -246,17 +239,11 @@ class Evaluate:
             class_names=models.class_names(model),
             strict=self.strict,
         )
-        with training.progress_bar(disable=self.json) as bar:
-            task = bar.add_task(f"evaluate {self.split}", total=len(batches), rate="")
-            metrics = evaluate(
-                model.to(accelerator.device),
-                batches,
-                device=accelerator.device,
-                precision=training.autocast_dtype(accelerator),
-                advance=lambda: bar.advance(task),
-            )
+        precision = resolve_precision(self.precision, device)
+        with console.progress(hidden=self.json) as progress, telling(progress, "evaluate", len(batches)) as advance:
+            metrics = evaluate(model.to(device), batches, precision=precision, advance=advance)
         if self.json:
-            _say(json.dumps(metrics.to_json()))
+            _say(json.dumps(dataclasses.asdict(metrics)))
             return
         if split.unreadable:
             lost = f"{len(split.unreadable)} images could not be read and are not counted"
@@ -280,9 +267,9 @@ class Report:
         show_summary(content, self.run)
 
 
-def show_summary(content: dict[str, Any], folder: Path) -> None:
+def show_summary(content: RunReport, folder: Path) -> None:
     """Print the before/after table."""
-    table = Table(*report.HEADERS, title=f"{content['model']['architecture']} at {content['budget']['requested']}")
+    table = Table(*report.HEADERS, title=f"{content.model.architecture} at {content.budget.requested}")
     for row in report.summary_table(content):
         table.add_row(*(f"{value} ({change})" if change else value for value, change in row.cells()))
     console.results.print(table)
@@ -303,14 +290,14 @@ def _made(folder: str) -> Path:
     return Path(folder)
 
 
-def read_plan(path: Path) -> tuple[BlockShape, ...]:
+def read_plan(path: Path) -> dict[str, SublayerWidths]:
     """Read the widths of an edited ``plan.json``.
 
     Raises:
-        PlanError: No such file, no JSON, or what :func:`gohsp.structure.shapes_from_json` refuses.
+        PlanError: No such file, no JSON, or what :func:`gohsp.structure.widths_from_json` refuses.
     """
     try:
-        return shapes_from_json(json.loads(path.read_text(encoding="utf-8")))
+        return widths_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
@@ -318,10 +305,10 @@ def read_plan(path: Path) -> tuple[BlockShape, ...]:
 VERBS: dict[str, Any] = {"demo": Demo, "rank": Rank, "prune": Prune, "evaluate": Evaluate, "report": Report}
 
 
-def _verbs(recipe: Recipe) -> Any:
-    """The union of verbs, ``prune`` with the recipe's values as its flags' defaults."""
+def _verbs(config: Config) -> Any:
+    """The union of verbs, ``prune`` with the file's settings as its flags' defaults."""
     m: Any = tyro.MISSING
-    prune = Prune(model=m, data=m, budget=m, out=m, settings=recipe)
+    prune = Prune(model=m, data=m, budget=m, out=m, settings=config)
     marks: dict[str, Any] = {name: tyro.conf.subcommand(name) for name in VERBS}
     marks["prune"] = tyro.conf.subcommand("prune", default=prune)
     # Made at run time, where a type checker cannot follow.
@@ -329,12 +316,12 @@ def _verbs(recipe: Recipe) -> Any:
     return Union[tuple(verbs)]  # noqa: UP007 # pyrefly: ignore
 
 
-def _recipe_of(arguments: Sequence[str]) -> Recipe:
-    """The recipe that ``--recipe`` names, read before the flags that override it."""
+def _config_of(arguments: Sequence[str]) -> Config:
+    """The settings that ``--config`` names, read before the flags that override them."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--recipe", type=Path)
-    path = early.parse_known_args(list(arguments))[0].recipe
-    return recipes.read(path) if path else Recipe()
+    early.add_argument("--config", type=Path)
+    path = early.parse_known_args(list(arguments))[0].config
+    return configs.read(path) if path else Config()
 
 
 class _Terminated(KeyboardInterrupt):
@@ -359,7 +346,7 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _ended(message: str, verb: Any = None) -> None:
     """Say on standard error why a command ended, and how to go on where it can."""
-    if hasattr(verb, "resume") and run.unfinished(Path(verb.out)):
+    if hasattr(verb, "resume") and folders.unfinished(Path(verb.out)):
         message += "; what is finished is kept: go on with --resume"
     console.notes.print(message, highlight=False, soft_wrap=True)
 
@@ -379,9 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     verb = None
     try:
-        training.require_one_process()
+        require_one_process()
         with _termination_interrupts():
-            verb = tyro.cli(_verbs(_recipe_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
+            verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
             verb(["gohsp", *arguments])
             console.deliver()
     except (GohspError, OSError) as error:

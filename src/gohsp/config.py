@@ -272,7 +272,9 @@ class Config:
                 'take method = "oneshot"'
             )
         if self.method == "gohsp" and self.admm.epochs == 0:
-            raise ConfigError('method = "gohsp" needs admm.epochs of 1 or more; method = "finetune" is the same without')
+            raise ConfigError(
+                'method = "gohsp" needs admm.epochs of 1 or more; method = "finetune" is the same without'
+            )
 
 
 MOVED = {

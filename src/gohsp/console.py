@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from gohsp.runtime import Progress, ProgressCallback
 
 
 class _Console(Console):
@@ -22,6 +27,31 @@ class _Console(Console):
 # Emoji codes are off: a path may hold one.
 results = _Console(emoji=False)
 notes = _Console(stderr=True, emoji=False)
+
+
+@contextmanager
+def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
+    """A bar for every step, on standard error, with count, time gone and time left; yields what is to be told of them.
+
+    Args:
+        hidden: Whether to draw nothing.
+    """
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=notes, disable=hidden) as bars:
+
+        def tell(news: Progress) -> None:
+            if news.step not in tasks:
+                tasks[news.step] = bars.add_task(news.step, total=news.total)
+            bars.update(tasks[news.step], completed=news.done, total=news.total)
+
+        yield tell
 
 
 def tolerate_any_character() -> None:

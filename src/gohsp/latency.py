@@ -252,6 +252,8 @@ def _resized_blocks(
         alone: dict[str, SublayerWidths] = dict(network.widths)
         chosen = [sub for sub in subs if sub.name in wanted]
         for sub in chosen:
-            alone |= {other.name: absent(other.widths) for other in network.blocks[sub.block]} | {sub.name: wanted[sub.name]}
+            alone |= {other.name: absent(other.widths) for other in network.blocks[sub.block]} | {
+                sub.name: wanted[sub.name]
+            }
         small = models.resized(trunk.model, alone)
         yield from ((sub.block, small.get_submodule(sub.block)) for sub in chosen)

@@ -104,4 +104,3 @@ class Session:
         """Mean distance of a model's outputs from the dense one's."""
         batches = list(images)
         return mean_distance(self.objective, self.outputs(dense, batches), self.outputs(other, batches))
-

@@ -130,7 +130,9 @@ def token_analysis(session: Session, model: nn.Module, network: Network, ranking
 # Choose widths
 
 
-def collect_moments(session: Session, model: nn.Module, network: Network, analysis: Analysis) -> dict[str, SublayerMoments]:
+def collect_moments(
+    session: Session, model: nn.Module, network: Network, analysis: Analysis
+) -> dict[str, SublayerMoments]:
     """Second moments on all calibration images."""
     weights = _on_device(analysis.token_weights(network), model)
     with fast_attention(session.precision, model):
@@ -218,7 +220,9 @@ def choose_widths(
     bound = bound_for(network, budget, cost)
     allocation.require_feasible(network, bound, session.config.widths)
     choice = _choice(session, dense, network, analysis, bound, measured)
-    widths = _within_latency(session, dense, budget, choice, bound) if budget.kind == "latency" else choice.widths(bound)
+    widths = (
+        _within_latency(session, dense, budget, choice, bound) if budget.kind == "latency" else choice.widths(bound)
+    )
     return Allocation(widths, choice.predicted(widths), choice.stages)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohsp.data.preprocessing import Preprocessing
+from gohsp.data.preprocessing import Preprocessing, eval_transform
 from gohsp.data.sources import Split, UnreadableImageError
 from gohsp.errors import DataError
 

@@ -37,7 +37,9 @@ OWN: Mapping[str, Any] = {"library": None, "architecture": None, "arguments": {}
 
 def is_library_model(model: nn.Module) -> bool:
     """Whether a model is a library's, made by its name there."""
-    return isinstance(model, VisionTransformer) and bool((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
+    return isinstance(model, VisionTransformer) and bool(
+        (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    )
 
 
 def specification(model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gohsp.errors import NonFiniteError, ConfigError
+from gohsp.errors import ConfigError, NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
