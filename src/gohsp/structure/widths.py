@@ -167,7 +167,7 @@ def widths_from_json(tables: Any) -> dict[str, SublayerWidths]:
     """
     read = {}
     for name, table in _tables(tables, "widths"):
-        of = AttentionWidths if "units" not in table else FfnWidths
+        of = AttentionWidths if _is_attention(table) else FfnWidths
         _require_keys(name, table, of)
         for key, value in table.items():
             if not is_whole(value) or value < 0:
@@ -191,7 +191,7 @@ def kept_from_json(tables: Any) -> dict[str, SublayerKept]:
     """
     read: dict[str, SublayerKept] = {}
     for name, table in _tables(tables, "kept units"):
-        of = FfnKept if "units" in table else AttentionKept
+        of = AttentionKept if _is_attention(table) else FfnKept
         _require_keys(name, table, of)
         read[name] = of(**{key: _indices(name, value, nested=key in ("qk", "vo")) for key, value in table.items()})
     return read
@@ -209,6 +209,10 @@ def _tables(tables: Any, what: str) -> list[tuple[str, Mapping[str, Any]]]:
             f'{{"blocks.0.attn": {{"heads": 3, "qk": 16, "vo": 32}}, "blocks.0.mlp": {{"units": 512}}}}; got {tables!r:.80}'
         )
     return [(str(name), table) for name, table in tables.items()]
+
+
+def _is_attention(table: Mapping[str, Any]) -> bool:
+    return any(key in table for key in ("heads", "qk", "vo"))
 
 
 def _require_keys(name: str, table: Mapping[str, Any], of: type) -> None:
