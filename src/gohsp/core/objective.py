@@ -173,7 +173,8 @@ def resolve_objective(
             f"the output that counts is {list(found.shape)} of {found.dtype} for {len(images)} images; it must be "
             "floating-point, with one entry an image first"
         )
-    return features(take, scale=float(found.var(dim=0, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)))
+    variance = found.float().var(dim=0, correction=0).mean()
+    return features(take, scale=float(variance.clamp_min(torch.finfo(torch.float32).tiny)))
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def _observed(model: nn.Module, take: Callable[[Any], Tensor], images: Tensor) -
     if not isinstance(found, Tensor):
         raise UnsupportedModelError(f"the objective's function returns a {type(found).__name__}, not a tensor")
     require_finite("the model's output", found)
-    return found.float(), [module for module, value in returned if _holds(value, found)]
+    return found, [module for module, value in returned if _holds(value, found)]
 
 
 def _holds(value: Any, tensor: Tensor) -> bool:
