@@ -1,4 +1,4 @@
-"""The steps of a pruning: rank, choose widths, cut and repair, heal, compare. Each takes a session and gives a dataclass."""
+"""The steps of a pruning: rank, choose widths, cut and repair, heal, compare. Each takes a session."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CURVE_IMAGES = 128
 """Images on which damage curves are measured (``docs/oneshot.md``: twice as many choose widths 0.5 to 1 % better)."""
 
 ATTENTION_SHARE = 0.3
-"""Share of the weight of tokens, in what attention writes, that follows the Fisher information (``docs/oneshot.md``)."""
+"""Share of tokens' weight, in what attention writes, that follows the Fisher information (``docs/oneshot.md``)."""
 
 STAGE = 0.73
 """Share of its parameters that one stage of allocation leaves a network, where their number is left open."""
@@ -332,8 +332,8 @@ def _within_latency(
         bound = replace(bound, limit=corrected)
     if not met:
         raise BudgetError(
-            f"no plan was measured to meet {budget.requested} in {LATENCY_TRIALS} trials; measure on a quieter machine, "
-            "with more latency.rounds, or raise the budget"
+            f"no plan was measured to meet {budget.requested} in {LATENCY_TRIALS} trials; measure on a quieter "
+            "machine, with more latency.rounds, or raise the budget"
         )
     return max(met, key=lambda trial: trial[0])[1]
 
@@ -352,8 +352,8 @@ def _require_fast(session: Session, dense: nn.Module, budget: Budget, widths: Wi
     if after > budget.bound(before):
         raise PlanError(
             f"the given plan takes {amount('latency', after)}, the budget allows "
-            f"{amount('latency', budget.bound(before))} (dense: {amount('latency', before)}); cut more, or measure on a "
-            "quieter machine with more latency.rounds"
+            f"{amount('latency', budget.bound(before))} (dense: {amount('latency', before)}); cut more, or measure on "
+            "a quieter machine with more latency.rounds"
         )
 
 

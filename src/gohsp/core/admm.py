@@ -66,8 +66,8 @@ class AdmmSettings:
     """How the penalty acts and grows.
 
     Attributes:
-        metric: Of the projection: the ``data``'s, or that of the weights, units being compared by their ``activation`` or
-            by their ``norm`` (:mod:`gohsp.core.projection`).
+        metric: Of the projection: the ``data``'s, or that of the weights, units being compared by their ``activation``
+            or by their ``norm`` (:mod:`gohsp.core.projection`).
         penalty: ``decoupled`` moves W by the fraction ``rho`` of its distance to the anchor after each optimiser
             step, as AdamW decays weights; ``coupled`` adds ``rho (W - Z + U)`` to the gradients before it.
         rho_start: Penalty at the start.

@@ -1,8 +1,9 @@
 """Damage curves: what cutting one piece of one sub-layer alone, compensated, does to the output (``docs/oneshot.md``).
 
 To second order the distance of two outputs is a quadratic form. With ``delta`` what a cut changes in what its sub-layer
-writes, and ``g`` the gradient there of a draw of the objective, the damage is ``1/2 mean (sum_tokens g . delta)^2``: one
-pass forward and a few backward give ``g`` for all sub-layers, and no pass through the rest of the network is needed.
+writes, and ``g`` the gradient there of a draw of the objective, the damage is ``1/2 mean (sum_tokens g . delta)^2``:
+one pass forward and a few backward give ``g`` for all sub-layers, and no pass through the rest of the network is
+needed.
 """
 
 from __future__ import annotations

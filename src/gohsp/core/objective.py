@@ -25,8 +25,8 @@ class Objective:
     Attributes:
         name: What the report calls it.
         output: Takes what the model returns to the tensor that counts, ``[B, ...]``.
-        distance: Takes two such tensors, the dense model's first, to how far each image's are apart ``[B]``: at least 0,
-            and 0 for equal ones.
+        distance: Takes two such tensors, the dense model's first, to how far each image's are apart ``[B]``: at least
+            0, and 0 for equal ones.
         draw: Takes one such tensor and a generator to a random scalar. For a small change of the output, half the mean
             square of the scalar's change is the distance: its gradients are draws of the Fisher information.
         confidence: Takes such a tensor to the scalar whose fall is a loss to first order, too; None where a change of
@@ -103,8 +103,8 @@ def tensor_in(returned: Any) -> Tensor:
     if isinstance(returned, tuple | list) and returned and isinstance(returned[0], Tensor):
         return returned[0]
     raise UnsupportedModelError(
-        f"the model returns a {type(returned).__name__}, in which no tensor is found; give an objective that takes it to "
-        "one: objective=lambda returned: returned['...']"
+        f"the model returns a {type(returned).__name__}, in which no tensor is found; give an objective that takes it "
+        "to one: objective=lambda returned: returned['...']"
     )
 
 
@@ -155,7 +155,8 @@ def resolve_objective(
         return given
     if isinstance(given, str) and given not in ("classification", "features"):
         raise UnsupportedModelError(
-            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model returns"
+            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model "
+            "returns"
         )
     take = given if callable(given) else tensor_in
     found, returned_by = _observed(model, take, images)

@@ -6,8 +6,8 @@ dimensions, and at most ``units`` hidden units are. Three metrics:
 - ``data`` minimises the change of what readouts compute on calibration data: units go by optimal-brain-surgeon saliency
   and those that stay take over their work. Only readouts and query/key rows are constrained, since a unit whose readout
   column is zero is gone whatever feeds it.
-- ``activation`` zeroes, in every tensor that they couple, the units that are weakest by their readout column's norm times
-  the scale of their activation.
+- ``activation`` zeroes, in every tensor that they couple, the units that are weakest by their readout column's norm
+  times the scale of their activation.
 - ``norm`` does so by the norm of all their weights.
 
 A projection has two parts: *select* a support, and *project* on it, which is a linear map.

@@ -124,8 +124,8 @@ def _image_in(given: Any) -> Tensor:
         found = given[0]
     if not isinstance(found, Tensor):
         raise DataError(
-            f"images must come as tensors, as pairs (images, labels) or as mappings, got a {type(given).__name__} with a "
-            f"{type(found).__name__}; turn images into tensors with the model's transform"
+            f"images must come as tensors, as pairs (images, labels) or as mappings, got a {type(given).__name__} with "
+            f"a {type(found).__name__}; turn images into tensors with the model's transform"
         )
     return found
 

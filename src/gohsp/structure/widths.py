@@ -206,7 +206,8 @@ def _tables(tables: Any, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
         raise PlanError(
             f"the plan's {what} must be a table with a table for each sub-layer, such as "
-            f'{{"blocks.0.attn": {{"heads": 3, "qk": 16, "vo": 32}}, "blocks.0.mlp": {{"units": 512}}}}; got {tables!r:.80}'
+            '{"blocks.0.attn": {"heads": 3, "qk": 16, "vo": 32}, "blocks.0.mlp": {"units": 512}}; '
+            f"got {tables!r:.80}"
         )
     return [(str(name), table) for name, table in tables.items()]
 

@@ -55,8 +55,8 @@ class HeadStatistics:
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
             over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
-            first-order change of the objective's confidence (of a classifier, the predicted class's log-probability), or
-            of its draws where it has none.
+            first-order change of the objective's confidence (of a classifier, the predicted class's log-probability),
+            or of its draws where it has none.
         taylor: Both orders ``[nodes]``, in nats: ``E[a] + E[a^2] / 2``; negative where the model would grow surer
             of its predictions. ``fisher`` where the objective has no confidence.
         fisher_residual: ``fisher`` ``[nodes]`` for that part of a head's output which no linear map of the attention's
@@ -75,8 +75,9 @@ class HeadStatistics:
 class HeadStatisticsFitter:
     """Accumulates head statistics pass by pass: ``update`` takes gradients, ``statistics`` gives the result.
 
-    Memory beside what a pass takes: with ``U`` units an attention and ``H`` heads, ``H^2`` numbers for the edges, ``U^2``
-    an attention where a statistic or an edge needs covariances; output edges in scope ``global`` need ``(sum of U)^2``.
+    Memory beside what a pass takes: with ``U`` units an attention and ``H`` heads, ``H^2`` numbers for the edges,
+    ``U^2`` an attention where a statistic or an edge needs covariances; output edges in scope ``global`` need ``(sum of
+    U)^2``.
 
     Args:
         model: The model that the passes run through.
