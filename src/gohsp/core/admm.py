@@ -365,7 +365,7 @@ def count_flips(network: Network, before: Kept, after: Kept) -> int:
     flips = 0
     for sub in network.present:
         for kind in sub.widths.unit_kinds:
-            a, b = (of[sub.name].flat(kind, sub.widths) for of in (before, after))  # type: ignore[arg-type]
+            a, b = (of[sub.name].flat(kind, sub.widths) for of in (before, after))
             flips += len(set(a) ^ set(b))
     return flips
 

@@ -149,7 +149,7 @@ class Latency:
     scale: float
     times: Mapping[str, SublayerTimes]
 
-    def fixed(self, _network: Network) -> float:
+    def fixed(self, network: Network) -> float:  # noqa: ARG002 (it was measured)
         """What is outside the sub-layers."""
         return self.outside
 
