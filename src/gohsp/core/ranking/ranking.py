@@ -108,6 +108,16 @@ def rank_by(
     Raises:
         NonFiniteError: NaN or infinity in weights or statistics.
     """
+    if not statistics.heads:
+        return HeadRanking(
+            scores={},
+            transition={},
+            iterations=0,
+            residual=0.0,
+            settings=settings,
+            images=statistics.images,
+            notes=("no heads are left to rank",),
+        )
     if settings.method == "chain":
         return rank(statistics, head_values(model, network, statistics, settings.teleport), settings)
     generator = torch.Generator().manual_seed(seed)

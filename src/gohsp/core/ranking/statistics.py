@@ -98,8 +98,8 @@ class HeadStatisticsFitter:
         wanted: Collection[Statistic] = STATISTICS,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self._model, self._subs, self._edge, self._wanted = model, network.attentions, edge, wanted
-        self._precision = precision
+        self._model, self._subs, self._edge, self._precision = model, network.attentions, edge, precision
+        self._wanted = wanted = wanted if self._subs else ()  # where no head is left, images tell nothing of any
         count = range(len(self._subs))
         self._graphs = [list(count)] if scope == "global" else [[i] for i in count]
         heads = [sub.widths.heads for sub in self._subs]
@@ -128,6 +128,11 @@ class HeadStatisticsFitter:
             NonFiniteError: NaN or infinity in what heads make.
             UnsupportedModelError: Scope ``global`` where attentions differ in their number of tokens.
         """
+        if self._subs:
+            self._add(gradients)
+        self._images += gradients.images
+
+    def _add(self, gradients: Gradients) -> None:
         outputs = [gradients.read[sub.name] for sub in self._subs]
         for sub, z in zip(self._subs, outputs, strict=True):
             require_finite(f"the input of module '{sub.readout.module}'", z)
@@ -140,7 +145,6 @@ class HeadStatisticsFitter:
             self._joint_moments[0].update(torch.cat(flat, dim=1))
         if any(name in GRADIENT_STATISTICS for name in self._wanted):
             self._add_gradients(gradients)
-        self._images += gradients.images
 
     def _compare(self, inputs: Sequence[Tensor]) -> None:
         few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches
