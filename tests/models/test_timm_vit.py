@@ -187,14 +187,14 @@ def with_foreign_mlp() -> nn.Module:
 
 def with_one_other_block() -> nn.Module:
     model = tiny()
-    model.blocks[1] = ParallelScalingBlock(32, 4)
+    model.blocks[1] = ResPostBlock(32, 4)
     return model
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (with_one_other_block, r"module 'blocks\.1' is a .*ParallelScalingBlock"),
+        (with_one_other_block, r"module 'blocks\.1' is a .*ResPostBlock"),
         (gated, r"module 'blocks\.1\.attn' is a .*Attention with a gate"),
         (with_foreign_mlp, r"module 'blocks\.1\.mlp' is a torch\..*Linear"),
     ],
