@@ -36,7 +36,6 @@ from gohsp.structure import (
     Budget,
     Network,
     Widths,
-    bound_for,
     cost_of,
     count_macs,
     count_params,
@@ -263,9 +262,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     def chosen(widths: Widths) -> None:
         files.write_atomic(folder.path / "plan.json", json.dumps(widths_to_json(widths), indent=2) + "\n")
 
-    pruned = api.run_steps(
-        session, dense, task.network, task.goal, given=task.widths, labelled=labelled, chosen=chosen
-    )
+    pruned = api.run_steps(session, dense, task.network, task.goal, given=task.widths, labelled=labelled, chosen=chosen)
     small_scores = _scored(session, "pruned_score", pruned.model, labelled)
     again = _retrained(session, dense, labelled) if labelled is not None and config.compare_dense else None
     made = _report(session, task, pruned, trained, scores, small_scores, again, labelled)
@@ -330,17 +327,18 @@ def _report(
         method=config.method,
         model=_model_record(task.dense),
         data=_data_record(session, task, labelled),
-        budget=_budget_record(task.goal, network, small, speed),
+        budget=_budget_record(task.goal, pruned, small, speed),
         dense=_metrics(network, scores),
         dense_retrained=_metrics(network, again[1]) if again else None,
         pruned=_metrics(small, small_scores),
-        fidelity=report.Fidelity(
-            **dataclasses.asdict(pruned.fidelity), predicted_distance=pruned.allocation.predicted
-        ),
+        fidelity=report.Fidelity(**dataclasses.asdict(pruned.fidelity), predicted_distance=pruned.allocation.predicted),
         heal=report.Heal.of(pruned.heal.curve) if pruned.heal else None,
         speed=speed,
         plan=report.Plan(
-            dense=network.widths, pruned=pruned.widths, kept=pruned.kept, stages=pruned.allocation.stages
+            dense=network.widths,
+            pruned=dict(pruned.widths),
+            kept=dict(pruned.kept),
+            stages=pruned.allocation.stages,
         ),
         ranking=report.Ranking.of(pruned.ranking),
         admm=_admm_record(session, pruned, labelled),
@@ -401,12 +399,12 @@ def _speed(session: Session, dense: nn.Module, small: nn.Module) -> report.Speed
     return report.Speed(batch_size=settings.batch_size, dtype=settings.dtype, dense_ms=before, pruned_ms=after)
 
 
-def _budget_record(goal: Budget, network: Network, small: Network, speed: report.Speed) -> report.Budget:
-    if goal.kind == "latency":
+def _budget_record(goal: Budget, pruned: Pruned, small: Network, speed: report.Speed) -> report.Budget:
+    limit: float | None = pruned.allocation.limit
+    if limit is None:
         achieved, limit = speed.pruned_ms, goal.bound(speed.dense_ms)  # unchecked: the work is done
     else:
-        achieved = int(cost_of(small, small.widths, COUNTED[goal.kind]))
-        limit = int(bound_for(network, goal).limit)
+        achieved, limit = int(cost_of(small, small.widths, COUNTED[goal.kind])), int(limit)
     return report.Budget(kind=goal.kind, requested=goal.requested, limit=limit, achieved=achieved)
 
 
