@@ -43,13 +43,13 @@ class Objective:
 def classification(output: Callable[[Any], Tensor] | None = None) -> Objective:
     """Keep the predictions: ``KL(dense || pruned)`` of the classes, in nats.
 
-    Gradients are those of the log-likelihood of classes drawn from the model's own predictions, so that their squares
-    estimate the Fisher information and no label is read; the confidence is that in the predicted class.
+    Gradients are those of random signed sums of the logits whose covariance is the Fisher information of the model's
+    own predictions, so that no label is read; the confidence is that in the predicted class.
 
     Args:
         output: Takes what the model returns to logits ``[B, classes]``; None finds them (:func:`tensor_in`).
     """
-    return Objective("classification", output or tensor_in, _divergence, _drawn_class, _confidence)
+    return Objective("classification", output or tensor_in, _divergence, _fisher_sum, _confidence)
 
 
 def _divergence(reference: Tensor, other: Tensor) -> Tensor:
@@ -57,9 +57,12 @@ def _divergence(reference: Tensor, other: Tensor) -> Tensor:
     return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
 
 
-def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return F.cross_entropy(logits, drawn, reduction="sum")
+def _fisher_sum(logits: Tensor, generator: torch.Generator) -> Tensor:
+    # Its gradient has the covariance diag(p) - p p^T of a drawn class's log-likelihood, the Fisher information of the
+    # logits, with less variance: every class has its part in every draw, a rare one too.
+    p = logits.detach().softmax(-1)
+    centred = logits - (p * logits).sum(-1, keepdim=True)
+    return (p.sqrt() * _signs(logits, generator) * centred).sum()
 
 
 def _confidence(logits: Tensor) -> Tensor:
@@ -84,8 +87,11 @@ def _error(scale: float, reference: Tensor, other: Tensor) -> Tensor:
 
 
 def _random_sum(scale: float, output: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(2, output.shape, generator=generator, device=output.device).to(output) * 2 - 1
-    return (output * signs).sum() / (output[0].numel() * scale) ** 0.5
+    return (output * _signs(output, generator)).sum() / (output[0].numel() * scale) ** 0.5
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, like.shape, generator=generator, device=like.device).to(like) * 2 - 1
 
 
 def tensor_in(returned: Any) -> Tensor:
