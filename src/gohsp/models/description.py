@@ -179,9 +179,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def resize(model: nn.Module, widths: Widths) -> None:
-    """Rebuild every block at other widths, in place; what is rebuilt has weights that are not initialised."""
+    """Rebuild blocks at other widths, in place; what is rebuilt has weights that are not initialised.
+
+    A block that is not named stays: it is in the model and takes no part in its forward pass.
+    """
     for name, (block, family) in blocks_of(model).items():
-        family.resize(name, block, widths)
+        if any(sub.startswith(f"{name}.") for sub in widths):
+            family.resize(name, block, widths)
 
 
 def resized(model: nn.Module, widths: Widths) -> nn.Module:
