@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gohsp.core.capture import device_of, evaluating
+from gohsp.core.capture import evaluating
 from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.models.checks import require_plain
 from gohsp.models.families import Family, family_of, supported
@@ -97,7 +97,7 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
 
     Args:
         model: A model with blocks of a supported family, wherever they are in it.
-        images: An image or more ``[B, C, H, W]`` that it takes; None for noise of the size that it seems to take.
+        images: An image or more ``[B, C, H, W]`` that it takes, of any type; None for noise of the size that it seems to take.
 
     Raises:
         UnsupportedModelError: It has no block that can be pruned; a module is of a class that cannot be, or is not what
@@ -105,7 +105,8 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
     """
     known = blocks_of(model)
     require_plain(model)
-    image = example_image(model) if images is None else images[:1].to(device_of(model))
+    weight = next(model.parameters())
+    image = example_image(model) if images is None else images[:1].to(weight.device, weight.dtype)
     seen = _passed_over(model, known, image)
     sublayers = tuple(
         sub for name, tokens in seen.tokens.items() for sub in known[name][1].describe(name, known[name][0], tokens)
@@ -151,7 +152,9 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
             with counter:
                 model(image)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UnsupportedModelError(f"the model cannot compute an image of {list(image.shape[1:])}: {error}") from error
+        raise UnsupportedModelError(
+            f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it takes"
+        ) from error
     seen.macs = counter.get_total_flops() // 2 // len(image)
     return seen
 
