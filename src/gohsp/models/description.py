@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,15 +36,28 @@ def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {supported()}")
     known = ((name, module, family_of(module)) for name, module in model.named_modules())
     found = {name: (module, family) for name, module, family in known if family is not None}
-    if type(model).__name__ in WRAPPERS and found:
-        inside = next(iter(dict(model.named_children())))
-        raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
+    _require_unwrapped(model, found)
     _require_all_known(model, found)
     if not found:
         raise UnsupportedModelError(
             f"{what} has no block that can be pruned{_repeated(model)}; supported: {supported()}"
         )
     return found
+
+
+def _require_unwrapped(model: nn.Module, found: Iterable[str]) -> None:
+    """Check that no wrapper stands around the model, or around a part of it that holds blocks."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if type(module).__name__ not in WRAPPERS or not any(block.startswith(prefix) for block in found):
+            continue
+        what, inside = f"a {type(module).__module__}.{type(module).__qualname__}", next(iter(module._modules))
+        if not name:
+            raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
+        raise UnsupportedModelError(
+            f"module '{name}' is {what}, which is not pruned itself; put what is inside it in its place: "
+            f"model.{name} = model.{name}.{inside}"
+        )
 
 
 def _require_all_known(model: nn.Module, found: Mapping[str, object]) -> None:
@@ -97,7 +110,8 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
 
     Args:
         model: A model with blocks of a supported family, wherever they are in it.
-        images: An image or more ``[B, C, H, W]`` that it takes, of any type; None for noise of the size that it seems to take.
+        images: An image or more ``[B, C, H, W]`` that it takes, of any type; None for noise of the size that it seems
+            to take.
 
     Raises:
         UnsupportedModelError: It has no block that can be pruned; a module is of a class that cannot be, or is not what
@@ -137,8 +151,8 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
             raise UnsupportedModelError(f"block '{name}' runs more than once for an image, which cannot be pruned")
         if seen.sent is not None and stream is not seen.sent:
             raise UnsupportedModelError(
-                f"what block '{name}' reads is not what the block before it returns; models with something between their "
-                "blocks cannot be pruned yet"
+                f"what block '{name}' reads is not what the block before it returns; models with something between "
+                "their blocks cannot be pruned yet"
             )
         if stream.ndim != 3:
             raise UnsupportedModelError(f"block '{name}' is given {list(stream.shape)}, not [images, tokens, channels]")
@@ -153,7 +167,8 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
                 model(image)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UnsupportedModelError(
-            f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it takes"
+            f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
+            "takes"
         ) from error
     seen.macs = counter.get_total_flops() // 2 // len(image)
     return seen
