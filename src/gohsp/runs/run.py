@@ -36,7 +36,6 @@ from gohsp.structure import (
     Budget,
     Network,
     Widths,
-    bound_for,
     cost_of,
     count_macs,
     count_params,
@@ -328,14 +327,19 @@ def _report(
         method=config.method,
         model=_model_record(task.dense),
         data=_data_record(session, task, labelled),
-        budget=_budget_record(task.goal, network, small, speed),
+        budget=_budget_record(task.goal, pruned, small, speed),
         dense=_metrics(network, scores),
         dense_retrained=_metrics(network, again[1]) if again else None,
         pruned=_metrics(small, small_scores),
         fidelity=report.Fidelity(**dataclasses.asdict(pruned.fidelity), predicted_distance=pruned.allocation.predicted),
         heal=report.Heal.of(pruned.heal.curve) if pruned.heal else None,
         speed=speed,
-        plan=report.Plan(dense=network.widths, pruned=pruned.widths, kept=pruned.kept, stages=pruned.allocation.stages),
+        plan=report.Plan(
+            dense=network.widths,
+            pruned=dict(pruned.widths),
+            kept=dict(pruned.kept),
+            stages=pruned.allocation.stages,
+        ),
         ranking=report.Ranking.of(pruned.ranking),
         admm=_admm_record(session, pruned, labelled),
         equality=report.Equality(
@@ -395,12 +399,12 @@ def _speed(session: Session, dense: nn.Module, small: nn.Module) -> report.Speed
     return report.Speed(batch_size=settings.batch_size, dtype=settings.dtype, dense_ms=before, pruned_ms=after)
 
 
-def _budget_record(goal: Budget, network: Network, small: Network, speed: report.Speed) -> report.Budget:
-    if goal.kind == "latency":
+def _budget_record(goal: Budget, pruned: Pruned, small: Network, speed: report.Speed) -> report.Budget:
+    limit: float | None = pruned.allocation.limit
+    if limit is None:
         achieved, limit = speed.pruned_ms, goal.bound(speed.dense_ms)  # unchecked: the work is done
     else:
-        achieved = int(cost_of(small, small.widths, COUNTED[goal.kind]))
-        limit = int(bound_for(network, goal).limit)
+        achieved, limit = int(cost_of(small, small.widths, COUNTED[goal.kind])), int(limit)
     return report.Budget(kind=goal.kind, requested=goal.requested, limit=limit, achieved=achieved)
 
 
