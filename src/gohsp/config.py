@@ -209,8 +209,8 @@ class Config:
     """All settings; the defaults suit most models.
 
     Attributes:
-        method: ``oneshot`` ranks, allocates, cuts and repairs: a thousand unlabelled images, minutes. ``finetune`` trains
-            the result, with labels. ``gohsp``, the paper's, trains with ADMM's pull before the cut, too.
+        method: ``oneshot`` ranks, allocates, cuts and repairs: a thousand unlabelled images, minutes. ``finetune``
+            trains the result, with labels. ``gohsp``, the paper's, trains with ADMM's pull before the cut, too.
         seed: Of everything that is drawn; 0 to 4,294,967,295.
         device: Of a run; ``cpu`` to stay off an accelerator that is there.
         precision: Mixed precision of passes; auto takes bf16 where the device has units for it.

@@ -100,9 +100,9 @@ def measure_times(
     """Time every distinct sub-layer over a grid of widths, and fit the sum to the whole network's time.
 
     A sub-layer is timed in its block, the others of which are absent, less the block with all of them absent. What it
-    takes inside a network differs from what it takes alone. So three whole networks, the present one, the narrowest with
-    all sub-layers and one between them with unequal query/key and value widths, give the scale, what is outside the
-    sub-layers, and how much of a saving by equal widths there is left.
+    takes inside a network differs from what it takes alone. So three whole networks, the present one, the narrowest
+    with all sub-layers and one between them with unequal query/key and value widths, give the scale, what is outside
+    the sub-layers, and how much of a saving by equal widths there is left.
 
     Args:
         model: The model; left as it is.

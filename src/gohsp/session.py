@@ -1,4 +1,4 @@
-"""What every step of a pruning works with: settings, images, the objective, precision, and who is told how far it is."""
+"""What every step of a pruning works with: settings, images, the objective, precision, and who is told of progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a pruning: rank, choose widths, cut and repair, heal, compare. Each takes a session and gives a dataclass."""
+"""The steps of a pruning: rank, choose widths, cut and repair, heal, compare. Each takes a session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from gohsp.errors import BudgetError, PlanError
 from gohsp.runtime import fast_attention, telling
 from gohsp.session import Session
 from gohsp.structure import (
-    COUNTED,
     PARAMS,
     Absent,
     Attention,
@@ -51,7 +50,7 @@ CURVE_IMAGES = 128
 """Images on which damage curves are measured (``docs/oneshot.md``: twice as many choose widths 0.5 to 1 % better)."""
 
 ATTENTION_SHARE = 0.3
-"""Share of the weight of tokens, in what attention writes, that follows the Fisher information (``docs/oneshot.md``)."""
+"""Share of tokens' weight, in what attention writes, that follows the Fisher information (``docs/oneshot.md``)."""
 
 STAGE = 0.73
 """Share of its parameters that one stage of allocation leaves a network, where their number is left open."""
@@ -172,11 +171,13 @@ class Allocation:
 
     Attributes:
         widths: Widths of every sub-layer.
+        limit: The bound that they keep; None of a latency budget, which a measurement decides.
         predicted: The distance that damage curves foresee; None where none were measured.
         stages: How often curves were measured on the way; None where none were.
     """
 
     widths: Mapping[str, SublayerWidths]
+    limit: float | None
     predicted: float | None = None
     stages: int | None = None
 
@@ -212,18 +213,14 @@ def choose_widths(
         given: Widths to use instead of choosing them, which are checked.
         measured: Damage curves that were measured already.
     """
+    if budget.kind == "latency":
+        return _within_time(session, dense, network, analysis, budget, given, measured)
+    bound = bound_for(network, budget)
     if given is not None:
-        if budget.kind == "latency":
-            _require_fast(session, dense, budget, given)
-        return Allocation(dict(given))
-    cost = _times(session, dense, network) if budget.kind == "latency" else COUNTED[budget.kind]
-    bound = bound_for(network, budget, cost)
-    allocation.require_feasible(network, bound, session.config.widths)
+        return Allocation(dict(given), bound.limit)
     choice = _choice(session, dense, network, analysis, bound, measured)
-    widths = (
-        _within_latency(session, dense, budget, choice, bound) if budget.kind == "latency" else choice.widths(bound)
-    )
-    return Allocation(widths, choice.predicted(widths), choice.stages)
+    widths = choice.widths(bound)
+    return Allocation(widths, bound.limit, choice.predicted(widths), choice.stages)
 
 
 def _choice(
@@ -304,6 +301,26 @@ def _scores_left(ranking: HeadRanking, kept: Kept) -> dict[str, tuple[float, ...
 # Latency
 
 
+def _within_time(
+    session: Session,
+    dense: nn.Module,
+    network: Network,
+    analysis: Analysis,
+    budget: Budget,
+    given: Widths | None,
+    measured: Curves | None,
+) -> Allocation:
+    """Widths that meet a latency budget, by measurement."""
+    if given is not None:
+        _require_fast(session, dense, budget, given)
+        return Allocation(dict(given), None)
+    bound = bound_for(network, budget, _times(session, dense, network))
+    allocation.require_feasible(network, bound, session.config.widths)
+    choice = _choice(session, dense, network, analysis, bound, measured)
+    widths = _within_latency(session, dense, budget, choice, bound)
+    return Allocation(widths, None, choice.predicted(widths), choice.stages)
+
+
 def _times(session: Session, dense: nn.Module, network: Network) -> Cost:
     """Times of the network's sub-layers by width, measured on its device."""
     config = session.config
@@ -332,8 +349,8 @@ def _within_latency(
         bound = replace(bound, limit=corrected)
     if not met:
         raise BudgetError(
-            f"no plan was measured to meet {budget.requested} in {LATENCY_TRIALS} trials; measure on a quieter machine, "
-            "with more latency.rounds, or raise the budget"
+            f"no plan was measured to meet {budget.requested} in {LATENCY_TRIALS} trials; measure on a quieter "
+            "machine, with more latency.rounds, or raise the budget"
         )
     return max(met, key=lambda trial: trial[0])[1]
 
@@ -352,8 +369,8 @@ def _require_fast(session: Session, dense: nn.Module, budget: Budget, widths: Wi
     if after > budget.bound(before):
         raise PlanError(
             f"the given plan takes {amount('latency', after)}, the budget allows "
-            f"{amount('latency', budget.bound(before))} (dense: {amount('latency', before)}); cut more, or measure on a "
-            "quieter machine with more latency.rounds"
+            f"{amount('latency', budget.bound(before))} (dense: {amount('latency', before)}); cut more, or measure on "
+            "a quieter machine with more latency.rounds"
         )
 
 

@@ -9,7 +9,6 @@ import re
 import stat
 import subprocess
 import sys
-from dataclasses import make_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 from pydantic import ValidationError
 
+from gohsp.core import healing
+from gohsp.core.ranking.ranking import HeadRanking, RankingSettings
 from gohsp.errors import RunError, StorageError
 from gohsp.report import (
     HEADERS,
@@ -262,14 +263,11 @@ def test_a_report_is_built_of_typed_parts_and_cannot_be_changed(tiny: Report) ->
         Report(**parts, sead=1)
 
 
-def test_rankings_and_healing_are_taken_over_from_dataclasses(tiny: Report) -> None:
+def test_rankings_and_healing_are_taken_over_as_the_core_has_them(tiny: Report) -> None:
     content = {key: getattr(tiny.ranking, key) for key in Ranking.model_fields}
-    settings = {key: content.pop(key) for key in ("method", "edge", "scope", "damping", "teleport")}
-    settings_type = make_dataclass("Settings", settings)
-    ranking = make_dataclass("HeadRanking", ["settings", *content])(settings_type(**settings), **content)
-    assert Ranking.of(ranking) == tiny.ranking
-    step = make_dataclass("HealStep", ["blocks", "error", "distance"])
-    heal = Heal.of([step(0, None, 0.4), step(1, 0.9, 0.3), step(2, 0.8, 0.3)])
+    settings = RankingSettings(**{key: content.pop(key) for key in RankingSettings.__dataclass_fields__})
+    assert Ranking.of(HeadRanking(settings=settings, **content)) == tiny.ranking
+    heal = Heal.of([healing.HealStep(0, None, 0.4), healing.HealStep(1, 0.9, 0.3), healing.HealStep(2, 0.8, 0.3)])
     assert heal.kept == 1  # the first of the best
     assert heal.curve[2] == HealStep(blocks=2, error=0.8, distance=0.3)
 
@@ -334,7 +332,11 @@ def test_misspelt_key_is_named_with_the_right_one(path: str, misspelt: str, mean
         ("fidelity/objective", "features", r"'fidelity': agreement is there for the objective 'classification'"),
         ("fidelity/agreement", None, r"'fidelity': agreement is there for the objective 'classification'"),
         ("plan/kept/blocks.1.attn/heads", [0, 0], r"'blocks\.1\.attn': 'heads' must be ascending.*\(0, 0\)"),
-        ("plan/kept/blocks.2.attn/heads", [0, 1, 3], r"'blocks\.2\.attn': 'heads' must be .* from 0 to 2, got \(0, 1, 3\)"),
+        (
+            "plan/kept/blocks.2.attn/heads",
+            [0, 1, 3],
+            r"'blocks\.2\.attn': 'heads' must be .* from 0 to 2, got \(0, 1, 3\)",
+        ),
         ("plan/kept/blocks.2.mlp/units", [0, 768], r"'blocks\.2\.mlp': 'units' must be .* from 0 to 767"),
         ("plan/kept/blocks.0.attn/heads", "all", r"'plan\.kept': 'blocks\.0\.attn' .* must be lists of indices"),
         ("plan/pruned/blocks.5.mlp/units", 8, r"'blocks\.5\.mlp' keeps .*units=\d+.*pruned widths are .*units=8"),

@@ -66,8 +66,8 @@ class AdmmSettings:
     """How the penalty acts and grows.
 
     Attributes:
-        metric: Of the projection: the ``data``'s, or that of the weights, units being compared by their ``activation`` or
-            by their ``norm`` (:mod:`gohsp.core.projection`).
+        metric: Of the projection: the ``data``'s, or that of the weights, units being compared by their ``activation``
+            or by their ``norm`` (:mod:`gohsp.core.projection`).
         penalty: ``decoupled`` moves W by the fraction ``rho`` of its distance to the anchor after each optimiser
             step, as AdamW decays weights; ``coupled`` adds ``rho (W - Z + U)`` to the gradients before it.
         rho_start: Penalty at the start.
@@ -365,7 +365,7 @@ def count_flips(network: Network, before: Kept, after: Kept) -> int:
     flips = 0
     for sub in network.present:
         for kind in sub.widths.unit_kinds:
-            a, b = (of[sub.name].flat(kind, sub.widths) for of in (before, after))  # type: ignore[arg-type]
+            a, b = (of[sub.name].flat(kind, sub.widths) for of in (before, after))
             flips += len(set(a) ^ set(b))
     return flips
 

@@ -1,7 +1,7 @@
 """How much to cut where: damage curves and a budget in, widths out (``docs/oneshot.md``).
 
-A *damage curve* says, for one sub-layer and kind of unit, what cutting that piece alone to some width does to the model.
-Where the numbers come from is the caller's business; :mod:`gohsp.core.curves` measures them.
+A *damage curve* says, for one sub-layer and kind of unit, what cutting that piece alone to some width does to the
+model. Where the numbers come from is the caller's business; :mod:`gohsp.core.curves` measures them.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class WidthSettings:
         require_settings(self, "widths", stages=whole(1, 100), min_ffn=SHARE, **counts)
         if self.choice == "uniform" and (self.stages or 1) > 1:
             raise ConfigError(
-                f'widths.stages is {self.stages} with widths.choice = "uniform", which takes one; leave it out, or take '
-                'choice = "measured"'
+                f'widths.stages is {self.stages} with widths.choice = "uniform", which takes one; leave it out, or '
+                'take choice = "measured"'
             )
 
 
@@ -248,8 +248,8 @@ def _require_within(bound: Bound, least: float) -> None:
     if least > bound.limit:
         kind = bound.cost.kind
         raise BudgetError(
-            f"no plan meets {amount(kind, bound.limit)}: the smallest possible model has {amount(kind, least)}; raise the "
-            "budget, exclude less, or lower the floors (widths.min_heads, min_width, min_ffn, depth) or the step "
+            f"no plan meets {amount(kind, bound.limit)}: the smallest possible model has {amount(kind, least)}; raise "
+            "the budget, exclude less, or lower the floors (widths.min_heads, min_width, min_ffn, depth) or the step "
             "(widths.multiple)"
         )
 

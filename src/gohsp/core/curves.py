@@ -1,8 +1,9 @@
 """Damage curves: what cutting one piece of one sub-layer alone, compensated, does to the output (``docs/oneshot.md``).
 
 To second order the distance of two outputs is a quadratic form. With ``delta`` what a cut changes in what its sub-layer
-writes, and ``g`` the gradient there of a draw of the objective, the damage is ``1/2 mean (sum_tokens g . delta)^2``: one
-pass forward and a few backward give ``g`` for all sub-layers, and no pass through the rest of the network is needed.
+writes, and ``g`` the gradient there of a draw of the objective, the damage is ``1/2 mean (sum_tokens g . delta)^2``:
+one pass forward and a few backward give ``g`` for all sub-layers, and no pass through the rest of the network is
+needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gohsp.core.projection import (
     readout_map,
     select,
 )
-from gohsp.structure import Kind, Network, PresentSublayer, UnitSlice, narrowed, unit_count
+from gohsp.structure import Attention, Kind, Network, PresentSublayer, UnitSlice, narrowed, unit_count
 
 GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
 """Where between the smallest and the present width damage is measured; denser where curves are steep."""
@@ -220,6 +221,7 @@ def _narrowed_read(
     model: nn.Module, sub: PresentSublayer, cut: _Cut, gradients: Gradients, precision: torch.dtype
 ) -> Tensor:
     """What the readout reads with queries and keys cut ``[B, tokens, units]``."""
+    assert isinstance(sub, Attention)
     x = gradients.inputs[sub.name]
     with _masked(model, sub, cut), autocast(x.device, precision):
         return read_by(model, sub, x, gradients.calls[sub.name]).float()

@@ -1,7 +1,8 @@
 """How much each token's residual matters to the output: a label-free Fisher diagonal.
 
 A least-squares repair that counts all tokens alike spends itself on tokens that the output hardly reads: in the later
-blocks of a classifier with a class token nearly all of the gradient runs through that token alone (``docs/oneshot.md``).
+blocks of a classifier with a class token nearly all of the gradient runs through that token alone
+(``docs/oneshot.md``).
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def heal(
         student: The cut model's blocks, in evaluation mode, with weights that require gradients.
         teacher: The dense model's; left as they are.
         entered: What enters the first block of either, in batches ``[B, tokens, D]``.
-        weights: How much each token ``[tokens]`` of a block's output counts, by the block's index; all alike where it is
-            missing.
+        weights: How much each token ``[tokens]`` of a block's output counts, by the block's index; all alike where it
+            is missing.
         settings: Length and rate.
         distance: How far the student's output is now from the teacher's on held-out images.
         seed: Of the order of images; global generators are left as they are.

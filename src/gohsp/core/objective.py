@@ -25,8 +25,8 @@ class Objective:
     Attributes:
         name: What the report calls it.
         output: Takes what the model returns to the tensor that counts, ``[B, ...]``.
-        distance: Takes two such tensors, the dense model's first, to how far each image's are apart ``[B]``: at least 0,
-            and 0 for equal ones.
+        distance: Takes two such tensors, the dense model's first, to how far each image's are apart ``[B]``: at least
+            0, and 0 for equal ones.
         draw: Takes one such tensor and a generator to a random scalar. For a small change of the output, half the mean
             square of the scalar's change is the distance: its gradients are draws of the Fisher information.
         confidence: Takes such a tensor to the scalar whose fall is a loss to first order, too; None where a change of
@@ -103,8 +103,8 @@ def tensor_in(returned: Any) -> Tensor:
     if isinstance(returned, tuple | list) and returned and isinstance(returned[0], Tensor):
         return returned[0]
     raise UnsupportedModelError(
-        f"the model returns a {type(returned).__name__}, in which no tensor is found; give an objective that takes it to "
-        "one: objective=lambda returned: returned['...']"
+        f"the model returns a {type(returned).__name__}, in which no tensor is found; give an objective that takes it "
+        "to one: objective=lambda returned: returned['...']"
     )
 
 
@@ -155,7 +155,8 @@ def resolve_objective(
         return given
     if isinstance(given, str) and given not in ("classification", "features"):
         raise UnsupportedModelError(
-            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model returns"
+            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model "
+            "returns"
         )
     take = given if callable(given) else tensor_in
     found, returned_by = _observed(model, take, images)
@@ -173,7 +174,8 @@ def resolve_objective(
             f"the output that counts is {list(found.shape)} of {found.dtype} for {len(images)} images; it must be "
             "floating-point, with one entry an image first"
         )
-    return features(take, scale=float(found.var(dim=0, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)))
+    variance = found.float().var(dim=0, correction=0).mean()
+    return features(take, scale=float(variance.clamp_min(torch.finfo(torch.float32).tiny)))
 
 
 @torch.no_grad()
@@ -192,7 +194,7 @@ def _observed(model: nn.Module, take: Callable[[Any], Tensor], images: Tensor) -
     if not isinstance(found, Tensor):
         raise UnsupportedModelError(f"the objective's function returns a {type(found).__name__}, not a tensor")
     require_finite("the model's output", found)
-    return found.float(), [module for module, value in returned if _holds(value, found)]
+    return found, [module for module, value in returned if _holds(value, found)]
 
 
 def _holds(value: Any, tensor: Tensor) -> bool:

@@ -6,8 +6,8 @@ dimensions, and at most ``units`` hidden units are. Three metrics:
 - ``data`` minimises the change of what readouts compute on calibration data: units go by optimal-brain-surgeon saliency
   and those that stay take over their work. Only readouts and query/key rows are constrained, since a unit whose readout
   column is zero is gone whatever feeds it.
-- ``activation`` zeroes, in every tensor that they couple, the units that are weakest by their readout column's norm times
-  the scale of their activation.
+- ``activation`` zeroes, in every tensor that they couple, the units that are weakest by their readout column's norm
+  times the scale of their activation.
 - ``norm`` does so by the norm of all their weights.
 
 A projection has two parts: *select* a support, and *project* on it, which is a linear map.
@@ -250,11 +250,11 @@ def _scaled(weight: Tensor, gain: Tensor | None) -> Tensor:
 
 def _bonus(sub: PresentSublayer, present: SublayerKept | None, hysteresis: float, like: Tensor) -> dict[str, Tensor]:
     """Factors of hysteresis on the strengths of each kind of unit: heads ``[heads]``, others as they lie."""
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for kind in sub.widths.unit_kinds:
         flat = torch.ones(unit_count(sub.widths, kind), dtype=torch.float64, device=like.device)
         if present is not None:
-            flat[present.flat(kind, sub.widths)] = 1 + hysteresis  # type: ignore[arg-type]
+            flat[present.flat(kind, sub.widths)] = 1 + hysteresis
         factors[kind] = flat
     if isinstance(sub, Attention):
         heads = torch.ones(sub.widths.heads, dtype=torch.float64, device=like.device)
@@ -364,7 +364,7 @@ def on_support(
 
     def mask(kind: UnitKind) -> Tensor:
         keep = torch.zeros(unit_count(sub.widths, kind), dtype=torch.bool, device=device)
-        keep[kept.flat(kind, sub.widths)] = True  # type: ignore[arg-type]
+        keep[kept.flat(kind, sub.widths)] = True
         return keep
 
     if metric != "data":

@@ -1,4 +1,4 @@
-"""Greedy removal of inputs of a linear map, those that stay taking over: optimal brain surgeon (Hassibi and Stork 1993)."""
+"""Optimal brain surgeon (Hassibi and Stork 1993): inputs of a linear map go, and those that stay take over."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def _unit_slices(sub: PresentSublayer, kept: SublayerKept) -> Iterator[tuple[Uni
                 # Every attention scales by width^-1/2; the scale is part of the function, so queries absorb the change.
                 absorbs = entry in sub.query.slices and sub.query_norm is None
                 factor = sub.scale * kept.widths.qk**0.5 if absorbs else 1.0
-            yield entry, unit_count(sub.widths, kind), kept.flat(kind, sub.widths), factor  # type: ignore[arg-type]
+            yield entry, unit_count(sub.widths, kind), kept.flat(kind, sub.widths), factor
     if isinstance(sub, Attention) and isinstance(kept, AttentionKept):
         for entry in sub.owned:
             yield entry, sub.widths.heads, list(kept.heads), 1.0

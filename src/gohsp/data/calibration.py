@@ -22,6 +22,28 @@ Store = Callable[[], MutableSequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Part(Sequence[Tensor]):
+    """Some of the images that lie in batches, in order: batches again, cut where the part begins or ends.
+
+    Attributes:
+        batches: The batches, wherever they are kept.
+        pieces: For each batch of the part, the index of the batch that it is cut from, and its first and last image there.
+    """
+
+    batches: Sequence[Tensor]
+    pieces: tuple[tuple[int, int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        batch, first, last = self.pieces[index]
+        return self.batches[batch][first:last]
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationSet:
     """Images that a model is pruned on, and others that it is compared on.
 
@@ -67,27 +89,38 @@ def calibration_set(
     Raises:
         DataError: No iterable, no images, or images of another kind or of several sizes.
     """
-    taken = store()
+    taken, sizes = store(), []
     for batch in _rebatched(_checked(images), count + holdout):
         taken.append(batch)
-    total = sum(len(batch) for batch in taken)
+        sizes.append(len(batch))
+    total = sum(sizes)
     if total == 0:
         raise DataError("there are no images; give an iterable that yields at least one, better a thousand")
-    held = min(holdout, -(-total // 20))
-    return divided(taken, max(1, total - held), mirror=mirror, store=store)
+    return divided(taken, sizes, min(holdout, -(-total // 20)), mirror=mirror)
 
 
-def divided(batches: Sequence[Tensor], count: int, *, mirror: bool, store: Store = list) -> CalibrationSet:
-    """The first ``count`` images to calibrate on, and the others; a lone image is both."""
-    first, last, left = store(), store(), count
-    for batch in batches:
-        for part, place in ((batch[:left], first), (batch[left:], last)):
-            if len(part):
-                place.append(part)
-        left = max(0, left - len(batch))
+def divided(batches: Sequence[Tensor], sizes: Sequence[int], holdout: int, *, mirror: bool) -> CalibrationSet:
+    """All images but the last ``holdout`` to calibrate on, and those; a lone image is both.
+
+    Args:
+        batches: Batches of images.
+        sizes: Images in each.
+        holdout: Images to hold out.
+        mirror: Whether mirror images are as good.
+    """
+    count = max(1, sum(sizes) - holdout)
+    first: list[tuple[int, int, int]] = []
+    last: list[tuple[int, int, int]] = []
+    left = count
+    for index, size in enumerate(sizes):
+        if left > 0:
+            first.append((index, 0, min(left, size)))
+        if left < size:
+            last.append((index, max(left, 0), size))
+        left -= size
     if not last:
-        last.append(first[-1][-1:])
-    return CalibrationSet(first, last, mirror)
+        last = [(len(sizes) - 1, sizes[-1] - 1, sizes[-1])]
+    return CalibrationSet(Part(batches, tuple(first)), Part(batches, tuple(last)), mirror)
 
 
 def _checked(images: Iterable[Any]) -> Iterator[Tensor]:
@@ -124,8 +157,8 @@ def _image_in(given: Any) -> Tensor:
         found = given[0]
     if not isinstance(found, Tensor):
         raise DataError(
-            f"images must come as tensors, as pairs (images, labels) or as mappings, got a {type(given).__name__} with a "
-            f"{type(found).__name__}; turn images into tensors with the model's transform"
+            f"images must come as tensors, as pairs (images, labels) or as mappings, got a {type(given).__name__} with "
+            f"a {type(found).__name__}; turn images into tensors with the model's transform"
         )
     return found
 

@@ -140,8 +140,8 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
             raise UnsupportedModelError(f"block '{name}' runs more than once for an image, which cannot be pruned")
         if seen.sent is not None and stream is not seen.sent:
             raise UnsupportedModelError(
-                f"what block '{name}' reads is not what the block before it returns; models with something between their "
-                "blocks cannot be pruned yet"
+                f"what block '{name}' reads is not what the block before it returns; models with something between "
+                "their blocks cannot be pruned yet"
             )
         if stream.ndim != 3:
             raise UnsupportedModelError(f"block '{name}' is given {list(stream.shape)}, not [images, tokens, channels]")

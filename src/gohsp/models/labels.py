@@ -59,7 +59,7 @@ def _are_names(names: Any, count: int) -> TypeGuard[Sequence[str]]:
 
 
 def require_classifier(model: nn.Module) -> None:
-    """Check, by one image, that a model returns logits ``[images, classes]`` of a linear classifier; training needs them.
+    """Check, by one image, that a model returns logits ``[images, classes]`` of a linear classifier.
 
     Raises:
         UnsupportedModelError: Features, a single logit, one output a token, or anything else.
@@ -73,8 +73,8 @@ def require_classifier(model: nn.Module) -> None:
     if num_classes(model) == 0:
         raise UnsupportedModelError(
             f"{needed}, from a linear classifier. This model has none: these are features, or come from a head of its "
-            "own; give it one by model.reset_classifier(classes), and train that on your classes. Method 'oneshot' takes "
-            "any model"
+            "own; give it one by model.reset_classifier(classes), and train that on your classes. Method 'oneshot' "
+            "takes any model"
         )
     if shape[1] < 2:
         raise UnsupportedModelError(

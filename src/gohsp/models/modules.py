@@ -1,4 +1,4 @@
-"""Modules of our own, for what the libraries' classes cannot hold: unequal widths, and what an absent sub-layer leaves."""
+"""Modules of our own, for what libraries' classes cannot hold: unequal widths, and what an absent sub-layer leaves."""
 
 from __future__ import annotations
 

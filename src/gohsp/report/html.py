@@ -43,7 +43,7 @@ def render_html(report: Report) -> str:
         "shortened": shortened,
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
-    ranking, plan, training = report.ranking, report.plan, plots.has_training(report)
+    plan, ranked, trained = report.plan, bool(report.ranking.scores), plots.has_training(report)
     return environment.get_template("template.html.j2").render(
         report=report,
         rows=summary_table(report),
@@ -57,14 +57,12 @@ def render_html(report: Report) -> str:
         removed=[name for name, of in plan.pruned.items() if is_absent(of) and not is_absent(plan.dense[name])],
         heads={"dense": _heads(plan.dense), "pruned": _heads(plan.pruned)},
         budget_margin=-relative(report.budget.achieved, report.budget.limit),
-        few_edges=max(map(len, ranking.scores.values()), default=0) > plots.FEW_HEADS,
+        few_edges=max(map(len, report.ranking.scores.values()), default=0) > plots.FEW_HEADS,
         widths=_svg(plots.kept_widths(report), "widths", "Kept widths by block and kind"),
-        importance=_svg(plots.head_importance(report), "importance", "Importance of every head")
-        if ranking.scores
-        else None,
+        importance=_svg(plots.head_importance(report), "importance", "Importance of every head") if ranked else None,
         graphs=_graphs(report),
         training=_svg(plots.training(report), "training", "The course of training over the epochs")
-        if training
+        if trained
         else None,
     )
 
@@ -111,10 +109,9 @@ def _graphs(report: Report) -> list[str]:
     """The chain of every ranked attention, as pictures."""
     ranking, graphs = report.ranking, []
     for index, (name, label) in enumerate(zip(ranking.scores, plots.attention_labels(report), strict=True)):
-        kept = report.plan.kept[name].heads
-        title = f"block {label}"
+        kept, title = report.plan.kept_heads(name), f"block {plots.elided(label)}"
         figure = plots.head_graph(ranking.transition[name], ranking.scores[name], kept, title=title, key=False)
-        graphs.append(_svg(figure, f"graph{index}", f"Markov chain on the heads of {title}"))
+        graphs.append(_svg(figure, f"graph{index}", f"Markov chain on the heads of block {label}"))
     return graphs
 
 

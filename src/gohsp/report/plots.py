@@ -57,7 +57,7 @@ def head_importance(report: Report) -> Figure:
     if not report.ranking.scores:
         raise RunError("the report holds no heads to draw: its ranking.scores are empty")
     scores = list(report.ranking.scores.values())
-    kept = [report.plan.kept[name].heads for name in report.ranking.scores]
+    kept = [report.plan.kept_heads(name) for name in report.ranking.scores]
     rows, heads = len(scores), max(map(len, scores))
     grid = np.full((rows, heads), np.nan)
     for index, row in enumerate(scores):
@@ -381,12 +381,12 @@ def _node(axes: Axes, place: np.ndarray, radius: float, stays: bool) -> None:
 
 
 def _block_axis(axes: Axes, places: np.ndarray, labels: Sequence[str]) -> None:
-    axes.set_yticks(places, [_elided(label) for label in labels], parse_math=False)
+    axes.set_yticks(places, [elided(label) for label in labels], parse_math=False)
     axes.set_ylim(places[-1] + 0.5, places[0] - 0.5)  # the first to see the image on top
     axes.set_ylabel("block", size=_TEXT)
 
 
-def _elided(label: str) -> str:
+def elided(label: str) -> str:
     """A label that leaves room for the picture: of a long one, both ends."""
     half = _LONGEST_LABEL // 2
     return label if len(label) <= _LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"

@@ -245,6 +245,11 @@ class Plan(_Level):
     kept: KeptTable
     stages: Positive | None = None
 
+    def kept_heads(self, attention: str) -> tuple[int, ...]:
+        """The dense indices of the heads that an attention keeps."""
+        kept = self.kept[attention]
+        return kept.heads if isinstance(kept, AttentionKept) else ()
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.dense:

@@ -40,9 +40,8 @@ def draw_images(
         strict=config.data.strict,
         store=folder.spool,
     )
-    drawn = sum(len(batch) for batch in images)
     mirror = settings.mirror and split.mirrored_alike
-    return divided(images, max(1, drawn - holdout), mirror=mirror, store=folder.spool)
+    return divided(images, [len(batch) for batch in images], holdout, mirror=mirror)
 
 
 def labelled_images(

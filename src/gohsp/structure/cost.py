@@ -140,8 +140,8 @@ class Latency:
     Attributes:
         outside: What is outside the sub-layers.
         scale: Time of a sub-layer inside the network over its time alone.
-        times: Times of the sub-layers, by name. They are those of the network that was measured, and hold for what it is
-            cut down to.
+        times: Times of the sub-layers, by name. They are those of the network that was measured, and hold for what it
+            is cut down to.
     """
 
     kind: ClassVar[BudgetKind] = "latency"
@@ -149,7 +149,7 @@ class Latency:
     scale: float
     times: Mapping[str, SublayerTimes]
 
-    def fixed(self, _network: Network) -> float:
+    def fixed(self, network: Network) -> float:  # noqa: ARG002 (it was measured)
         """What is outside the sub-layers."""
         return self.outside
 

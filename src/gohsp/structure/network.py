@@ -327,7 +327,8 @@ def _check_width(sub: PresentSublayer, kind: Kind, want: int) -> None:
         raise PlanError(f"'{sub.name}': '{field}' must be from 1 to {have}, got {want}")
     if want < have and kind not in sub.prunable:
         raise PlanError(
-            f"'{sub.name}': '{field}' cannot be cut here (allowed: {sorted(sub.prunable) or 'nothing'}); keep it at {have}"
+            f"'{sub.name}': '{field}' cannot be cut here (allowed: {sorted(sub.prunable) or 'nothing'}); "
+            f"keep it at {have}"
         )
 
 
@@ -345,7 +346,8 @@ def check_kept(network: Network, kept: Kept) -> None:
     """Check that a cut can be carried out on a network.
 
     Raises:
-        PlanError: What :func:`check_widths` refuses; indices out of range, repeated or unordered; heads of unequal width.
+        PlanError: What :func:`check_widths` refuses; indices out of range, repeated or unordered; heads of unequal
+            width.
     """
     _require_names(network, kept)
     check_widths(network, kept_widths(kept))

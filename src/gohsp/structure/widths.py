@@ -101,9 +101,9 @@ class AttentionKept:
         qk, vo = (len(dims[0]) if dims else 0 for dims in (self.qk, self.vo))
         return AttentionWidths(heads=len(self.heads), qk=qk, vo=vo)
 
-    def flat(self, kind: UnitKind, present: AttentionWidths) -> list[int]:
+    def flat(self, kind: UnitKind, present: SublayerWidths) -> list[int]:
         """Flat indices of the kept units of ``kind`` in an attention that now has the widths ``present``."""
-        kept, of_head = (self.qk, present.qk) if kind == "qk" else (self.vo, present.vo)
+        kept, of_head = (self.qk if kind == "qk" else self.vo), width(present, kind)
         return [h * of_head + j for h, dims in zip(self.heads, kept, strict=True) for j in dims]
 
 
@@ -122,7 +122,7 @@ class FfnKept:
         """Width after the cut."""
         return FfnWidths(units=len(self.units))
 
-    def flat(self, _kind: UnitKind, _present: FfnWidths) -> list[int]:
+    def flat(self, _kind: UnitKind, _present: SublayerWidths) -> list[int]:
         """Indices of the kept units."""
         return list(self.units)
 
@@ -165,7 +165,7 @@ def widths_from_json(tables: Any) -> dict[str, SublayerWidths]:
         PlanError: No table of tables; one lacks a key or has an unknown one; a width is no whole number of at least 0,
             or an attention has some widths of 0 and others not.
     """
-    read = {}
+    read: dict[str, SublayerWidths] = {}
     for name, table in _tables(tables, "widths"):
         of = AttentionWidths if _is_attention(table) else FfnWidths
         _require_keys(name, table, of)
@@ -206,7 +206,8 @@ def _tables(tables: Any, what: str) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
         raise PlanError(
             f"the plan's {what} must be a table with a table for each sub-layer, such as "
-            f'{{"blocks.0.attn": {{"heads": 3, "qk": 16, "vo": 32}}, "blocks.0.mlp": {{"units": 512}}}}; got {tables!r:.80}'
+            '{"blocks.0.attn": {"heads": 3, "qk": 16, "vo": 32}, "blocks.0.mlp": {"units": 512}}; '
+            f"got {tables!r:.80}"
         )
     return [(str(name), table) for name, table in tables.items()]
 

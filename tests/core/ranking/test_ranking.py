@@ -19,8 +19,8 @@ from gohsp.core.ranking.graph import stationary_distribution, transition_matrix
 from gohsp.core.ranking.ranking import TELEPORTS, Teleport, head_values, weight_norms
 from gohsp.core.ranking.statistics import EDGES, SCOPES, Edge, Scope
 from gohsp.errors import ConfigError
-from gohsp.models import describe
-from gohsp.structure import Network
+from gohsp.models import describe, resize
+from gohsp.structure import Network, absent
 
 HEADS, WIDTH, DIM = 4, 8, 32
 FIRST, SECOND = "blocks.0.attn", "blocks.1.attn"
@@ -341,3 +341,23 @@ def test_only_what_is_wanted_asks_for_gradients() -> None:
     }
     assert RankingSettings(method="random", teleport="taylor").wanted == ()
     assert RankingSettings(teleport="uniform").wanted == ()
+
+
+@pytest.mark.parametrize(
+    "settings", [RankingSettings(), RankingSettings(scope="layer"), RankingSettings(method="random")]
+)
+def test_without_attentions_there_is_nothing_to_rank(settings: RankingSettings, model: Any, images: Tensor) -> None:
+    dense = describe(model)
+    resize(model, {name: absent(of) if name in (FIRST, SECOND) else of for name, of in dense.widths.items()})
+    ranking = rank_heads(model, describe(model), images.split(16), settings)
+    assert (ranking.scores, ranking.transition, ranking.images) == ({}, {}, 32)
+    assert "no heads" in " ".join(ranking.notes)
+
+
+def test_a_sublayer_that_is_gone_has_no_scores(model: Any, images: Tensor) -> None:
+    dense = describe(model)
+    resize(model, {**dense.widths, FIRST: absent(dense.widths[FIRST])})
+    for method in ("chain", "random"):
+        ranking = rank_heads(model, describe(model), [images], RankingSettings(method=method))
+        assert list(ranking.scores) == [SECOND] == list(ranking.transition)
+        assert sum(ranking.scores[SECOND]) == pytest.approx(1)

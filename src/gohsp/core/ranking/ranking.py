@@ -69,7 +69,8 @@ class HeadRanking:
     """The heads' scores and where they come from.
 
     Attributes:
-        scores: Score of every head, by attention: at least 0, comparable across attentions, summing to 1 over the model.
+        scores: Score of every head, by attention: at least 0, comparable across attentions, summing to 1 over the
+            model.
         transition: For each attention, the chain among its own heads: rows ``[heads, heads]`` that sum to 1.
         iterations: Power iterations of the slowest graph; 0 without a chain.
         residual: Largest L1 residual of a graph's stationary distribution.
@@ -107,6 +108,16 @@ def rank_by(
     Raises:
         NonFiniteError: NaN or infinity in weights or statistics.
     """
+    if not statistics.heads:
+        return HeadRanking(
+            scores={},
+            transition={},
+            iterations=0,
+            residual=0.0,
+            settings=settings,
+            images=statistics.images,
+            notes=("no heads are left to rank",),
+        )
     if settings.method == "chain":
         return rank(statistics, head_values(model, network, statistics, settings.teleport), settings)
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +135,8 @@ def rank_by(
 def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) -> HeadRanking:
     """Rank heads by their chain, from statistics that were gathered with the same edge and scope.
 
-    In scope ``layer`` each attention has its own chain, whose distribution is scaled by its share of the teleport: with damping 0 both scopes give the same scores.
+    In scope ``layer`` each attention has its own chain, whose distribution is scaled by its share of the teleport: with
+    damping 0 both scopes give the same scores.
 
     Args:
         statistics: What calibration images told.

@@ -55,8 +55,8 @@ class HeadStatistics:
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
             over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
-            first-order change of the objective's confidence (of a classifier, the predicted class's log-probability), or
-            of its draws where it has none.
+            first-order change of the objective's confidence (of a classifier, the predicted class's log-probability),
+            or of its draws where it has none.
         taylor: Both orders ``[nodes]``, in nats: ``E[a] + E[a^2] / 2``; negative where the model would grow surer
             of its predictions. ``fisher`` where the objective has no confidence.
         fisher_residual: ``fisher`` ``[nodes]`` for that part of a head's output which no linear map of the attention's
@@ -75,8 +75,9 @@ class HeadStatistics:
 class HeadStatisticsFitter:
     """Accumulates head statistics pass by pass: ``update`` takes gradients, ``statistics`` gives the result.
 
-    Memory beside what a pass takes: with ``U`` units an attention and ``H`` heads, ``H^2`` numbers for the edges, ``U^2``
-    an attention where a statistic or an edge needs covariances; output edges in scope ``global`` need ``(sum of U)^2``.
+    Memory beside what a pass takes: with ``U`` units an attention and ``H`` heads, ``H^2`` numbers for the edges,
+    ``U^2`` an attention where a statistic or an edge needs covariances; output edges in scope ``global`` need ``(sum of
+    U)^2``.
 
     Args:
         model: The model that the passes run through.
@@ -97,8 +98,8 @@ class HeadStatisticsFitter:
         wanted: Collection[Statistic] = STATISTICS,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self._model, self._subs, self._edge, self._wanted = model, network.attentions, edge, wanted
-        self._precision = precision
+        self._model, self._subs, self._edge, self._precision = model, network.attentions, edge, precision
+        self._wanted = wanted = wanted if self._subs else ()  # where no head is left, images tell nothing of any
         count = range(len(self._subs))
         self._graphs = [list(count)] if scope == "global" else [[i] for i in count]
         heads = [sub.widths.heads for sub in self._subs]
@@ -127,6 +128,11 @@ class HeadStatisticsFitter:
             NonFiniteError: NaN or infinity in what heads make.
             UnsupportedModelError: Scope ``global`` where attentions differ in their number of tokens.
         """
+        if self._subs:
+            self._add(gradients)
+        self._images += gradients.images
+
+    def _add(self, gradients: Gradients) -> None:
         outputs = [gradients.read[sub.name] for sub in self._subs]
         for sub, z in zip(self._subs, outputs, strict=True):
             require_finite(f"the input of module '{sub.readout.module}'", z)
@@ -139,7 +145,6 @@ class HeadStatisticsFitter:
             self._joint_moments[0].update(torch.cat(flat, dim=1))
         if any(name in GRADIENT_STATISTICS for name in self._wanted):
             self._add_gradients(gradients)
-        self._images += gradients.images
 
     def _compare(self, inputs: Sequence[Tensor]) -> None:
         few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches

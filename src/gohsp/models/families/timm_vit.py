@@ -104,6 +104,7 @@ def _ffn(block: str, of: Any, tokens: int) -> Sublayer:
     for label in (*_in_maps(mlp), "fc2"):
         require_linear(f"{name}.{label}", getattr(mlp, label))
     units, dim = mlp.fc2.in_features, mlp.fc2.out_features
+    prunable: set[Kind] = {"ffn"} if isinstance(mlp.norm, nn.Identity) else set()
     starts = (0, units) if isinstance(mlp, GluMlp) else (0,)  # packed: gate and value halves follow each other
     return Ffn(
         name=name,
@@ -112,7 +113,7 @@ def _ffn(block: str, of: Any, tokens: int) -> Sublayer:
         widths=FfnWidths(units=units),
         tokens=tokens,
         overhead=_overhead(of.norm2, mlp.fc2, of.ls2, mlp.norm),
-        prunable=frozenset({"ffn"} if isinstance(mlp.norm, nn.Identity) else ()),
+        prunable=frozenset(prunable),
         removable=True,
         inputs=tuple(
             _rows(f"{name}.{label}", getattr(mlp, label), start) for label in _in_maps(mlp) for start in starts
@@ -172,6 +173,8 @@ def resize(name: str, block: nn.Module, widths: Widths) -> None:
     """
     of: Any = block
     attention, ffn = widths[f"{name}.attn"], widths[f"{name}.mlp"]
+    assert isinstance(attention, AttentionWidths)
+    assert isinstance(ffn, FfnWidths)
     if is_absent(attention):
         if not isinstance(of.attn, Constant):
             of.attn, of.norm1, of.ls1 = _constant(of.attn.proj), nn.Identity(), nn.Identity()

@@ -8,47 +8,70 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import Attention
+from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.errors import UnsupportedModelError
 from gohsp.models import build, compact, describe, specification
-from gohsp.models.attention import PrunedAttention
-from gohsp.structure import BlockPlan, BlockShape, Plan, UnitSlice, model_cost
+from gohsp.models.modules import Constant, PrunedAttention
+from gohsp.structure import (
+    PARAMS,
+    Attention,
+    AttentionKept,
+    AttentionWidths,
+    Ffn,
+    FfnKept,
+    FfnWidths,
+    UnitSlice,
+    cost_of,
+    count_macs,
+    count_params,
+    keep_none,
+    kept_widths,
+)
 
 
 def test_deit_tiny_as_published() -> None:
     """5.717 M parameters; MACs by hand."""
     with torch.device("meta"):
-        structure = describe(timm.create_model("deit_tiny_patch16_224"))
-    assert structure.shapes == (BlockShape(heads=3, qk=64, vo=64, ffn=768),) * 12
-    assert (structure.embed_dim, structure.tokens) == (192, 197)
-    assert model_cost(structure, structure.shapes, "params") == 5_717_416
+        network = describe(timm.create_model("deit_tiny_patch16_224"))
+    expected = {"attn": AttentionWidths(heads=3, qk=64, vo=64), "mlp": FfnWidths(units=768)}
+    assert network.widths == {f"blocks.{i}.{part}": of for i in range(12) for part, of in expected.items()}
+    assert network.embed_dim == 192
+    assert {sub.tokens for sub in network.present} == {sub.keys for sub in network.attentions} == {197}
+    assert count_params(network) == 5_717_416
     block = 197 * 12 * 192 * 192 + 2 * 197 * 197 * 192
-    assert model_cost(structure, structure.shapes, "macs") == 12 * block + 196 * 768 * 192 + 192 * 1000
-    assert structure.fixed_macs == 196 * 768 * 192 + 192 * 1000
-    assert structure.blocks[0].scale == 0.125
+    assert count_macs(network) == 12 * block + 196 * 768 * 192 + 192 * 1000
+    assert network.fixed_macs == 196 * 768 * 192 + 192 * 1000
+    norms = 12 * 2 * 2 * 192  # what goes with a sub-layer is no longer fixed: its norm, and its readout's bias
+    assert network.fixed_params == 5_717_416 - 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192) - norms
+    assert network.attentions[0].scale == 0.125
 
 
 def test_where_units_sit(make_model: Callable[..., nn.Module]) -> None:
-    block = describe(make_model("deit3_small_patch16_224", mlp_ratio=2)).blocks[1]
+    attention, ffn = describe(make_model("deit3_small_patch16_224", mlp_ratio=2)).blocks["blocks.1"]
+    assert isinstance(attention, Attention)
+    assert isinstance(ffn, Ffn)
     qkv, weight = "blocks.1.attn.qkv", "blocks.1.attn.qkv.weight"
-    assert [s.start for s in (*block.query, *block.key, *block.value)] == [0, 0, 32, 32, 64, 64]
-    assert block.value[0] == UnitSlice(parameter=weight, axis=0, start=64, size=32)
-    assert block.value[1] == UnitSlice(parameter=f"{qkv}.bias", axis=0, start=64, size=1)
-    assert block.attention_readout.gain == "blocks.1.ls1.gamma"
-    assert block.ffn_readout.gain == "blocks.1.ls2.gamma"
-    assert (block.name, block.attention, block.ffn_readout.module) == ("blocks.1", "blocks.1.attn", "blocks.1.mlp.fc2")
-    normed = describe(make_model(qk_norm=True)).blocks[0]
+    parts = (attention.query, attention.key, attention.value)
+    assert [s.start for rows in parts for s in rows.slices] == [0, 0, 32, 32, 64, 64]
+    assert attention.value.weight == UnitSlice(parameter=weight, axis=0, start=64, size=32)
+    assert attention.value.bias == UnitSlice(parameter=f"{qkv}.bias", axis=0, start=64, size=1)
+    assert attention.readout.columns == UnitSlice(parameter="blocks.1.attn.proj.weight", axis=1, start=0, size=32)
+    assert (attention.readout.gain, ffn.readout.gain) == ("blocks.1.ls1.gamma", "blocks.1.ls2.gamma")
+    assert (attention.name, attention.block, attention.norm) == ("blocks.1.attn", "blocks.1", "blocks.1.norm1")
+    assert (ffn.name, ffn.norm, ffn.readout.module) == ("blocks.1.mlp", "blocks.1.norm2", "blocks.1.mlp.fc2")
+    assert (attention.query_norm, attention.key_norm) == (None, None)
+    normed = describe(make_model(qk_norm=True)).attentions[0]
     assert (normed.query_norm, normed.key_norm) == ("blocks.0.attn.q_norm", "blocks.0.attn.k_norm")
 
 
 def test_packed_gated_units_have_two_rows(make_model: Callable[..., nn.Module]) -> None:
-    model = make_model("vit_giant_patch14_dinov2", mlp_ratio=3.0)
-    block = describe(model).blocks[0]
-    assert block.shape.ffn == 48
-    assert [(s.parameter.rsplit(".", 1)[1], s.start) for s in block.ffn_in] == [
+    ffn = describe(make_model("vit_giant_patch14_dinov2", mlp_ratio=3.0)).sublayers[1]
+    assert isinstance(ffn, Ffn)
+    assert ffn.widths == FfnWidths(units=48)
+    assert [(s.parameter.rsplit(".", 1)[1], s.start) for rows in ffn.inputs for s in rows.slices] == [
         ("weight", 0),
         ("bias", 0),
         ("weight", 48),
@@ -59,7 +82,7 @@ def test_packed_gated_units_have_two_rows(make_model: Callable[..., nn.Module]) 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_pruned_attention_is_a_drop_in_for_timms(fused: bool, qk_norm: bool) -> None:
-    theirs = Attention(32, num_heads=4, qkv_bias=True, qk_norm=qk_norm, scale_norm=qk_norm, norm_layer=nn.LayerNorm)
+    theirs = TimmAttention(32, num_heads=4, qkv_bias=True, qk_norm=qk_norm, scale_norm=qk_norm, norm_layer=nn.LayerNorm)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -107,6 +130,19 @@ def test_attention_dropout_acts_in_training_only(fused: bool) -> None:
     assert torch.equal(attn.eval()(x), attn(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_absent_sublayer_leaves_adds_one_vector(dtype: torch.dtype) -> None:
+    left = Constant(3)
+    with torch.no_grad():
+        left.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    x = torch.randn(2, 4, 3, dtype=dtype)
+    out = left(x, torch.ones(4, 4), is_causal=True)  # as an attention is called
+    assert out.dtype == dtype
+    assert torch.equal(out, torch.tensor([1.0, 2.0, 3.0], dtype=dtype).expand(2, 4, 3))
+    left(x.float()).sum().backward()
+    assert torch.equal(left.bias.grad, torch.full((3,), 8.0))
+
+
 def tiny(**arguments: object) -> nn.Module:
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments})
@@ -115,25 +151,31 @@ def tiny(**arguments: object) -> nn.Module:
 @pytest.mark.parametrize(
     ("architecture", "named"),
     [
-        ("resnet18", r"timm\.models\.resnet\.ResNet"),
-        ("swin_tiny_patch4_window7_224", r"SwinTransformer"),
-        ("eva02_tiny_patch14_224", r"timm\.models\.eva\.Eva"),
-        ("vit_base_patch16_rope_224", r"timm\.models\.eva\.Eva"),
-        ("vit_relpos_small_patch16_224", r"VisionTransformerRelPos"),
+        ("resnet18", r"timm\.models\.resnet\.ResNet has no block that can be pruned"),
+        ("swin_tiny_patch4_window7_224", r"SwinTransformer has .* \(6 of its modules are .*\.SwinTransformerBlock\)"),
+        ("eva02_tiny_patch14_224", r"timm\.models\.eva\.Eva has .* \(12 of its modules are timm.*\.EvaBlock\)"),
+        ("vit_base_patch16_rope_224", r"timm\.models\.eva\.Eva has .* \(12 of its modules are timm.*\.EvaBlock\)"),
+        ("vit_relpos_small_patch16_224", r"VisionTransformerRelPos has .* \(12 of its modules are .*\.RelPosBlock\)"),
     ],
 )
 def test_other_models_are_refused_by_class(architecture: str, named: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(architecture)
-    with pytest.raises(UnsupportedModelError, match=rf"a .*{named} cannot be pruned; supported: .*deit_\*"):
+    with pytest.raises(UnsupportedModelError, match=rf"a .*{named}.*; supported: .*deit_\*"):
         describe(model)
 
 
+@pytest.mark.parametrize("block", [ParallelScalingBlock, ResPostBlock])
+def test_blocks_of_another_class_are_named(block: type[nn.Module]) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"no block .* \(2 of its modules are .*{block.__name__}\)"):
+        describe(tiny(block_fn=block))
+
+
 def gated() -> nn.Module:
-    if "gated" not in inspect.signature(Attention).parameters:
+    if "gated" not in inspect.signature(TimmAttention).parameters:
         pytest.skip("this timm has no gated attention")
     model = tiny()
-    model.blocks[1].attn = Attention(32, num_heads=4, gated=True)
+    model.blocks[1].attn = TimmAttention(32, num_heads=4, gated=True)
     return model
 
 
@@ -143,11 +185,16 @@ def with_foreign_mlp() -> nn.Module:
     return model
 
 
+def with_one_other_block() -> nn.Module:
+    model = tiny()
+    model.blocks[1] = ResPostBlock(32, 4)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: tiny(block_fn=ParallelScalingBlock), r"module 'blocks\.0' is a .*ParallelScalingBlock"),
-        (lambda: tiny(block_fn=ResPostBlock), r"module 'blocks\.0' is a .*ResPostBlock"),
+        (with_one_other_block, r"module 'blocks\.1' is a .*ResPostBlock"),
         (gated, r"module 'blocks\.1\.attn' is a .*Attention with a gate"),
         (with_foreign_mlp, r"module 'blocks\.1\.mlp' is a torch\..*Linear"),
     ],
@@ -159,7 +206,7 @@ def test_foreign_modules_are_named_with_what_is_supported(make: Callable[[], nn.
 
 def test_a_model_of_unknown_origin_is_described_but_cannot_be_made_again() -> None:
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4)
-    assert describe(model).tokens == 5
+    assert [sub.tokens for sub in describe(model).present] == [5, 5]
     with pytest.raises(UnsupportedModelError, match=r"make it with timm\.create_model"):
         specification(model)
 
@@ -200,7 +247,7 @@ def test_specification_holds_what_differs_from_the_default_alone() -> None:
 )
 def test_every_argument_is_remembered(arguments: dict, make_model: Callable[..., nn.Module]) -> None:
     model = make_model(**arguments)
-    again = build(specification(model), describe(model).shapes)
+    again = build(specification(model), describe(model).widths)
     again.load_state_dict(model.state_dict(), strict=True, assign=True)
     size = 24 if "dynamic_img_size" in arguments else 16
     images = torch.randn(2, arguments.get("in_chans", 3), size, size)
@@ -217,18 +264,13 @@ def test_a_real_checkpoint_compacts_exactly(assets: Path) -> None:
     def pick(have: int, want: int) -> tuple[int, ...]:
         return tuple(sorted(torch.randperm(have, generator=generator)[:want].tolist()))
 
-    plan = Plan(
-        tuple(
-            BlockPlan(
-                heads=pick(3, 2),
-                qk=(pick(64, 40), pick(64, 40)),
-                vo=(pick(64, 48), pick(64, 48)),
-                ffn=pick(768, 512),
-            )
-            for _ in range(12)
-        )
-    )
+    kept = {}
+    for i in range(12):
+        heads, units = keep_none(AttentionWidths(heads=3, qk=64, vo=64)), FfnKept(units=pick(768, 512))
+        if i != 5:
+            heads = AttentionKept(heads=pick(3, 2), qk=(pick(64, 40), pick(64, 40)), vo=(pick(64, 48), pick(64, 48)))
+        kept |= {f"blocks.{i}.attn": heads, f"blocks.{i}.mlp": keep_none(units.widths) if i == 9 else units}
     probe: Tensor = torch.randn(2, 3, 224, 224, generator=generator)
-    result = compact(model, plan, probe)
+    result = compact(model, kept, probe)
     assert result.max_relative_difference <= 1e-5
-    assert sum(p.numel() for p in result.model.parameters()) == model_cost(describe(model), plan.shapes, "params")
+    assert sum(p.numel() for p in result.model.parameters()) == cost_of(describe(model), kept_widths(kept), PARAMS)
