@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import dataclasses
 import importlib.resources
@@ -9,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import time
 import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -329,19 +331,50 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _termination_interrupts() -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
+    """While it is open SIGTERM interrupts as Ctrl-C does, and an interruption reaches the command wherever it strikes.
+
+    Python drops what is raised in a finalizer, where it cannot be passed on, and prints its traceback. An interruption
+    that strikes there is repeated a moment later, and nothing is printed.
+    """
+
     def interrupt(*_: Any) -> None:
         raise _Terminated
+
+    def repeat(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report_dropped(dropped)
+            return
+        number = signal.SIGTERM if isinstance(dropped.exc_value, _Terminated) else signal.SIGINT
+        _thread.start_new_thread(again, (number,))  # threading's locks may be held where a finalizer runs
+
+    def again(number: int) -> None:
+        time.sleep(0.01)
+        if open_:
+            _thread.interrupt_main(number)
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # called outside the main thread, which alone gets signals
         yield
         return
+    open_, report_dropped, sys.unraisablehook = True, sys.unraisablehook, repeat
     try:
         yield
     finally:
+        open_, sys.unraisablehook = False, report_dropped
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _set_up() -> None:
+    """Warnings and messages go to standard error, in any encoding."""
+    console.tolerate_any_character()
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(level=logging.WARNING, console=console.notes, show_path=False)],
+    )
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _ended(message: str, verb: Any = None) -> None:
@@ -356,28 +389,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done, 1: refused or failed, 2: misused, 130: interrupted, 143: terminated.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console.tolerate_any_character()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(level=logging.WARNING, console=console.notes, show_path=False)],
-    )
-    warnings.filterwarnings("ignore", category=FutureWarning)
     verb = None
     try:
-        require_one_process()
-        with _termination_interrupts():
-            verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
-            verb(["gohsp", *arguments])
-            console.deliver()
-    except (GohspError, OSError) as error:
-        _ended(f"[bold red]error:[/bold red] {escape(str(error))}", verb if isinstance(error, OSError) else None)
-        with suppress(OSError):  # which is said
-            console.deliver()
-        return 1
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        _set_up()
+        with _interruptible():
+            try:
+                require_one_process()
+                verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
+                verb(["gohsp", *arguments])
+                console.deliver()
+            except (GohspError, OSError) as error:
+                further = verb if isinstance(error, OSError) else None
+                _ended(f"[bold red]error:[/bold red] {escape(str(error))}", further)
+                with suppress(OSError):  # which is said
+                    console.deliver()
+                return 1
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, _Terminated)
-        _ended("terminated" if terminated else "interrupted", verb)
+        with suppress(KeyboardInterrupt):  # from an impatient user
+            _ended("terminated" if terminated else "interrupted", verb)
         return 143 if terminated else 130
     return 0

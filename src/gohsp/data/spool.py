@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ class Spool(MutableSequence[Tensor]):
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".gohsp-", dir=folder)
+        self._folder = Path(tempfile.mkdtemp(prefix=".gohsp-", dir=folder))
+        weakref.finalize(self, _remove, self._folder)
         self._files: list[Path] = []
         self._written = 0
 
@@ -47,8 +50,16 @@ class Spool(MutableSequence[Tensor]):
 
     def _write(self, value: Tensor) -> Path:
         # A new name each time: a tensor read before may still be mapped from the old file.
-        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        path = self._folder / f"{self._written}.safetensors"
         self._written += 1
         with files.storing(path):
             files.write_tensors(path, {"x": value})
         return path
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, even if that is interrupted once."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
