@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gohsp import models, steps
 from gohsp.config import Config, Method
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
-from gohsp.core.objective import Objective, resolve_objective
+from gohsp.core.objective import Objective, require_objective, resolve_objective
 from gohsp.core.ranking import HeadRanking
 from gohsp.data.calibration import CalibrationSet, calibration_set
 from gohsp.data.spool import Spool
@@ -184,6 +184,9 @@ def prune(
     if method is not None:
         config = replace(config, method=method)
     goal, dense, network = _checked(model, budget, exclude, widths, config)
+    if config.trains:
+        _require_rereadable("trains on the images", config, images)
+        _require_rereadable("scores on validation images", config, validation)
     session = open_session(dense, images, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
@@ -245,6 +248,7 @@ def open_session(
     """
     config = config or Config()
     settings = config.calibration
+    require_objective(objective)
     if not isinstance(images, CalibrationSet):
         images = calibration_set(
             images, count=settings.images, holdout=settings.holdout, mirror=settings.mirror, store=Spool
@@ -268,25 +272,56 @@ def open_session(
     )
 
 
+def _require_rereadable(does: str, config: Config, batches: Iterable[Any] | None) -> None:
+    """Refuse what can be read once, where it is read in every epoch; what is no iterable is refused elsewhere."""
+    if isinstance(batches, Iterable) and (isinstance(batches, Iterator) or not _has_length(batches)):
+        raise DataError(
+            f"method '{config.method}' {does} in every epoch; give a DataLoader or a list, not a "
+            f"{type(batches).__name__} that can be read once or tells no length"
+        )
+
+
+def _has_length(batches: Any) -> bool:
+    try:
+        return len(batches) >= 0
+    except TypeError:  # a DataLoader of a data set that has none
+        return False
+
+
 def _labelled(session: Session, dense: nn.Module, images: Iterable[Any], validation: Iterable[Any] | None) -> Labelled:
     classes = _require_classifier(session, dense)
-    if iter(images) is images or not hasattr(images, "__len__"):
-        raise DataError(
-            f"method '{session.config.method}' trains on the images in every epoch; give a DataLoader or a list, not a "
-            f"{type(images).__name__} that can be read once"
-        )
-    first = next(iter(images))
-    if not (isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], Tensor)):
-        raise DataError(
-            f"method '{session.config.method}' needs pairs of images [B, C, H, W] and labels [B], got a "
-            f"{type(first).__name__}; method 'oneshot' needs no labels"
-        )
+    _require_pairs(session.config, "images", images, classes)
+    if validation is not None:
+        _require_pairs(session.config, "validation", validation, classes)
 
     def score(model: nn.Module) -> Metrics:
         assert validation is not None
         return evaluate(model, validation, precision=session.precision)
 
     return Labelled(images, None if validation is None else score, lambda: images, classes)  # type: ignore[arg-type]
+
+
+def _require_pairs(config: Config, name: str, batches: Iterable[Any], classes: int) -> None:
+    """Check the first batch of images and labels."""
+    first = next(iter(batches), None)
+    pair = isinstance(first, tuple | list) and len(first) == 2 and all(isinstance(part, Tensor) for part in first)
+    if first is None or not pair or first[0].ndim != 4 or first[1].shape != first[0].shape[:1]:
+        raise DataError(
+            f"method '{config.method}' needs {name} in pairs of images [B, C, H, W] and labels [B], got a "
+            f"{type(first).__name__}{_shapes(first)}; method 'oneshot' needs no labels"
+        )
+    labels = first[1]
+    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels in {name} must be whole numbers from 0 to {classes - 1}, for the model's {classes} classes; got "
+            f"{labels.dtype} from {labels.min()} to {labels.max()}"
+        )
+
+
+def _shapes(batch: Any) -> str:
+    if not isinstance(batch, tuple | list):
+        return ""
+    return f" of {[list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in batch[:3]]}"
 
 
 def _require_classifier(session: Session, dense: nn.Module) -> int:

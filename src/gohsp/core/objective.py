@@ -83,7 +83,7 @@ def features(output: Callable[[Any], Tensor] | None = None, *, scale: float = 1.
 
 
 def _error(scale: float, reference: Tensor, other: Tensor) -> Tensor:
-    return (other - reference).square().flatten(1).mean(1) / (2 * scale)
+    return (other - reference).square().reshape(len(reference), -1).mean(1) / (2 * scale)
 
 
 def _random_sum(scale: float, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,6 +138,20 @@ def mean_distance(objective: Objective, reference: Sequence[Tensor], other: Sequ
     return max(total / sum(len(a) for a in reference), 0.0)
 
 
+def require_objective(given: object) -> None:
+    """Check that something can be an objective; whether it fits a model takes images to see.
+
+    Raises:
+        UnsupportedModelError: No objective of that name, no function, and no objective.
+    """
+    known = given is None or isinstance(given, Objective) or callable(given)
+    if not known and not (isinstance(given, str) and given in ("classification", "features")):
+        raise UnsupportedModelError(
+            f"objective {given!r:.80} is unknown; give 'classification', 'features', or a function of what the model "
+            "returns"
+        )
+
+
 def resolve_objective(
     given: Objective | str | Callable[[Any], Tensor] | None, model: nn.Module, images: Tensor
 ) -> Objective:
@@ -157,13 +171,9 @@ def resolve_objective(
             of another shape than ``[B, classes]``, where classification was asked for.
         NonFiniteError: The outputs are NaN or infinite.
     """
+    require_objective(given)
     if isinstance(given, Objective):
         return given
-    if isinstance(given, str) and given not in ("classification", "features"):
-        raise UnsupportedModelError(
-            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model "
-            "returns"
-        )
     take = given if callable(given) else tensor_in
     found, returned_by = _observed(model, take, images)
     if given == "classification":
