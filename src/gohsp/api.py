@@ -212,6 +212,8 @@ def require_possible(network: Network, goal: Budget, widths: Widths | None, conf
         BudgetError: No allowed widths meet the budget.
         ConfigError: Floors or steps of widths are above what the network has.
     """
+    if not any(sub.prunable or sub.removable for sub in network.present):
+        raise PlanError("nothing of this model may be cut: all of its sub-layers are excluded, or gone already")
     if widths is not None:
         check_widths(network, widths)
     else:

@@ -190,7 +190,8 @@ def resolve_objective(
             f"the output that counts is {list(found.shape)} of {found.dtype} for {len(images)} images; it must be "
             "floating-point, with one entry an image first"
         )
-    variance = found.float().var(dim=0, correction=0).mean()
+    # One image does not tell how outputs differ from image to image, but how large they are.
+    variance = found.float().var(dim=0, correction=0).mean() if len(found) > 1 else found.float().square().mean()
     return features(take, scale=float(variance.clamp_min(torch.finfo(torch.float32).tiny)))
 
 
