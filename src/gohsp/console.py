@@ -47,10 +47,9 @@ def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
     bars = Bars(*columns, console=notes, disable=hidden)
 
     def tell(news: Progress) -> None:
-        if not tasks:
-            bars.start()  # not before there is something to draw: what is refused is one line
         if news.step not in tasks:
             tasks[news.step] = bars.add_task(news.step, total=news.total)
+            bars.start()  # the first time; not earlier, so that what is refused is one line
         bars.update(tasks[news.step], completed=news.done, total=news.total)
 
     try:
