@@ -11,28 +11,27 @@ import timm
 import torch
 
 import gohsp
-from gohsp import cli, measure, report
-from gohsp import recipe as recipes
+from gohsp import cli, config, report
+from gohsp.config import Config
 from gohsp.errors import GohspError
+from gohsp.structure import AttentionWidths, FfnWidths
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 
-RECIPE = """
-allocation = "uniform"
-retrain_dense = false
-[data]
-calibration_images = 48
-ranking_images = 16
+SETTINGS = """
+method = "finetune"
+compare_dense = false
+precision = "no"
+[calibration]
+images = 48
 [widths]
+choice = "uniform"
 multiple = 2
 min_width = 2
-[admm_stage]
-epochs = 0
 [finetune]
 epochs = 1
 [training]
 batch_size = 48
-precision = "no"
 """
 
 
@@ -45,18 +44,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("recipes") / "recipe.toml"
-    path.write_text(RECIPE)
+def settings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("settings") / "settings.toml"
+    path.write_text(SETTINGS)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, model: str, recipe: str) -> Path:
-    """A finished run without training: --finetune.epochs 0 goes before the recipe's 1."""
+def run(tmp_path_factory: pytest.TempPathFactory, model: str, settings: str) -> Path:
+    """A finished run without training: --finetune.epochs 0 goes before the file's 1."""
     out = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out)]
-    status = cli.main([*arguments, "--recipe", recipe, "--finetune.epochs", "0", "--training.ema", "0.5"])
+    status = cli.main([*arguments, "--config", settings, "--finetune.epochs", "0", "--heal.learning-rate", "0.5"])
     assert status == 0
     return out
 
@@ -64,33 +63,43 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: str, recipe: str) -> Pa
 # prune
 
 
-def test_flags_go_before_the_recipe_and_the_recipe_before_the_defaults(run: Path):
-    written = recipes.read(run / "recipe.toml")
-    assert (written.finetune.epochs, written.training.ema) == (0, 0.5)
-    assert (written.training.batch_size, written.allocation, written.retrain_dense) == (48, "uniform", False)
-    assert written.training.optimizer == gohsp.Recipe().training.optimizer
+def test_flags_go_before_the_file_and_the_file_before_the_defaults(run: Path):
+    written = config.read(run / "settings.toml")
+    assert (written.finetune.epochs, written.heal.learning_rate) == (0, 0.5)
+    assert (written.training.batch_size, written.widths.choice, written.compare_dense) == (48, "uniform", False)
+    assert written.training.optimizer == Config().training.optimizer
     content = json.loads((run / "report.json").read_text())
     assert content["command"][:2] == ["gohsp", "prune"]
     assert "--finetune.epochs" in content["command"]
-    assert "finetune" not in content["curves"]
+    assert content["curves"]["finetune"] == []
 
 
 def test_an_edited_plan_is_taken(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "plan.json").write_text(json.dumps([{"heads": 2, "qk": 8, "vo": 4, "ffn": 10}] * 2))
+    plan = {"blocks.0.attn": {"heads": 2, "qk": 8, "vo": 4}, "blocks.0.mlp": {"units": 10}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     given: dict[str, Any] = {}
 
-    def prune(*_: Any, **options: Any) -> Any:
+    def run(*_: Any, **options: Any) -> Any:
         given.update(options)
         raise GohspError("enough")
 
-    monkeypatch.setattr(cli.pipeline, "prune", prune)
+    monkeypatch.setattr("gohsp.runs.run", run)
     arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
-    assert cli.main([*arguments, "--plan", str(tmp_path / "plan.json"), "--resume"]) == 1
-    assert given["shapes"] == (gohsp.BlockShape(heads=2, qk=8, vo=4, ffn=10),) * 2
+    more = ["--exclude", "blocks.1", "qk", "--method", "finetune"]
+    assert cli.main([*arguments, "--plan", str(tmp_path / "plan.json"), "--resume", *more]) == 1
+    assert given["widths"] == {
+        "blocks.0.attn": AttentionWidths(heads=2, qk=8, vo=4),
+        "blocks.0.mlp": FfnWidths(units=10),
+    }
+    assert list(given["exclude"]) == ["blocks.1", "qk"]
+    assert given["config"].method == "finetune"
     assert (given["resume"], given["overwrite"]) == (True, False)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "{}", '[{"heads": 1}]', '[{"heads": 0, "qk": 1, "vo": 1, "ffn": 1}]'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", "{}", '{"blocks.0.attn": {"heads": 1}}', '{"blocks.0.attn": {"heads": 0, "qk": 1, "vo": 1}}'],
+)
 def test_a_plan_that_cannot_be_read_is_refused(
     model: str, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -108,22 +117,25 @@ def test_rank_prints_the_table_and_writes_the_ranking_and_its_graph(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "ranking"
-    arguments = ["rank", model, "--data", "digits", "--images", "16", "--block", "1", "--out", str(out)]
+    arguments = ["rank", model, "--data", "digits", "--images", "16", "--attention", "blocks.1.attn", "--out", str(out)]
     assert cli.main([*arguments, "--method", "random"]) == 0
     record = json.loads((out / "ranking.json").read_text())
     assert record["method"] == "random"
-    assert [len(scores) for scores in record["scores"]] == [4, 4]
+    assert {name: len(scores) for name, scores in record["scores"].items()} == {"blocks.0.attn": 4, "blocks.1.attn": 4}
     assert (out / "graph.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    best = max(range(4), key=lambda h: record["scores"][1][h])
-    row = next(line for line in printed.splitlines() if line.strip(" │┃|").startswith("1 "))
-    assert f"{best} ({record['scores'][1][best]:.4f})" in row
+    scores = record["scores"]["blocks.1.attn"]
+    best = max(range(4), key=lambda h: scores[h])
+    row = next(line for line in printed.splitlines() if line.strip(" │┃|").startswith("blocks.1.attn "))
+    assert f"{best} ({scores[best]:.4f})" in row
     assert row.index(f"{best} (") == min(row.index(f"{h} (") for h in range(4))
 
 
-def test_rank_refuses_a_block_that_is_not_there(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["rank", model, "--data", "digits", "--block", "2", "--out", str(tmp_path / "r")]) == 1
-    assert "--block must be from 0 to 1, got 2" in capsys.readouterr().err
+def test_rank_refuses_an_attention_that_is_not_there(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert (
+        cli.main(["rank", model, "--data", "digits", "--attention", "blocks.2.attn", "--out", str(tmp_path / "r")]) == 1
+    )
+    assert "must be one of ['blocks.0.attn', 'blocks.1.attn'], got 'blocks.2.attn'" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 
@@ -194,10 +206,10 @@ def test_misuse_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
-def test_a_misspelt_recipe_key_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_misspelt_key_of_the_settings_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "typo.toml").write_text("[training]\nbatchsize = 3\n")
     arguments = ["prune", "m", "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]
-    assert cli.main([*arguments, "--recipe", str(tmp_path / "typo.toml")]) == 1
+    assert cli.main([*arguments, "--config", str(tmp_path / "typo.toml")]) == 1
     captured = capsys.readouterr()
     assert "unknown key 'training.batchsize'; did you mean 'batch_size'?" in captured.err
     assert captured.out == ""
@@ -243,7 +255,7 @@ def test_brackets_in_paths_are_shown(model: str, tmp_path: Path, capsys: pytest.
 def test_an_interruption_exits_with_130(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def interrupt(*_: Any, **__: Any) -> measure.Metrics:
+    def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "evaluate", interrupt)
@@ -251,14 +263,13 @@ def test_an_interruption_exits_with_130(
     assert capsys.readouterr().err.endswith("interrupted\n")
 
 
-def test_oneshot_route_with_a_calibration_size(tmp_path: Path, model: str):
+def test_oneshot_is_the_default_method(tmp_path: Path, model: str):
     out = tmp_path / "run"
-    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out), "--route", "oneshot"]
-    small = ["--calibration-size", "40", "--data.ranking-images", "16", "--data.allocation-images", "16"]
+    arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out)]
     widths = ["--widths.multiple", "2", "--widths.min-width", "2"]
-    assert cli.main([*arguments, *small, *widths]) == 0
+    assert cli.main([*arguments, "--calibration.images", "40", *widths]) == 0
     content = report.read(out)
-    assert content["recipe"]["route"] == "oneshot"
-    assert content["data"]["calibration_images"] == 40
-    assert content["pruned"].get("top1") is None
+    assert content.method == content.config["method"] == "oneshot"
+    assert content.data.calibration_images == 40
+    assert content.pruned.top1 is None
     assert cli.main(["evaluate", str(out), "--data", "digits"]) == 0

@@ -15,11 +15,16 @@ import timm
 import torch
 
 import gohsp
-from gohsp import cli
+from gohsp import cli, config, report
+from gohsp.structure import widths_from_json
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-FAST = ["--route", "oneshot", "--device", "cpu", "--calibration-size", "32", "--latency.rounds", "1"]
-FAST += ["--data.ranking-images", "8", "--data.allocation-images", "8", "--data.holdout-images", "8"]
+FAST = ["--device", "cpu", "--calibration.images", "32", "--calibration.holdout", "8", "--latency.rounds", "1"]
+PLAN = {
+    f"blocks.{block}.{name}": widths
+    for block in (0, 1)
+    for name, widths in (("attn", {"heads": 3, "qk": 4, "vo": 6}), ("mlp", {"units": 50}))
+}
 MAIN = "import sys; from gohsp.cli import main; sys.exit(main())"
 
 
@@ -40,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 
 def prune(model: str, out: Path | str, *more: str) -> list[str]:
     plan = Path(model).parent / "plan.json"
-    plan.write_text(json.dumps([{"heads": 3, "qk": 4, "vo": 6, "ffn": 50}] * 2))
+    plan.write_text(json.dumps(PLAN))
     arguments = ["prune", model, "--data", "digits", "--budget", "params=-20%", "--out", str(out)]
     return [*arguments, "--plan", str(plan), *FAST, *more]
 
@@ -83,7 +88,7 @@ def test_ranking_into_an_odd_folder_is_one_error_before_any_work(
         raise AssertionError("work was done")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gohsp.core.ranking.rank_heads", refuse)
+    monkeypatch.setattr("gohsp.steps.analyse", refuse)
     (tmp_path / "file").write_text("precious")
     error = fails_with_one_error(["rank", model, "--data", "digits", "--out", odd], capsys)
     assert odd in error
@@ -113,7 +118,7 @@ def test_an_error_of_the_system_is_one_error(
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(5, "Input/output error", "some.png")
 
-    places = {"evaluate": "gohsp.cli.evaluate", "report": "gohsp.report.write", "rank": "gohsp.core.ranking.rank_heads"}
+    places = {"evaluate": "gohsp.cli.evaluate", "report": "gohsp.report.write", "rank": "gohsp.steps.analyse"}
     monkeypatch.setattr(places[verb], fail)
     arguments = {"report": [str(run)]}.get(verb, [model, "--data", "digits"])
     arguments += ["--out", str(tmp_path / "ranking")] if verb == "rank" else []
@@ -146,10 +151,10 @@ def test_a_disk_that_fills_up_between_epochs_leaves_the_last_one(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     arguments = ["prune", "vit_tiny_patch16_224", "--data", "digits", "--budget", "params=-20%", "--device", "cpu"]
-    recipe = {"model_arguments": {k: v for k, v in SMALL.items() if k != "num_classes"}}
-    (tmp_path / "recipe.toml").write_text(gohsp.pipeline.recipes.to_toml(gohsp.recipe.from_mapping(recipe)))
-    arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--dense.epochs", "2", "--training.batch-size", "256"]
-    arguments += ["--training.precision", "no", "--out", str(tmp_path / "run")]
+    settings = {"method": "gohsp", "model_arguments": {k: v for k, v in SMALL.items() if k != "num_classes"}}
+    (tmp_path / "settings.toml").write_text(config.to_toml(config.from_mapping(settings)))
+    arguments += ["--config", str(tmp_path / "settings.toml"), "--dense.epochs", "2", "--training.batch-size", "256"]
+    arguments += ["--precision", "no", "--out", str(tmp_path / "run")]
     save, times = torch.save, []
 
     def fill(*given: Any) -> None:
@@ -162,18 +167,6 @@ def test_a_disk_that_fills_up_between_epochs_leaves_the_last_one(
     assert "what is finished is kept: go on with --resume" in fails_with_one_error(arguments, capsys)
     assert len(list((tmp_path / "run" / "state").glob("dense.epochs.*.pt"))) == 1
     assert not list((tmp_path / "run").rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("cache", ["file", "file/below", "x" * 300, "/dev/null/cache"])
-def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
-    tmp_path: Path, model: str, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GOHSP_CACHE", str(tmp_path / cache))
-    arguments = prune(model, tmp_path / "run")
-    plan = arguments.index("--plan")
-    assert cli.main([*arguments[:plan], *arguments[plan + 2 :]]) == 0
-    assert "GOHSP_CACHE" in (tmp_path / "run" / "run.log").read_text()
 
 
 # Streams
@@ -213,16 +206,14 @@ def test_a_folder_whose_name_is_no_text_is_one_error_before_any_work(
 
 
 def test_what_is_no_text_in_the_command_is_reported(tmp_path: Path, model: str):
-    recipe = gohsp.recipe.from_mapping({"route": "oneshot", "device": "cpu", "data": {"calibration_images": 16}})
-    gohsp.prune(
+    gohsp.run(
         model,
         "digits",
         "params=-20%",
         tmp_path / "run",
-        shapes=[gohsp.BlockShape(heads=3, qk=4, vo=6, ffn=50)] * 2,
-        recipe=recipe,
+        widths=widths_from_json(PLAN),
+        config=config.from_mapping({"device": "cpu", "calibration": {"images": 16}}),
         command=["gohsp", "prune", "\udcff"],
-        quiet=True,
     )
     assert "\\udcff" in (tmp_path / "run" / "report.html").read_text()
 
@@ -270,7 +261,7 @@ def test_a_reader_that_leaves_does_not_end_the_work(
     monkeypatch.setattr(sys, "stdout", Closed())
     monkeypatch.setattr(sys, "stderr", Closed())
     assert cli.main(prune(model, tmp_path / "run")) == 0
-    assert gohsp.report.read(tmp_path / "run")
+    assert report.read(tmp_path / "run")
 
 
 # Seeds

@@ -44,14 +44,19 @@ def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=notes, disable=hidden) as bars:
+    bars = Bars(*columns, console=notes, disable=hidden)
 
-        def tell(news: Progress) -> None:
-            if news.step not in tasks:
-                tasks[news.step] = bars.add_task(news.step, total=news.total)
-            bars.update(tasks[news.step], completed=news.done, total=news.total)
+    def tell(news: Progress) -> None:
+        if news.step not in tasks:
+            tasks[news.step] = bars.add_task(news.step, total=news.total)
+            bars.start()  # the first time; not earlier, so that what is refused is one line
+        bars.update(tasks[news.step], completed=news.done, total=news.total)
 
+    try:
         yield tell
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def tolerate_any_character() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gohsp.core.capture import autocast, device_of
 from gohsp.errors import DataError, NonFiniteError
+from gohsp.runtime import fast_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,17 +54,18 @@ def evaluate(
     training, device = model.training, device_of(model)
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        if not len(labels):  # none of its images could be read
-            continue
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()
-        advance()
+    with fast_attention(precision, model):
+        for images, labels in batches:
+            if not len(labels):  # none of its images could be read
+                continue
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with autocast(device, precision):
+                logits = model(images)
+            logits = logits.float()
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()
+            advance()
     model.train(training)
     top1, top5, loss, n = counts.tolist()
     if n == 0:

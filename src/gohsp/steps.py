@@ -20,7 +20,7 @@ from gohsp.core.gradients import differentiated
 from gohsp.core.moments import SublayerMoments
 from gohsp.core.objective import mean_distance
 from gohsp.core.ranking import HeadRanking, HeadStatisticsFitter, rank_by
-from gohsp.errors import BudgetError, PlanError
+from gohsp.errors import BudgetError, NonFiniteError, PlanError
 from gohsp.runtime import fast_attention, telling
 from gohsp.session import Session
 from gohsp.structure import (
@@ -492,6 +492,13 @@ def heal(session: Session, dense: nn.Module, small: nn.Module, network: Network,
     last = {subs[-1].name: index for index, subs in enumerate(network.blocks.values())}
     fisher = {name: torch.tensor(of) for name, of in analysis.fisher.items() if name in last}
     weights = blended(fisher, dict.fromkeys(fisher, healing.FISHER))
+
+    def distance() -> float:
+        try:
+            return mean_distance(session.objective, reference, session.outputs(small, session.calibration.holdout))
+        except NonFiniteError:
+            return math.inf  # too high a rate: what it made of the blocks is undone
+
     with (
         fast_attention(session.precision, dense, small),
         telling(session.progress, "heal", len(student.blocks)) as advance,
@@ -502,9 +509,7 @@ def heal(session: Session, dense: nn.Module, small: nn.Module, network: Network,
             session.entered(teacher, session.calibration.images, mirror=session.calibration.mirror),
             {last[name]: of for name, of in weights.items()},
             session.config.heal,
-            distance=lambda: mean_distance(
-                session.objective, reference, session.outputs(small, session.calibration.holdout)
-            ),
+            distance=distance,
             seed=session.config.seed,
             precision=session.precision,
             store=session.store,

@@ -1,6 +1,6 @@
 """Run folders: nothing is overwritten or resumed by accident, and a record vouches for its weights.
 
-What users see of this, over whole runs, is in ``test_run_safety.py``.
+What users see of this, over whole runs, is in ``test_safety.py``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import pytest
 import torch
 from torch import nn
 
-from gohsp import run
+from gohsp import files
 from gohsp.errors import RunError, StorageError
+from gohsp.runs import folder as folders
+from gohsp.runs.folder import RunFolder
 
 REQUEST: dict[str, Any] = {
     "model": "vit",
     "budget": "params=-40%",
     "plan": None,
-    "recipe": {"seed": 0, "training": {"batch_size": 64}},
+    "config": {"seed": 0, "training": {"batch_size": 64}},
 }
 
 
 def begin(path: Path, request: dict[str, Any] = REQUEST, *, resume: bool = False, overwrite: bool = False) -> None:
-    with run.begin(path, request, resume=resume, overwrite=overwrite) as folder:
+    with folders.begin(path, request, resume=resume, overwrite=overwrite) as folder:
         assert folder.path == path
 
 
@@ -72,12 +74,12 @@ def test_resume_and_overwrite_exclude_each_other(begun: Path):
 
 
 def test_resume_keeps_and_overwrite_removes(begun: Path):
-    run.RunFolder(begun).record("ranking", {"x": 1})
-    with run.begin(begun, REQUEST, resume=True, overwrite=False) as folder:
-        assert folder.done("ranking") == {"x": 1}
+    RunFolder(begun).record("rank", b'{"x": 1}')
+    with folders.begin(begun, REQUEST, resume=True, overwrite=False) as folder:
+        assert folder.done("rank") == b'{"x": 1}'
     changed = {**REQUEST, "budget": "params=-50%"}
-    with run.begin(begun, changed, resume=False, overwrite=True) as folder:
-        assert folder.done("ranking") is None
+    with folders.begin(begun, changed, resume=False, overwrite=True) as folder:
+        assert folder.done("rank") is None
     assert sorted(p.name for p in begun.iterdir()) == ["request.json", "run.log"]
 
 
@@ -85,9 +87,9 @@ def test_resume_keeps_and_overwrite_removes(begun: Path):
     ("change", "message"),
     [
         ({"budget": "params=-50%"}, "budget = 'params=-40%', now it is 'params=-50%'"),
-        ({"recipe": {"seed": 0, "training": {"batch_size": 32}}}, r"recipe\.training\.batch_size = 64, now it is 32"),
-        ({"recipe": {"seed": 0, "training": {}}}, r"recipe\.training"),
-        ({"plan": [{"heads": 1}]}, r"plan = None, now it is \[\{'heads': 1\}\]"),
+        ({"config": {"seed": 0, "training": {"batch_size": 32}}}, r"config\.training\.batch_size = 64, now it is 32"),
+        ({"config": {"seed": 0, "training": {}}}, r"config\.training"),
+        ({"plan": {"blocks.0.attn": {"heads": 1}}}, r"plan\.blocks\.0\.attn\.heads = None, now it is 1"),
         ({"weights": "w.safetensors"}, r"weights = None, now it is 'w\.safetensors'"),
     ],
 )
@@ -98,17 +100,17 @@ def test_resuming_with_another_request_is_refused_naming_the_key(begun: Path, ch
 
 
 def test_tuples_in_a_request_are_the_lists_they_become(tmp_path: Path):
-    request = {**REQUEST, "recipe": {"model_arguments": {"img_size": (8, 8)}}}
+    request = {**REQUEST, "config": {"model_arguments": {"img_size": (8, 8)}}}
     begin(tmp_path / "run", request)
     begin(tmp_path / "run", request, resume=True)
 
 
-def test_a_stage_is_recorded_and_taken_up(begun: Path):
-    folder, model, other = run.RunFolder(begun), nn.Linear(3, 2), nn.Linear(3, 2)
+def test_a_step_is_recorded_and_taken_up(begun: Path):
+    folder, model, other = RunFolder(begun), nn.Linear(3, 2), nn.Linear(3, 2)
     assert folder.done("dense") is None
-    folder.record("dense", {"curve": [1.5, None]}, model)
-    assert folder.done("dense") == {"curve": [1.5, None]}
-    assert folder.done("dense", other) == {"curve": [1.5, None]}
+    folder.record("dense", b'{"curve": [1.5, null]}', model)
+    assert folder.done("dense") == b'{"curve": [1.5, null]}'
+    assert folder.done("dense", other) == b'{"curve": [1.5, null]}'
     assert torch.equal(other.weight, model.weight)
     folder.clear_state()
     assert folder.done("dense") is None
@@ -116,43 +118,43 @@ def test_a_stage_is_recorded_and_taken_up(begun: Path):
     folder.clear_state()
 
 
-def test_a_stage_counts_as_finished_only_after_its_weights(begun: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = run.RunFolder(begun)
+def test_a_step_counts_as_finished_only_after_its_weights(begun: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = RunFolder(begun)
 
     def fail(*_: Any) -> None:
         assert folder.done("dense") is None
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run.files, "write_tensors", fail)
+    monkeypatch.setattr(files, "write_tensors", fail)
     with pytest.raises(StorageError, match="No space left on device"):
-        folder.record("dense", {}, nn.Linear(1, 1))
+        folder.record("dense", b"{}", nn.Linear(1, 1))
     assert folder.done("dense") is None
 
 
-def test_a_stage_that_is_run_again_takes_with_it_what_followed(begun: Path, caplog: pytest.LogCaptureFixture):
-    folder = run.RunFolder(begun)
-    for stage in ("dense", "ranking", "cut"):
-        folder.record(stage, {"stage": stage}, nn.Linear(1, 1))
+def test_a_step_that_is_done_again_takes_with_it_what_followed(begun: Path, caplog: pytest.LogCaptureFixture):
+    folder = RunFolder(begun)
+    for step in ("dense", "rank", "cut"):
+        folder.record(step, step.encode(), nn.Linear(1, 1))
     folder.record_timings({"dense": 1.0})
-    damaged = next((begun / "state").glob("ranking.*.safetensors"))
+    damaged = next((begun / "state").glob("rank.*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    again = run.RunFolder(begun)
-    assert again.done("dense", nn.Linear(1, 1)) == {"stage": "dense"}
-    assert again.done("ranking", nn.Linear(1, 1)) is None
+    again = RunFolder(begun)
+    assert again.done("dense", nn.Linear(1, 1)) == b"dense"
+    assert again.done("rank", nn.Linear(1, 1)) is None
     assert again.done("cut", nn.Linear(1, 1)) is None
-    assert again.done("dense", nn.Linear(1, 1)) == {"stage": "dense"}
+    assert again.done("dense", nn.Linear(1, 1)) == b"dense"
     assert again.timings() == {"dense": 1.0}
     assert "is damaged" in caplog.text
-    assert "stage 'ranking' is run anew, and with it what it led to: cut\n" in caplog.text
+    assert "step 'rank' is done anew, and with it what it led to: cut\n" in caplog.text
 
 
 def test_the_log_goes_to_the_file_while_the_run_is_open(tmp_path: Path):
     logger = logging.getLogger("gohsp.somewhere")
     level = logging.getLogger("gohsp").level
-    with run.begin(tmp_path / "run", REQUEST, resume=False, overwrite=False):
+    with folders.begin(tmp_path / "run", REQUEST, resume=False, overwrite=False):
         logger.info("within")
     logger.info("after")
-    with run.begin(tmp_path / "run", REQUEST, resume=True, overwrite=False):
+    with folders.begin(tmp_path / "run", REQUEST, resume=True, overwrite=False):
         logger.warning("appended")
     text = (tmp_path / "run" / "run.log").read_text()
     assert "INFO gohsp.somewhere: within" in text

@@ -509,7 +509,7 @@ def count_multiplications(contestants: list[Callable[[], object]], _device: torc
     """A clock that no other process can disturb."""
     times = []
     for call in contestants:
-        with FlopCounterMode(display=False) as counter:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             call()
         times.append(counter.get_total_flops() / 1e6)
     return times
