@@ -19,7 +19,7 @@ from gohsp import models, steps
 from gohsp.config import Config, Method
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
-from gohsp.core.objective import Objective, resolve_objective
+from gohsp.core.objective import Objective, outputs, resolve_objective
 from gohsp.core.ranking import HeadRanking
 from gohsp.data.calibration import CalibrationSet, calibration_set
 from gohsp.data.spool import Spool
@@ -152,6 +152,7 @@ def prune(
     widths: Widths | None = None,
     curves: Curves | None = None,
     validation: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     config: Config | None = None,
     progress: ProgressCallback | None = None,
 ) -> Pruned:
@@ -171,6 +172,7 @@ def prune(
         widths: Widths to use instead of choosing them.
         curves: Damage curves of this model that :func:`measure_curves` gave, to choose widths by.
         validation: Batches of images and labels to score on while training; None for no scores.
+        calibration: Images as in evaluation, where those to train on are augmented; None takes ``images``.
         config: All other settings; None for the defaults.
         progress: Is told how far each step is.
 
@@ -184,7 +186,8 @@ def prune(
     if method is not None:
         config = replace(config, method=method)
     goal, dense, network = _checked(model, budget, exclude, widths, config)
-    session = open_session(dense, images, config=config, objective=objective, progress=progress)
+    unlabelled = images if calibration is None else calibration
+    session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
 
@@ -269,18 +272,9 @@ def open_session(
 
 
 def _labelled(session: Session, dense: nn.Module, images: Iterable[Any], validation: Iterable[Any] | None) -> Labelled:
-    classes = _require_classifier(session, dense)
-    if iter(images) is images or not hasattr(images, "__len__"):
-        raise DataError(
-            f"method '{session.config.method}' trains on the images in every epoch; give a DataLoader or a list, not a "
-            f"{type(images).__name__} that can be read once"
-        )
-    first = next(iter(images))
-    if not (isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], Tensor)):
-        raise DataError(
-            f"method '{session.config.method}' needs pairs of images [B, C, H, W] and labels [B], got a "
-            f"{type(first).__name__}; method 'oneshot' needs no labels"
-        )
+    method = f"method '{session.config.method}'"
+    classes = _require_classifier(method, session.objective, dense, session.probe[:1])
+    _require_pairs(method, images)
 
     def score(model: nn.Module) -> Metrics:
         assert validation is not None
@@ -289,14 +283,30 @@ def _labelled(session: Session, dense: nn.Module, images: Iterable[Any], validat
     return Labelled(images, None if validation is None else score, lambda: images, classes)  # type: ignore[arg-type]
 
 
-def _require_classifier(session: Session, dense: nn.Module) -> int:
-    """Classes of the model; methods that train with labels need some."""
-    if session.objective.name != "classification":
-        raise UnsupportedModelError(
-            f"method '{session.config.method}' trains with labels, and this model's output is taken for "
-            f"{session.objective.name}; use method 'oneshot', or give objective='classification' if it returns logits"
+def _require_pairs(what: str, images: Iterable[Any]) -> Tensor:
+    """The first batch of images; training reads them in every epoch, and their labels."""
+    if iter(images) is images or not hasattr(images, "__len__"):
+        raise DataError(
+            f"{what} trains on the images in every epoch; give a DataLoader or a list, not a {type(images).__name__} "
+            "that can be read once"
         )
-    return session.outputs(dense, [session.probe[:1]])[0].shape[1]
+    first = next(iter(images))
+    if not (isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], Tensor)):
+        raise DataError(
+            f"{what} needs pairs of images [B, C, H, W] and labels [B], got a {type(first).__name__}; method 'oneshot' "
+            "needs no labels"
+        )
+    return first[0]
+
+
+def _require_classifier(what: str, objective: Objective, model: nn.Module, image: Tensor) -> int:
+    """Classes of the model; training with labels needs some."""
+    if objective.name != "classification":
+        raise UnsupportedModelError(
+            f"{what} trains with labels, and this model's output is taken for {objective.name}; use method 'oneshot', "
+            "or give objective='classification' if it returns logits"
+        )
+    return outputs(model, objective, [image])[0].shape[1]
 
 
 # The steps, for this layer and for runs
@@ -345,7 +355,7 @@ def run_steps(
     fidelity = steps.compare(session, dense, small)
     tuned: tuple[Epoch, ...] = ()
     if config.trains and labelled is not None and config.finetune.epochs > 0:
-        tuned = do("finetune", Trained, lambda: finetune(session, "finetune", small, dense, labelled), small).curve
+        tuned = do("finetune", Trained, lambda: train_stage(session, "finetune", small, dense, labelled), small).curve
     return Pruned(
         model=small.eval(),
         network=network,
@@ -445,7 +455,7 @@ def _training_loss(session: Session, model: nn.Module, labelled: Labelled) -> fl
     return evaluate(model, batches, precision=session.precision).loss
 
 
-def finetune(
+def train_stage(
     session: Session,
     name: str,
     model: nn.Module,
@@ -620,6 +630,61 @@ def heal(
         config = replace(config, heal=replace(config.heal, epochs=3))
     session, teacher, network = _open(dense, images, (), objective, config, progress)
     return steps.heal(session, teacher, model, network, steps.analyse(session, teacher, network))
+
+
+def finetune(
+    model: nn.Module,
+    images: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    validation: Iterable[Any] | None = None,
+    config: Config | None = None,
+    checkpoint: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[Epoch, ...]:
+    """Train a classifier in place as method ``finetune`` trains what it has cut; any classifier, for comparisons.
+
+    Args:
+        model: The model, on its device.
+        images: Batches of images and labels, read anew in every epoch.
+        teacher: The dense model, whose predictions count as the settings say; None for labels alone.
+        validation: Batches of images and labels to score on; None for no scores.
+        config: Of which ``finetune``, ``training``, ``seed`` and ``precision`` count.
+        checkpoint: File for going on after an interruption, with the same arguments; its name gets a hash.
+        progress: Is told how far it is.
+
+    Returns:
+        One record an epoch.
+
+    Raises:
+        DataError: Images that can be read once, or without labels.
+        UnsupportedModelError: The model is no classifier.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    config = config or Config()
+    device = next(model.parameters()).device
+    precision = resolve_precision(config.precision, device)
+    probe = _require_pairs("finetune", images)[:8]
+    classes = _require_classifier("finetune", resolve_objective(None, model, probe), model, probe[:1])
+
+    def score(model: nn.Module) -> Metrics:
+        assert validation is not None
+        return evaluate(model, validation, precision=precision)
+
+    return train(
+        model,
+        images,  # type: ignore[arg-type]
+        config.finetune,
+        config.training,
+        name="finetune",
+        precision=precision,
+        seed=config.seed,
+        num_classes=classes,
+        evaluate=None if validation is None else score,
+        teacher=teacher,
+        checkpoint=checkpoint,
+        progress=progress or unheard,
+    ).curve
 
 
 def _open(

@@ -255,7 +255,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
         labelled = labelled_images(dense, config, folder, task.splits, device, precision)
         if config.dense.epochs > 0:
             trained = kept_steps.do(
-                "dense", Trained, lambda: api.finetune(session, "dense", dense, None, labelled), dense
+                "dense", Trained, lambda: api.train_stage(session, "dense", dense, None, labelled), dense
             )
             checkpoint.save(dense, folder.path / "dense")
         scores = _scored(session, "dense_score", dense, labelled)
@@ -263,9 +263,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     def chosen(widths: Widths) -> None:
         files.write_atomic(folder.path / "plan.json", json.dumps(widths_to_json(widths), indent=2) + "\n")
 
-    pruned = api.run_steps(
-        session, dense, task.network, task.goal, given=task.widths, labelled=labelled, chosen=chosen
-    )
+    pruned = api.run_steps(session, dense, task.network, task.goal, given=task.widths, labelled=labelled, chosen=chosen)
     small_scores = _scored(session, "pruned_score", pruned.model, labelled)
     again = _retrained(session, dense, labelled) if labelled is not None and config.compare_dense else None
     made = _report(session, task, pruned, trained, scores, small_scores, again, labelled)
@@ -301,7 +299,7 @@ def _retrained(session: Session, dense: nn.Module, labelled: Labelled) -> tuple[
     trained = session.steps.do(
         "dense_retrained",
         Trained,
-        lambda: api.finetune(session, "dense_retrained", again, dense, labelled, epochs),
+        lambda: api.train_stage(session, "dense_retrained", again, dense, labelled, epochs),
         again,
     )
     metrics = _scored(session, "dense_retrained_score", again, labelled)
@@ -334,14 +332,10 @@ def _report(
         dense=_metrics(network, scores),
         dense_retrained=_metrics(network, again[1]) if again else None,
         pruned=_metrics(small, small_scores),
-        fidelity=report.Fidelity(
-            **dataclasses.asdict(pruned.fidelity), predicted_distance=pruned.allocation.predicted
-        ),
+        fidelity=report.Fidelity(**dataclasses.asdict(pruned.fidelity), predicted_distance=pruned.allocation.predicted),
         heal=report.Heal.of(pruned.heal.curve) if pruned.heal else None,
         speed=speed,
-        plan=report.Plan(
-            dense=network.widths, pruned=pruned.widths, kept=pruned.kept, stages=pruned.allocation.stages
-        ),
+        plan=report.Plan(dense=network.widths, pruned=pruned.widths, kept=pruned.kept, stages=pruned.allocation.stages),
         ranking=report.Ranking.of(pruned.ranking),
         admm=_admm_record(session, pruned, labelled),
         equality=report.Equality(
