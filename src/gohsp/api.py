@@ -549,7 +549,7 @@ def allocate(
 
     Args:
         model: The model that the curves are of, or its description.
-        curves: What :func:`measure_curves` gave.
+        curves: What :func:`measure_curves` gave; not read, and so possibly empty, where widths are uniform.
         budget: Such as ``params=-40%``.
         exclude: As of :func:`prune`.
         config: Of which ``widths`` counts.
@@ -562,7 +562,10 @@ def allocate(
     goal, settings = parse_budget(budget), (config or Config()).widths
     if goal.kind == "latency":
         raise ConfigError("a latency budget is met by measuring on the way; use gohsp.prune, which takes curves, too")
-    return allocation.allocate(network, curves, bound_for(network, goal), settings)
+    bound = bound_for(network, goal)
+    if settings.choice == "uniform":
+        return allocation.uniform(network, bound, settings)
+    return allocation.allocate(network, curves, bound, settings)
 
 
 @dataclass(frozen=True)
