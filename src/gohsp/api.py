@@ -152,6 +152,7 @@ def prune(
     widths: Widths | None = None,
     curves: Curves | None = None,
     validation: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     config: Config | None = None,
     progress: ProgressCallback | None = None,
 ) -> Pruned:
@@ -171,6 +172,7 @@ def prune(
         widths: Widths to use instead of choosing them.
         curves: Damage curves of this model that :func:`measure_curves` gave, to choose widths by.
         validation: Batches of images and labels to score on while training; None for no scores.
+        calibration: Images as in evaluation, where those to train on are augmented; None takes ``images``.
         config: All other settings; None for the defaults.
         progress: Is told how far each step is.
 
@@ -187,7 +189,8 @@ def prune(
     if config.trains:
         _require_rereadable("trains on the images", config, images)
         _require_rereadable("scores on validation images", config, validation)
-    session = open_session(dense, images, config=config, objective=objective, progress=progress)
+    unlabelled = images if calibration is None else calibration
+    session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
 
@@ -382,7 +385,7 @@ def run_steps(
     fidelity = steps.compare(session, dense, small)
     tuned: tuple[Epoch, ...] = ()
     if config.trains and labelled is not None and config.finetune.epochs > 0:
-        tuned = do("finetune", Trained, lambda: finetune(session, "finetune", small, dense, labelled), small).curve
+        tuned = do("finetune", Trained, lambda: train_stage(session, "finetune", small, dense, labelled), small).curve
     return Pruned(
         model=small.eval(),
         network=network,
@@ -482,7 +485,7 @@ def _training_loss(session: Session, model: nn.Module, labelled: Labelled) -> fl
     return evaluate(model, batches, precision=session.precision).loss
 
 
-def finetune(
+def train_stage(
     session: Session,
     name: str,
     model: nn.Module,
@@ -576,7 +579,7 @@ def allocate(
 
     Args:
         model: The model that the curves are of, or its description.
-        curves: What :func:`measure_curves` gave.
+        curves: What :func:`measure_curves` gave; not read, and so possibly empty, where widths are uniform.
         budget: Such as ``params=-40%``.
         exclude: As of :func:`prune`.
         config: Of which ``widths`` counts.
@@ -589,7 +592,10 @@ def allocate(
     goal, settings = parse_budget(budget), (config or Config()).widths
     if goal.kind == "latency":
         raise ConfigError("a latency budget is met by measuring on the way; use gohsp.prune, which takes curves, too")
-    return allocation.allocate(network, curves, bound_for(network, goal), settings)
+    bound = bound_for(network, goal)
+    if settings.choice == "uniform":
+        return allocation.uniform(network, bound, settings)
+    return allocation.allocate(network, curves, bound, settings)
 
 
 @dataclass(frozen=True)
@@ -657,6 +663,43 @@ def heal(
         config = replace(config, heal=replace(config.heal, epochs=3))
     session, teacher, network = _open(dense, images, (), objective, config, progress)
     return steps.heal(session, teacher, model, network, steps.analyse(session, teacher, network))
+
+
+def finetune(
+    model: nn.Module,
+    images: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    validation: Iterable[Any] | None = None,
+    config: Config | None = None,
+    checkpoint: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[Epoch, ...]:
+    """Train a classifier in place as method ``finetune`` trains what it has cut; any classifier, for comparisons.
+
+    Args:
+        model: The model, on its device.
+        images: Batches of images and labels, read anew in every epoch.
+        teacher: The dense model, whose predictions count as the settings say; None for labels alone.
+        validation: Batches of images and labels to score on; None for no scores.
+        config: Of which ``finetune``, ``training``, ``seed`` and ``precision`` count.
+        checkpoint: File for going on after an interruption, with the same arguments; its name gets a hash.
+        progress: Is told how far it is.
+
+    Returns:
+        One record an epoch.
+
+    Raises:
+        DataError: Images that can be read once, or without labels.
+        UnsupportedModelError: The model is no classifier.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    config = replace(config or Config(), method="finetune")
+    _require_rereadable("trains on the images", config, images)
+    probe = CalibrationSet([calibration_set(images, count=8, holdout=0, mirror=False).images[0]], [], False)
+    session = open_session(model, probe, config=config, progress=progress)
+    labelled = replace(_labelled(session, model, images, validation), checkpoint=lambda _stage: checkpoint)
+    return train_stage(session, "finetune", model, teacher, labelled).curve
 
 
 def _open(
