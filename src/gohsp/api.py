@@ -696,8 +696,14 @@ def finetune(
     """
     config = replace(config or Config(), method="finetune")
     _require_rereadable("trains on the images", config, images)
-    probe = CalibrationSet([calibration_set(images, count=8, holdout=0, mirror=False).images[0]], [], False)
-    session = open_session(model, probe, config=config, progress=progress)
+    probe = calibration_set(images, count=8, holdout=0, mirror=False)
+    session = Session(
+        config,
+        probe,
+        resolve_objective(None, model, probe.images[0]),
+        resolve_precision(config.precision, next(model.parameters()).device),
+        progress=progress or unheard,
+    )
     labelled = replace(_labelled(session, model, images, validation), checkpoint=lambda _stage: checkpoint)
     return train_stage(session, "finetune", model, teacher, labelled).curve
 
