@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,19 +21,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import gohsp
-from gohsp import checkpoint, files
+from gohsp import checkpoint, models
 from gohsp.data import Preprocessing
 from gohsp.errors import CheckpointError, NonFiniteError, StorageError, UnsupportedModelError
-from gohsp.structure import BlockPlan, Plan
+from gohsp.structure import AttentionKept, FfnKept, Kept, kept_to_json
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 EQUAL = ((0, 2), 4, 4, 24), ((0, 1, 3), 6, 6, 40)
 UNEQUAL = ((1, 3), 4, 6, 24), ((2,), 8, 2, 128)
+GONE = ((), 0, 0, 24), ((2, 3), 4, 4, 0)
 VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "dense": ("vit_tiny_patch16_224", {}, None),
     "arguments": ("vit_tiny_patch16_224", {"img_size": (8, 12), "in_chans": 3, "num_classes": 7}, None),
     "equal": ("vit_tiny_patch16_224", {}, EQUAL),
     "unequal": ("vit_tiny_patch16_224", {"in_chans": 3, "num_classes": 3}, UNEQUAL),
+    "sublayers gone": ("vit_tiny_patch16_224", {}, GONE),
+    "sublayers gone and layerscale": ("vit_tiny_patch16_224", {"init_values": 0.1}, GONE),
     "layerscale": ("vit_tiny_patch16_224", {"init_values": 0.1}, UNEQUAL),
     "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, UNEQUAL),
     "distilled": ("deit_tiny_distilled_patch16_224", {}, UNEQUAL),
@@ -48,18 +52,16 @@ def tiny(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
     return model.eval()
 
 
-def plan_of(blocks: Any) -> Plan:
-    return Plan(
-        tuple(
-            BlockPlan(
-                heads=heads,
-                qk=tuple(tuple(range(8 - qk, 8)) for _ in heads),
-                vo=tuple(tuple(range(vo)) for _ in heads),
-                ffn=tuple(range(ffn)),
-            )
-            for heads, qk, vo, ffn in blocks
+def kept_of(blocks: Any) -> Kept:
+    kept: dict[str, AttentionKept | FfnKept] = {}
+    for i, (heads, qk, vo, units) in enumerate(blocks):
+        kept[f"blocks.{i}.attn"] = AttentionKept(
+            heads=heads,
+            qk=tuple(tuple(range(8 - qk, 8)) for _ in heads),
+            vo=tuple(tuple(range(vo)) for _ in heads),
         )
-    )
+        kept[f"blocks.{i}.mlp"] = FfnKept(units=tuple(range(units)))
+    return kept
 
 
 def images_for(model: nn.Module) -> torch.Tensor:
@@ -68,13 +70,13 @@ def images_for(model: nn.Module) -> torch.Tensor:
     return torch.randn(3, model.in_chans, height, width, generator=generator)  # type: ignore[call-overload]
 
 
-def make(variant: str) -> tuple[nn.Module, Plan | None]:
+def make(variant: str) -> tuple[nn.Module, Kept | None]:
     name, arguments, blocks = VARIANTS[variant]
     model = tiny(name, **arguments)
     if blocks is None:
         return model, None
-    plan = plan_of(blocks)
-    return gohsp.compact(model, plan, images_for(model)).model, plan
+    kept = kept_of(blocks)
+    return gohsp.compact(model, kept, images_for(model)).model, kept
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -87,8 +89,8 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A pruned model's folder, to be damaged."""
-    model, plan = make("unequal")
-    gohsp.save(model, tmp_path / "model", plan=plan)
+    model, kept = make("unequal")
+    gohsp.save(model, tmp_path / "model", kept=kept)
     return tmp_path / "model"
 
 
@@ -96,18 +98,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[nn.Module, Plan | None]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[nn.Module, Kept | None]]]:
     root = tmp_path_factory.mktemp("models")
     made = {variant: make(variant) for variant in VARIANTS}
-    for variant, (model, plan) in made.items():
-        gohsp.save(model, root / variant, plan=plan, made_by={"by": "test"}, metrics={"top1": 12.5})
+    for variant, (model, kept) in made.items():
+        gohsp.save(model, root / variant, kept=kept, made_by={"by": "test"}, metrics={"top1": 12.5})
     return root, made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_is_bit_exact(saved, variant: str):
     root, made = saved
-    model, plan = made[variant]
+    model, kept = made[variant]
     loaded = gohsp.load(root / variant)
     state, again = model.state_dict(), loaded.state_dict()
     assert list(state) == list(again)
@@ -119,8 +121,9 @@ def test_round_trip_is_bit_exact(saved, variant: str):
     assert [type(a.attn) for a in loaded.blocks] == [type(a.attn) for a in model.blocks]  # type: ignore[union-attr]
     assert gohsp.describe(loaded) == gohsp.describe(model)
     config = json.loads((root / variant / "config.json").read_text())
-    assert config["kept"] == (json.loads(json.dumps(plan.to_json())) if plan else None)
+    assert config["kept"] == (kept_to_json(kept) if kept else None)
     assert (config["made_by"], config["metrics"]) == ({"by": "test"}, {"top1": 12.5})
+    assert config["format_version"] == 2
     assert config["params"] == sum(p.numel() for p in model.parameters())
     assert sorted(os.listdir(root / variant)) == ["config.json", "model.safetensors"]
 
@@ -132,7 +135,7 @@ def test_attention_stays_timms_where_widths_allow(saved):
         return [type(b.attn).__module__ for b in gohsp.load(root / variant).blocks]  # type: ignore[union-attr]
 
     assert classes("equal") == classes("dense") == ["timm.layers.attention"] * 2
-    assert classes("unequal") == ["gohsp.models.attention"] * 2
+    assert classes("unequal") == ["gohsp.models.modules"] * 2
 
 
 def test_a_loaded_model_can_be_saved_again(saved, tmp_path: Path):
@@ -176,20 +179,39 @@ def test_preprocessing_is_kept(tmp_path: Path):
 
 # Refused on loading
 
+ATTENTION = {"heads": 1, "qk": 8, "vo": 8}
+
+
+def widths(last: dict[str, Any]) -> dict[str, Any]:
+    """Widths of two blocks; ``last`` are those of the second one's attention."""
+    mlp = {"units": 8}
+    return {"blocks.0.attn": ATTENTION, "blocks.0.mlp": mlp, "blocks.1.attn": last, "blocks.1.mlp": mlp}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"format version 2, this gohsp reads up to 1; update gohsp"),
+        ({"format_version": 3}, r"format version 3, this gohsp reads up to 2; update gohsp"),
         ({"format_version": None}, "no format_version"),
+        ({"format_version": 0}, "'format_version' is 0"),
+        ({"format_version": True}, "no format_version"),
         ({"library": "keras"}, r"library 'keras' is unknown; this version reads \['timm'\]"),
         ({"architecture": "vit_nonsense"}, "'vit_nonsense' is none of timm"),
         ({"arguments": {"embed_dims": 3}}, "embed_dims"),
         ({"widths": None, "arguments": None}, "'arguments' is missing"),
-        ({"widths": [{"heads": 1, "qk": 8, "vo": 8, "ffn": 8}]}, "has widths of 1"),
-        ({"widths": [{"head": 1}, {}]}, "'widths.0.heads' is missing"),
-        ({"widths": [{"heads": 1, "qk": 0, "vo": 8, "ffn": 8}] * 2}, r"'widths\.0\.qk' is -?\d"),
-        ({"widths": [{"heads": 1, "qk": -8, "vo": 8, "ffn": 8}] * 2}, r"'widths\.0\.qk' is -?\d"),
+        ({"widths": None}, "'widths' is missing"),
+        ({"widths": {}}, "has widths of 0"),
+        ({"widths": {"blocks.0.attn": ATTENTION, "blocks.0.mlp": {"units": 8}}}, "has widths of 1"),
+        ({"widths": widths({"head": 1})}, r"'widths\.blocks\.1\.attn\.head"),
+        ({"widths": widths({"heads": 1, "qk": 8})}, r"widths: 'blocks\.1\.attn' of the plan lacks \['vo'\]"),
+        ({"widths": widths({**ATTENTION, "qk": 0})}, "give no width of 0, or all of them"),
+        ({"widths": widths({**ATTENTION, "qk": -8})}, r"'widths\.blocks\.1\.attn\.qk' is -8"),
+        ({"widths": widths({**ATTENTION, "qk": 2**40})}, r"'widths\.blocks\.1\.attn\.qk' is 1099511627776"),
+        ({"widths": widths({**ATTENTION, "qk": 8.0})}, r"'widths\.blocks\.1\.attn\.qk' is 8\.0"),
+        ({"widths": widths({**ATTENTION, "units": 8})}, "unknown key 'units'"),
+        ({"widths": widths({"units": 8})}, r"blocks\.1\.attn"),
+        ({"widths": {**widths(ATTENTION), "blocks.1.mlps": {"units": 8}}}, r"blocks\.1\.mlps"),
+        ({"widths": [{"heads": 1, "qk": 8, "vo": 8, "ffn": 8}] * 2}, "'widths' is"),
         ({"widths": [1, 2]}, "widths"),
         ({"widths": 7}, "widths"),
     ],
@@ -235,7 +257,13 @@ def test_a_pickle_under_the_weights_name_is_refused(folder: Path):
 
 
 def test_first_mismatches_of_config_and_tensors_are_listed(folder: Path):
-    edit(folder, widths=[{"heads": 2, "qk": 4, "vo": 8, "ffn": 24}, {"heads": 1, "qk": 8, "vo": 2, "ffn": 8}])
+    changed = {
+        "blocks.0.attn": {"heads": 2, "qk": 4, "vo": 8},
+        "blocks.0.mlp": {"units": 24},
+        "blocks.1.attn": {"heads": 1, "qk": 8, "vo": 2},
+        "blocks.1.mlp": {"units": 8},
+    }
+    edit(folder, widths=changed)
     with pytest.raises(CheckpointError) as error:
         gohsp.load(folder)
     text = str(error.value)
@@ -262,7 +290,7 @@ def test_a_failing_write_leaves_the_old_files(folder: Path, monkeypatch: pytest.
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(StorageError, match="disk full"):
         gohsp.save(tiny(), folder)
     assert {name: (folder / name).read_bytes() for name in before} == before
@@ -295,13 +323,127 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float):
     assert not (tmp_path / "model").exists()
 
 
-def test_models_that_could_not_be_made_again_are_refused(tmp_path: Path):
-    by_hand = VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=1, num_heads=4)
-    with pytest.raises(UnsupportedModelError, match=r"make it with timm\.create_model"):
-        gohsp.save(by_hand, tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="Linear cannot be pruned; supported: timm"):
+def test_what_is_no_vit_is_refused(tmp_path: Path):
+    with pytest.raises(UnsupportedModelError, match="Linear has no block that can be pruned; supported: timm"):
         gohsp.save(nn.Linear(2, 2), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_library_model_that_could_not_be_made_again_is_refused_or_ones_own(tmp_path: Path):
+    model = tiny()
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"own=True"):
+        gohsp.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    gohsp.save(model, tmp_path / "model", own=True)
+    with pytest.raises(CheckpointError, match=r"gohsp\.load\(folder, into=module\)"):
+        gohsp.load(tmp_path / "model")
+    into = tiny()
+    into.extra = nn.Linear(2, 2)
+    state = gohsp.load(tmp_path / "model", into=into).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# Modules of one's own
+
+
+class Counting(nn.Module):
+    """A ViT made by its class, and a norm that counts batches."""
+
+    def __init__(self, depth: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, embed_dim=32, depth=depth, num_heads=4, num_classes=classes
+        )
+        self.norm = nn.BatchNorm1d(classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.vit(images))
+
+
+def counting(seed: int = 0, **arguments: int) -> Counting:
+    torch.manual_seed(seed)
+    model = Counting(**arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.norm.num_batches_tracked.fill_(seed + 7)  # type: ignore[operator]
+    return model.eval()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A pruned module of one's own, and its folder."""
+    model, images = counting(), torch.randn(2, 1, 8, 8)
+    kept = {f"vit.{name}": of for name, of in kept_of(UNEQUAL).items()}
+    small = gohsp.compact(model, kept, images).model
+    gohsp.save(small, tmp_path / "own", kept=kept)
+    return small, tmp_path / "own"
+
+
+def test_a_module_of_ones_own_round_trips(own: tuple[nn.Module, Path]):
+    small, folder = own
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["library"], config["architecture"], config["arguments"]) == (None, None, {})
+    dense = counting(seed=1)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    applied = gohsp.apply(dense, folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    into = counting(seed=2).train()
+    loaded = gohsp.load(folder, into=into)
+    assert loaded is into
+    images = torch.randn(3, 1, 8, 8)
+    for model in (applied, loaded):
+        state = model.state_dict()
+        assert list(state) == list(small.state_dict())
+        assert all(torch.equal(state[name], tensor) for name, tensor in small.state_dict().items())
+        assert not model.training
+        with torch.no_grad():
+            assert torch.equal(model(images), small(images))
+    again = gohsp.load(folder, into=gohsp.load(folder, into=counting()))  # a module that is cut already
+    assert gohsp.describe(again) == gohsp.describe(small)
+
+
+def test_a_folder_of_ones_own_takes_a_module(own: tuple[nn.Module, Path], folder: Path):
+    with pytest.raises(CheckpointError, match=r"module of somebody's own.* gohsp\.load\(folder, into=module\)"):
+        gohsp.load(own[1])
+    for module, message in (
+        (counting(depth=1), r"vit\.blocks\.1\.attn"),
+        (tiny(), r"vit\.blocks\.0\.attn"),
+    ):
+        before = list(module.state_dict())
+        with pytest.raises(CheckpointError, match=message):
+            gohsp.load(own[1], into=module)
+        assert list(module.state_dict()) == before
+    with pytest.raises(UnsupportedModelError, match="no block that can be pruned"):
+        gohsp.load(own[1], into=nn.Linear(2, 2))
+    library = tiny(in_chans=3, num_classes=3)  # a library's model may be put into a module, too
+    loaded = gohsp.load(folder, into=library)
+    assert loaded is library
+    state = gohsp.load(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", ["shape", "value", "weights"])
+def test_a_module_that_gets_no_weights_is_left_as_it_was(own: tuple[nn.Module, Path], wrong: str):
+    _, folder = own
+    module: nn.Module = counting(seed=1, classes=7 if wrong == "shape" else 10).train()
+    path = folder / "model.safetensors"
+    if wrong == "value":
+        tensors = load_file(path)
+        tensors["vit.norm.bias"][3] = float("nan")
+        save_file(tensors, path)
+    if wrong == "weights":
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(
+        (CheckpointError, NonFiniteError), match=r"is \[10, 32\], the model has|vit\.norm\.bias|damaged"
+    ):
+        gohsp.load(folder, into=module)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert module.training
 
 
 # The hub
@@ -373,9 +515,9 @@ def test_what_was_changed_after_making_is_saved(variant: str, change: str, tmp_p
     images = images_for(changed).to(next(changed.parameters()).dtype)
     with torch.no_grad():
         torch.testing.assert_close(again(images), changed.eval()(images), rtol=1e-5, atol=1e-5)
-    structure = gohsp.describe(again)
-    assert structure == gohsp.describe(changed)
-    assert gohsp.model_cost(structure, structure.shapes, "params") == sum(p.numel() for p in changed.parameters())
+    network = gohsp.describe(again)
+    assert network == gohsp.describe(changed)
+    assert gohsp.count_params(network) == sum(p.numel() for p in changed.parameters())
     assert Preprocessing.from_model(again).image_size == changed.patch_embed.img_size[0]
 
 
@@ -394,8 +536,8 @@ def test_what_was_changed_after_making_is_saved(variant: str, change: str, tmp_p
 )
 def test_arguments_of_the_architecture_are_saved(arguments: dict[str, Any], tmp_path: Path):
     model = tiny(**arguments)
-    plan = plan_of(UNEQUAL)
-    for number, saved in enumerate((model, gohsp.compact(model, plan, images_for(model)).model)):
+    small = gohsp.compact(model, kept_of(UNEQUAL), images_for(model)).model
+    for number, saved in enumerate((model, small)):
         gohsp.save(saved, tmp_path / str(number))
         with torch.no_grad():
             expected, found = saved(images_for(model)), gohsp.load(tmp_path / str(number))(images_for(model))
@@ -419,38 +561,44 @@ def test_a_refused_model_leaves_the_folder_as_it_was(folder: Path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-FIRST_EDITION: dict[str, Any] = {
-    "format_version": 1,
-    "library": "timm",
-    "architecture": "vit_tiny_patch16_224",
-    "arguments": {
-        "img_size": [8, 8],
-        "patch_size": [4, 4],
-        "num_classes": 3,
-        "embed_dim": 32,
-        "depth": 2,
-        "num_heads": 4,
-    },
-    "preprocessing": {
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "crop_mode": "center",
-    },
-    "widths": [{"heads": 2, "qk": 4, "vo": 6, "ffn": 24}, {"heads": 1, "qk": 8, "vo": 2, "ffn": 128}],
-    "kept": plan_of(UNEQUAL).to_json(),
-    "params": 14153,
-    "macs": 65230,
-    "made_by": {"gohsp": "0.1.0", "budget": "params=-40%"},
-    "metrics": {"top1": 12.5},
-}
-"""A ``config.json`` as version 0.1.0 wrote it, with the arguments and the indentation of then."""
+# The first edition
+
+FIRST_EDITION = Path(__file__).parent / "data" / "first_edition"
+"""A pruned model of version 0.1.0, whose query/key widths are not its value widths, and what it computed."""
 
 
 def test_a_folder_of_the_first_edition_is_loaded(tmp_path: Path):
-    model, _ = make("unequal")
-    (tmp_path / "config.json").write_text(json.dumps(FIRST_EDITION, indent=2))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    expected = load_file(FIRST_EDITION / "expected.safetensors")
+    model = gohsp.load(FIRST_EDITION)
     with torch.no_grad():
-        assert torch.equal(gohsp.load(tmp_path)(images_for(model)), model(images_for(model)))
+        torch.testing.assert_close(model(expected["images"]), expected["logits"], rtol=1e-5, atol=1e-6)
+    widths = gohsp.describe(model).widths
+    assert widths["blocks.0.attn"] == gohsp.AttentionWidths(heads=1, qk=4, vo=6)
+    assert widths["blocks.1.mlp"] == gohsp.FfnWidths(units=7)
+    assert models.class_names(model) == ("ant", "bee", "cat")
+    gohsp.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == 2
+    assert config["widths"]["blocks.1.attn"] == {"heads": 2, "qk": 3, "vo": 2}
+    assert (tmp_path / "model.safetensors").read_bytes() == (FIRST_EDITION / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": [{"heads": 1, "qk": 4, "vo": 6, "ffn": 20}]}, "has widths of 1"),
+        ({"widths": [{"heads": 1, "qk": 4, "vo": 6}] * 2}, r"'blocks\.0\.mlp' of the plan lacks \['units'\]"),
+        ({"widths": [{"heads": 1, "qk": 4, "ffn": 20}] * 2}, r"'blocks\.0\.attn' of the plan lacks \['vo'\]"),
+        ({"widths": [{"heads": 1, "qk": 4, "vo": 6, "ffn": 20, "x": 1}] * 2}, r"widths\.blocks\.0\.attn\.x"),
+        ({"widths": [{"heads": 1, "qk": -4, "vo": 6, "ffn": 20}] * 2}, r"'widths\.blocks\.0\.attn\.qk' is -4"),
+        ({"widths": [1, 2]}, "'widths' is"),
+        ({"widths": None}, "'widths' is missing"),
+        ({"library": None}, "'library' is missing"),
+        ({"stranger": 1}, "'stranger' is unknown"),
+    ],
+)
+def test_a_damaged_folder_of_the_first_edition_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
+    shutil.copytree(FIRST_EDITION, tmp_path / "model")
+    edit(tmp_path / "model", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        gohsp.load(tmp_path / "model")

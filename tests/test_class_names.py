@@ -18,19 +18,25 @@ from torch import nn
 
 import gohsp
 from gohsp import cli, models
-from gohsp import recipe as recipes
+from gohsp.config import DataSettings, from_mapping
 from gohsp.errors import CheckpointError, DataError, GohspError, RunError, UnsupportedModelError
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
-SHAPES = (gohsp.BlockShape(heads=3, qk=4, vo=6, ffn=50), gohsp.BlockShape(heads=4, qk=8, vo=8, ffn=7))
+WIDTHS = {
+    "blocks.0.attn": gohsp.AttentionWidths(heads=3, qk=4, vo=6),
+    "blocks.0.mlp": gohsp.FfnWidths(units=50),
+    "blocks.1.attn": gohsp.AttentionWidths(heads=4, qk=8, vo=8),
+    "blocks.1.mlp": gohsp.FfnWidths(units=7),
+}
 COUNTS = {"ant": 4, "bee": 3, "cat": 2}
-RECIPE = {
+CONFIG = {
+    "method": "finetune",
     "device": "cpu",
-    "data": {"calibration_images": 16, "allocation_images": 8, "ranking_images": 8},
-    "admm_stage": {"epochs": 0},
+    "precision": "no",
+    "calibration": {"images": 16},
     "finetune": {"epochs": 1},
-    "training": {"batch_size": 8, "precision": "no", "augment": "none"},
-    "retrain_dense": False,
+    "training": {"batch_size": 8, "augment": "none"},
+    "compare_dense": False,
 }
 
 
@@ -79,10 +85,9 @@ def score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[nn.Mo
     return score
 
 
-def prune(out: Path, source: Path | str, model: nn.Module | None = None, **options: Any) -> gohsp.Result:
-    recipe = recipes.from_mapping(RECIPE | options.pop("recipe", {}))
-    model = model or constant(0)
-    return gohsp.prune(model, str(source), "params=-20%", out, recipe=recipe, shapes=SHAPES, quiet=True, **options)
+def prune(out: Path, source: Path | str, model: nn.Module | None = None, **options: Any) -> gohsp.RunResult:
+    config = from_mapping(CONFIG | options.pop("config", {}))
+    return gohsp.run(model or constant(0), str(source), "params=-20%", out, config=config, widths=WIDTHS, **options)
 
 
 # Folders that are no classes
@@ -121,7 +126,7 @@ def test_folders_without_images_are_told(images: Path, caplog: pytest.LogCapture
     (images / "val" / "aardvark").mkdir()
     shutil.rmtree(images / "val" / "ant")
     (images / "val" / "ant").mkdir()
-    assert prune(tmp_path / "run", images).report["data"]["class_names"] == ["ant", "bee", "cat"]
+    assert prune(tmp_path / "run", images).report.data.class_names == ("ant", "bee", "cat")
     assert "val': no image (.png, .jpg, .jpeg) in 'aardvark', 'ant'" in caplog.text
 
 
@@ -151,7 +156,7 @@ def test_a_link_to_the_training_split_is_the_training_split(images: Path, tmp_pa
 def test_a_run_names_the_classes_that_it_trains(images: Path, tmp_path: Path, score):
     result = prune(tmp_path / "run", images, constant(0))
     names = ("ant", "bee", "cat")
-    assert result.report["data"]["class_names"] == list(names)
+    assert result.report.data.class_names == names
     assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == list(names)
     assert "ant, bee, cat" in (tmp_path / "run" / "report.html").read_text()
     loaded = gohsp.load(tmp_path / "run")
@@ -163,19 +168,17 @@ def test_a_run_names_the_classes_that_it_trains(images: Path, tmp_path: Path, sc
 
 
 def test_a_trained_new_classifier_is_named(tmp_path: Path, images: Path):
-    recipe = recipes.from_mapping(
-        RECIPE | {"model_arguments": SMALL, "dense": {"epochs": 1}, "finetune": {"epochs": 0}}
-    )
+    config = from_mapping(CONFIG | {"model_arguments": SMALL, "dense": {"epochs": 1}, "finetune": {"epochs": 0}})
     model = "vit_tiny_patch16_224"
-    gohsp.prune(model, str(images), "params=-20%", tmp_path / "run", recipe=recipe, shapes=SHAPES, quiet=True)
+    gohsp.run(model, str(images), "params=-20%", tmp_path / "run", config=config, widths=WIDTHS)
     for folder in (tmp_path / "run", tmp_path / "run" / "dense"):
         assert models.class_names(gohsp.load(folder)) == ("ant", "bee", "cat")
 
 
-@pytest.mark.parametrize("recipe", [{"finetune": {"epochs": 0}}, {"route": "oneshot"}], ids=["untrained", "oneshot"])
-def test_a_classifier_that_is_not_trained_on_the_data_stays_nameless(images: Path, tmp_path: Path, recipe: dict):
-    result = prune(tmp_path / "run", images, recipe=recipe)
-    assert "class_names" not in result.report["data"]
+@pytest.mark.parametrize("config", [{"finetune": {"epochs": 0}}, {"method": "oneshot"}], ids=["untrained", "oneshot"])
+def test_a_classifier_that_is_not_trained_on_the_data_stays_nameless(images: Path, tmp_path: Path, config: dict):
+    result = prune(tmp_path / "run", images, config=config)
+    assert result.report.data.class_names is None
     assert models.class_names(result.model) is None
     assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] is None
 
@@ -186,11 +189,11 @@ def test_labels_follow_the_models_names(images: Path, tmp_path: Path, score):
         model = constant(answer, names=names, num_classes=4)
         assert score(model, images) == pytest.approx(100 * share)
     for resident in (False, True):
-        recipe = {"data": RECIPE["data"] | {"resident": resident}, "finetune": {"epochs": 0}}
+        config = {"data": {"resident": resident}, "finetune": {"epochs": 0}}
         run = tmp_path / f"run-{resident}"
-        content = prune(run, images, constant(2, names=names, num_classes=4), recipe=recipe).report
-        assert content["dense"]["top1"] == pytest.approx(100 / 3)
-        assert content["data"]["class_names"] == list(names)
+        content = prune(run, images, constant(2, names=names, num_classes=4), config=config).report
+        assert content.dense.top1 == pytest.approx(100 / 3)
+        assert content.data.class_names == names
     assert models.class_names(gohsp.load(tmp_path / "run-False")) == names
 
 
@@ -204,7 +207,7 @@ def test_classes_that_the_model_does_not_know_are_refused_by_name(images: Path, 
         with pytest.raises(DataError, match=r"val' has images of classes .* not have: 'wasp'; it has 'ant'"):
             prune(tmp_path / "run", images, validated)
     assert not (tmp_path / "run").exists()
-    prune(tmp_path / "oneshot", images, model, recipe={"route": "oneshot"})  # reads no label
+    prune(tmp_path / "oneshot", images, model, config={"method": "oneshot"})  # reads no label
 
 
 def test_models_without_names_go_by_numbers_as_before(images: Path, score):
@@ -239,14 +242,14 @@ def test_names_that_do_not_fit_a_model_are_refused():
 # Resuming with other images
 
 
-def interrupted(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, **recipe: Any) -> None:
+def interrupted(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("gohsp.report.write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prune(folder, images, recipe=recipe)
+            prune(folder, images, config=config)
 
 
 def rename_image(train: Path) -> None:
@@ -288,16 +291,16 @@ def test_a_run_is_not_resumed_with_other_images(
     shutil.copytree(kept, images)
     change(images / "train")
     with pytest.raises(RunError, match=said):
-        prune(tmp_path / "run", images, recipe={"finetune": {"epochs": 0}}, resume=True)
+        prune(tmp_path / "run", images, config={"finetune": {"epochs": 0}}, resume=True)
     shutil.rmtree(images)
     shutil.copytree(kept, images)  # the same images, of another time
-    prune(tmp_path / "run", images, recipe={"finetune": {"epochs": 0}}, resume=True)
+    prune(tmp_path / "run", images, config={"finetune": {"epochs": 0}}, resume=True)
 
 
 def test_a_oneshot_run_is_not_resumed_with_other_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    interrupted(tmp_path / "run", images, monkeypatch, route="oneshot")
+    interrupted(tmp_path / "run", images, monkeypatch, method="oneshot")
     replace_image(images / "val")  # which it does not read
-    prune_again = {"recipe": {"route": "oneshot"}, "resume": True}
+    prune_again = {"config": {"method": "oneshot"}, "resume": True}
     replace_image(images / "train")
     with pytest.raises(RunError, match=r"data\.train\.names_and_sizes"):
         prune(tmp_path / "run", images, **prune_again)
@@ -351,7 +354,7 @@ def test_values_that_mean_nothing_are_refused(
     assert value in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("values", [{"calibration_images": 2.5}, {"holdout_images": True}, {"train_split": ""}])
+@pytest.mark.parametrize("values", [{"strict": 1}, {"train_split": 3}, {"train_split": ""}])
 def test_data_settings_that_mean_nothing_are_refused(values: dict[str, Any]):
     with pytest.raises(GohspError, match=next(iter(values))):
-        recipes.DataSettings(**values)
+        DataSettings(**values)

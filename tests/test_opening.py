@@ -21,17 +21,15 @@ from torch.nn.utils import parametrizations, prune
 
 import gohsp
 from gohsp import cli
+from gohsp.config import from_mapping
+from gohsp.core.moments import collect_moments
 from gohsp.errors import CheckpointError, GohspError, RunError, UnsupportedModelError
-from gohsp.structure import BlockPlan, Plan
+from gohsp.structure import keep_everything
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-ONESHOT = gohsp.Recipe(
-    route="oneshot",
-    device="cpu",
-    allocation="uniform",
-    data=gohsp.recipe.DataSettings(calibration_images=32, ranking_images=16, holdout_images=8),
-)
+CALIBRATION = {"device": "cpu", "widths": {"choice": "uniform"}, "calibration": {"images": 32, "holdout": 8}}
+ONESHOT = from_mapping(CALIBRATION)
 
 
 def tiny(name: str = NAME, *, seed: int = 0, **arguments: Any) -> Any:
@@ -48,8 +46,8 @@ def opened(weights: Path | None = None, **arguments: Any) -> Any:
     return gohsp.open_model(NAME, weights=weights, arguments={**SMALL, **arguments})
 
 
-def run(model: Any, out: Path, **options: Any) -> gohsp.Result:
-    return gohsp.prune(model, "digits", "params=-20%", out, **{"recipe": ONESHOT, "quiet": True, **options})
+def run(model: Any, out: Path, **options: Any) -> gohsp.RunResult:
+    return gohsp.run(model, "digits", "params=-20%", out, **{"config": ONESHOT, **options})
 
 
 @pytest.fixture
@@ -117,7 +115,7 @@ def test_no_name_ends_in_an_error_of_another_library(name: Any, tmp_path: Path, 
     "name", ["resnet18", "vit_relpos_small_patch16_224", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"]
 )
 def test_another_architecture_is_refused_by_name_and_before_its_weights(name: str, tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match=rf"'{name}': .* cannot be pruned"):
+    with pytest.raises(UnsupportedModelError, match=rf"'{name}': .* be pruned"):
         gohsp.open_model(name, weights=tmp_path / "missing.safetensors")
 
 
@@ -158,7 +156,7 @@ def test_a_timm_model_of_the_hub_is_opened(hub: Callable[..., None]):
         ({"architecture": NAME, "model_args": {"depth": 1_000_000}, "pretrained_cfg": {}}, "'depth' is 1000000"),
         ({"architecture": NAME, "model_args": {"checkpoint_path": "x.pth"}, "pretrained_cfg": {}}, "'checkpoint_path'"),
         ({"architecture": NAME, "model_args": [1], "pretrained_cfg": {}}, "hf-hub:me/vit"),
-        ({"architecture": "resnet18", "pretrained_cfg": {}}, "ResNet cannot be pruned"),
+        ({"architecture": "resnet18", "pretrained_cfg": {}}, "ResNet has no block that can be pruned"),
         ({"architecture": "nonsense", "pretrained_cfg": {}}, "nonsense"),
         ({"architecture": 3}, "hf-hub:me/vit"),
         ({}, "hf-hub:me/vit"),
@@ -299,6 +297,9 @@ class Wrapper(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"vit": vit})
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net["vit"](images)
+
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
@@ -311,9 +312,7 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "compiled": (torch.compile, "_orig_mod"),
     "parallel": (nn.DataParallel, "module"),
     "distributed": (nn.parallel.DistributedDataParallel, "module"),
-    "average": (torch.optim.swa_utils.AveragedModel, "module"),
-    "twice": (lambda model: torch.compile(nn.DataParallel(model)), "_orig_mod.module"),
-    "own": (Wrapper, "net.vit"),
+    "twice": (lambda model: torch.compile(nn.DataParallel(model)), "_orig_mod"),
 }
 
 
@@ -322,28 +321,34 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 def test_a_wrapped_model_is_refused_by_the_attribute_to_pass(name: str, tmp_path: Path):
     wrap, attribute = WRAPPERS[name]
     model = tiny()
-    structure, wrapped, images = gohsp.describe(model), wrap(model), torch.randn(2, 1, 8, 8)
-    dimensions = (tuple(range(8)),) * 4
-    block = BlockPlan(heads=(0, 1, 2, 3), qk=dimensions, vo=dimensions, ffn=tuple(range(128)))
+    network, wrapped, images = gohsp.describe(model), wrap(model), torch.randn(2, 1, 8, 8)
     for act in (
         lambda: gohsp.describe(wrapped),
         lambda: gohsp.save(wrapped, tmp_path / "model"),
-        lambda: gohsp.compact(wrapped, Plan((block, block)), images),
+        lambda: gohsp.compact(wrapped, keep_everything(network), images),
+        lambda: gohsp.prune(wrapped, images, "params=-20%"),
+        lambda: gohsp.rank(wrapped, images),
         lambda: run(wrapped, tmp_path / "run"),
     ):
         with pytest.raises(UnsupportedModelError, match=rf"model\.{attribute}$"):
             act()
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "run").exists()
-    assert gohsp.describe(wrapped.get_submodule(attribute)) == structure
-    if name == "compiled":  # which has the names of what it wraps, and computes the same
-        return
-    for act in (
-        lambda: gohsp.rank_heads(wrapped, structure, [images], gohsp.RankingSettings()),
-        lambda: gohsp.collect_moments(wrapped, structure, [images]),
-    ):
+    inside = wrapped.get_submodule("_orig_mod.module" if name == "twice" else attribute)
+    assert gohsp.describe(inside) == network
+    if name != "compiled":  # which has the names of what it wraps, and computes the same
         with pytest.raises(UnsupportedModelError, match="the very model that was described"):
-            act()
+            collect_moments(wrapped, network, [images])
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.optim.swa_utils.AveragedModel], ids=["own", "average"])
+def test_a_module_that_holds_a_vit_is_taken(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path):
+    wrapped, images = wrap(tiny()).eval(), torch.randn(64, 1, 8, 8)
+    result = gohsp.prune(wrapped, images, "params=-20%", config=ONESHOT)
+    gohsp.save(result.model, tmp_path)
+    loaded = gohsp.apply(wrapped, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))
 
 
 def lora(linear: nn.Linear) -> nn.Module:
@@ -417,7 +422,7 @@ def test_made_plain_as_the_message_says_it_is_pruned(tmp_path: Path):
     prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", 0.5)
     torch.nn.utils.parametrize.remove_parametrizations(model.blocks[0].mlp.fc1, "weight")
     prune.remove(model.blocks[1].mlp.fc1, "weight")
-    assert run(model, tmp_path / "run").report["pruned"]["params"] < sum(p.numel() for p in model.parameters())
+    assert run(model, tmp_path / "run").report.pruned.params < sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -448,27 +453,23 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-@pytest.mark.parametrize("route", ["train", "oneshot"])
-def test_a_model_without_class_predictions_is_refused_before_any_work(name: str, route: Any, tmp_path: Path):
+@pytest.mark.parametrize("method", ["finetune", "gohsp"])
+def test_a_model_without_class_predictions_is_not_trained(name: str, method: str, tmp_path: Path):
     make, message = UNFIT[name]
     with pytest.raises(UnsupportedModelError, match=message):
-        run(make(), tmp_path / "run", recipe=gohsp.Recipe(route=route))
+        run(make(), tmp_path / "run", config=from_mapping({**CALIBRATION, "method": method}))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["one logit", "features", "tokens"])
-def test_rank_and_evaluate_refuse_it_as_far_as_they_need_predictions(
+def test_one_shot_and_ranking_take_any_output_and_scores_need_classes(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    gohsp.save(UNFIT[name][0](), tmp_path / "model")
-    model, out = str(tmp_path / "model"), str(tmp_path / "ranking")
-    assert cli.main(["evaluate", model, "--data", "digits"]) == 1
+    model = UNFIT[name][0]()
+    assert run(model, tmp_path / "run").report.pruned.params < sum(p.numel() for p in model.parameters())
+    gohsp.save(model, tmp_path / "model")
+    assert cli.main(["evaluate", str(tmp_path / "model"), "--data", "digits"]) == 1
     assert "the model's output for an image is" in capsys.readouterr().err
-    ranked = ["rank", model, "--data", "digits", "--images", "8", "--out", out]
-    assert cli.main(ranked) == 1
-    assert "the model's output for an image is" in capsys.readouterr().err
-    assert not Path(out).exists()
-    assert cli.main([*ranked, "--teleport", "contribution"]) == 0
 
 
 def test_a_single_logit_becomes_two_classes_as_the_message_says():
@@ -485,19 +486,19 @@ def test_a_distilled_model_in_distilled_training_is_fine_tuned_on_its_mean(tmp_p
     model = tiny("deit_tiny_distilled_patch16_224")
     model.set_distilled_training(True)
     model.train()
-    settings = gohsp.recipe.DataSettings(calibration_images=32, ranking_images=16, holdout_images=8)
-    recipe = gohsp.Recipe(
-        device="cpu",
-        allocation="uniform",
-        data=settings,
-        finetune=gohsp.StageSettings(epochs=1),
-        training=gohsp.TrainingSettings(precision="bf16"),
-        retrain_dense=False,
+    config = from_mapping(
+        {
+            **CALIBRATION,
+            "method": "finetune",
+            "precision": "bf16",
+            "finetune": {"epochs": 1},
+            "compare_dense": False,
+        }
     )
-    result = run(model, tmp_path / "run", recipe=recipe)
+    result = run(model, tmp_path / "run", config=config)
     assert model.training
     assert model.distilled_training
-    assert result.report["pruned"]["params"] < result.report["dense"]["params"]
+    assert result.report.pruned.params < result.report.dense.params
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(gohsp.load(tmp_path / "run")(images), result.model(images))

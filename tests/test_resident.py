@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from gohsp import data
+from gohsp.config import from_mapping
 from gohsp.data import DataSource, Preprocessing
+from gohsp.data.resident import ResidentImages, ResidentLoader, random_views, resident_images
 from gohsp.errors import DataError, GohspError
-from gohsp.recipe import from_mapping
-from gohsp.resident import ResidentImages, ResidentLoader, random_views, resident_images
 
 GREY = Preprocessing(
     image_size=8, channels=1, mean=(0.5,), std=(0.25,), crop_pct=1.0, interpolation="bilinear", crop_mode="center"

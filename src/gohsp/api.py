@@ -40,7 +40,7 @@ from gohsp.structure import (
     excluding,
     parse_budget,
 )
-from gohsp.training import Batches, Epoch, train
+from gohsp.training import Batches, Epoch, require_optimizer, train
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def prune(
         config = replace(config, method=method)
     goal, dense, network = _checked(model, budget, exclude, widths, config)
     if config.trains:
+        require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
         _require_rereadable("scores on validation images", config, validation)
     unlabelled = images if calibration is None else calibration
@@ -310,7 +311,7 @@ def _require_pairs(config: Config, name: str, batches: Iterable[Any], classes: i
     """Check the first batch of images and labels."""
     first = next(iter(batches), None)
     pair = isinstance(first, tuple | list) and len(first) == 2 and all(isinstance(part, Tensor) for part in first)
-    if first is None or not pair or first[0].ndim != 4 or first[1].shape != first[0].shape[:1]:
+    if first is None or not pair or first[0].ndim != 4 or first[1].shape != first[0].shape[:1] or not len(first[1]):
         raise DataError(
             f"method '{config.method}' needs {name} in pairs of images [B, C, H, W] and labels [B], got a "
             f"{type(first).__name__}{_shapes(first)}; method 'oneshot' needs no labels"

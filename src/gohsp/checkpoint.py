@@ -23,6 +23,7 @@ from gohsp.files import save_tensors, write_atomic
 from gohsp.models.arguments import check_arguments
 from gohsp.structure import (
     Kept,
+    Network,
     SublayerWidths,
     check_widths,
     count_macs,
@@ -259,7 +260,7 @@ def load(
     Args:
         folder_or_hub_id: A local folder, or the id of a Hugging Face hub repository with the same files.
         into: A dense module of the code that the pruned one was made of. It is cut to the folder's widths and gets its
-            weights, in place. A model of timm's needs none.
+            weights, in place, once all has been checked. A model of timm's needs none.
         device: Where to put the model; None is the CPU, or where ``into`` is.
 
     Returns:
@@ -284,11 +285,12 @@ def load(
     if problems := models.fit_problems(model.state_dict(), header):
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
     tensors = read_tensors(weights, device or "cpu")
-    if into is None:
-        model.load_state_dict(tensors, strict=True, assign=True)
-    else:
-        model.to(device).load_state_dict(tensors, strict=True)
+    model.load_state_dict(tensors, strict=True, assign=into is None)
     models.check_finite(model)
+    if into is not None:
+        models.resize(into, widths)
+        into.load_state_dict(model.state_dict(), strict=True)
+        model = into.to(device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         raise CheckpointError(f"buffers {left[:3]} of '{config.architecture}' are not stored in its weights")
@@ -321,6 +323,7 @@ def _made(
     spec = {"library": config.library, "architecture": config.architecture, "arguments": config.arguments}
     try:
         model = models.build(spec)
+        _require_sublayers(models.describe(model), widths)
         models.resize(model, widths)
         models.describe(model)
     except (ValueError, KeyError, UnsupportedModelError, PlanError) as error:
@@ -328,15 +331,21 @@ def _made(
     return model
 
 
+def _require_sublayers(network: Network, widths: Mapping[str, SublayerWidths]) -> None:
+    """Check that there are widths of the architecture's sub-layers, of the right type, and of nothing else."""
+    for name in {**network.widths, **widths}:
+        needed, given = network.widths.get(name), widths.get(name)
+        if type(needed) is not type(given):
+            raise PlanError(f"'{name}' has {type(given).__name__}, the architecture {type(needed).__name__}")
+
+
 def _cut_down(into: nn.Module, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
-    network = models.describe(into)
+    """A copy of a module, cut to other widths."""
     try:
-        if dict(network.widths) != dict(widths):
-            check_widths(network, widths)
-            models.resize(into, widths)
+        check_widths(models.describe(into), widths)
     except PlanError as error:
         raise CheckpointError(f"the widths in '{folder / CONFIG}' do not fit the module: {error}") from error
-    return into
+    return models.resized(into, widths)
 
 
 def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None:
