@@ -20,6 +20,9 @@ TITLE = "Model folders"
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 
+ATTENTION = {"heads": 4, "qk": 8, "vo": 8}
+MIXED_UP = {f"blocks.{block}.{name}": ATTENTION for block in (0, 1) for name in ("attn", "mlp")}
+
 
 def tiny() -> Any:
     torch.manual_seed(0)
@@ -136,6 +139,7 @@ CASES = (
             CheckpointError, "widths.blocks.0.mlp.units"),
     Refusal("a config with the widths of another network", loading(widths={"layers.0": {"units": 8}}),
             CheckpointError, "widths"),
+    Refusal("a config with an attention's widths for an FFN", loading(widths=MIXED_UP), CheckpointError, "an FFN's"),
     Refusal("a config of the next edition", loading(format_version=3), CheckpointError, "update gohsp"),
     Refusal("a config with an unknown entry", loading(hook="os.system"), CheckpointError, "'hook' is unknown"),
     Refusal("weights with integer tensors", loading_tensors(lambda t: t.update(x=torch.ones(2, dtype=torch.int64))),
