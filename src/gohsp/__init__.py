@@ -1,7 +1,8 @@
 """gohsp makes trained Vision Transformers smaller and faster by structured pruning.
 
-The public names, each imported when it is first used; everything else is an implementation detail. Three lines prune a
-model in memory::
+The public names, each imported when it is first used. Public, too, are the modules ``gohsp.config``, ``data``,
+``evaluation``, ``latency``, ``report``, ``runs`` and ``structure``; everything else is an implementation detail. Three
+lines prune a model in memory::
 
     result = gohsp.prune(model, images, "params=-40%")
     gohsp.save(result.model, "small")
@@ -15,7 +16,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gohsp.api import CutModel, Pruned, allocate, cut, heal, measure_curves, prune, rank
+    from gohsp.api import CutModel, Pruned, allocate, cut, finetune, heal, measure_curves, prune, rank
     from gohsp.checkpoint import apply, load, save
     from gohsp.config import Config
     from gohsp.core import admm
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "api": ("CutModel", "Pruned", "allocate", "cut", "heal", "measure_curves", "prune", "rank"),
+    "api": ("CutModel", "Pruned", "allocate", "cut", "finetune", "heal", "measure_curves", "prune", "rank"),
     "checkpoint": ("apply", "load", "save"),
     "config": ("Config",),
     "core": ("admm",),
@@ -98,6 +99,7 @@ __all__ = [
     "cut",
     "describe",
     "features",
+    "finetune",
     "heal",
     "load",
     "measure_curves",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gohsp import models, steps
 from gohsp.config import Config, Method
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
-from gohsp.core.objective import Objective, resolve_objective
+from gohsp.core.objective import Objective, require_objective, resolve_objective
 from gohsp.core.ranking import HeadRanking
 from gohsp.data.calibration import CalibrationSet, calibration_set
 from gohsp.data.spool import Spool
@@ -152,6 +152,7 @@ def prune(
     widths: Widths | None = None,
     curves: Curves | None = None,
     validation: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     config: Config | None = None,
     progress: ProgressCallback | None = None,
 ) -> Pruned:
@@ -171,6 +172,7 @@ def prune(
         widths: Widths to use instead of choosing them.
         curves: Damage curves of this model that :func:`measure_curves` gave, to choose widths by.
         validation: Batches of images and labels to score on while training; None for no scores.
+        calibration: Images as in evaluation, where those to train on are augmented; None takes ``images``.
         config: All other settings; None for the defaults.
         progress: Is told how far each step is.
 
@@ -184,7 +186,11 @@ def prune(
     if method is not None:
         config = replace(config, method=method)
     goal, dense, network = _checked(model, budget, exclude, widths, config)
-    session = open_session(dense, images, config=config, objective=objective, progress=progress)
+    if config.trains:
+        _require_rereadable("trains on the images", config, images)
+        _require_rereadable("scores on validation images", config, validation)
+    unlabelled = images if calibration is None else calibration
+    session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
 
@@ -209,6 +215,8 @@ def require_possible(network: Network, goal: Budget, widths: Widths | None, conf
         BudgetError: No allowed widths meet the budget.
         ConfigError: Floors or steps of widths are above what the network has.
     """
+    if not any(sub.prunable or sub.removable for sub in network.present):
+        raise PlanError("nothing of this model may be cut: all of its sub-layers are excluded, or gone already")
     if widths is not None:
         check_widths(network, widths)
     else:
@@ -245,6 +253,7 @@ def open_session(
     """
     config = config or Config()
     settings = config.calibration
+    require_objective(objective)
     if not isinstance(images, CalibrationSet):
         images = calibration_set(
             images, count=settings.images, holdout=settings.holdout, mirror=settings.mirror, store=Spool
@@ -268,25 +277,56 @@ def open_session(
     )
 
 
+def _require_rereadable(does: str, config: Config, batches: Iterable[Any] | None) -> None:
+    """Refuse what can be read once, where it is read in every epoch; what is no iterable is refused elsewhere."""
+    if isinstance(batches, Iterable) and (isinstance(batches, Iterator) or not _has_length(batches)):
+        raise DataError(
+            f"method '{config.method}' {does} in every epoch; give a DataLoader or a list, not a "
+            f"{type(batches).__name__} that can be read once or tells no length"
+        )
+
+
+def _has_length(batches: Any) -> bool:
+    try:
+        return len(batches) >= 0
+    except TypeError:  # a DataLoader of a data set that has none
+        return False
+
+
 def _labelled(session: Session, dense: nn.Module, images: Iterable[Any], validation: Iterable[Any] | None) -> Labelled:
     classes = _require_classifier(session, dense)
-    if iter(images) is images or not hasattr(images, "__len__"):
-        raise DataError(
-            f"method '{session.config.method}' trains on the images in every epoch; give a DataLoader or a list, not a "
-            f"{type(images).__name__} that can be read once"
-        )
-    first = next(iter(images))
-    if not (isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], Tensor)):
-        raise DataError(
-            f"method '{session.config.method}' needs pairs of images [B, C, H, W] and labels [B], got a "
-            f"{type(first).__name__}; method 'oneshot' needs no labels"
-        )
+    _require_pairs(session.config, "images", images, classes)
+    if validation is not None:
+        _require_pairs(session.config, "validation", validation, classes)
 
     def score(model: nn.Module) -> Metrics:
         assert validation is not None
         return evaluate(model, validation, precision=session.precision)
 
     return Labelled(images, None if validation is None else score, lambda: images, classes)  # type: ignore[arg-type]
+
+
+def _require_pairs(config: Config, name: str, batches: Iterable[Any], classes: int) -> None:
+    """Check the first batch of images and labels."""
+    first = next(iter(batches), None)
+    pair = isinstance(first, tuple | list) and len(first) == 2 and all(isinstance(part, Tensor) for part in first)
+    if first is None or not pair or first[0].ndim != 4 or first[1].shape != first[0].shape[:1]:
+        raise DataError(
+            f"method '{config.method}' needs {name} in pairs of images [B, C, H, W] and labels [B], got a "
+            f"{type(first).__name__}{_shapes(first)}; method 'oneshot' needs no labels"
+        )
+    labels = first[1]
+    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels in {name} must be whole numbers from 0 to {classes - 1}, for the model's {classes} classes; got "
+            f"{labels.dtype} from {labels.min()} to {labels.max()}"
+        )
+
+
+def _shapes(batch: Any) -> str:
+    if not isinstance(batch, tuple | list):
+        return ""
+    return f" of {[list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in batch[:3]]}"
 
 
 def _require_classifier(session: Session, dense: nn.Module) -> int:
@@ -345,7 +385,7 @@ def run_steps(
     fidelity = steps.compare(session, dense, small)
     tuned: tuple[Epoch, ...] = ()
     if config.trains and labelled is not None and config.finetune.epochs > 0:
-        tuned = do("finetune", Trained, lambda: finetune(session, "finetune", small, dense, labelled), small).curve
+        tuned = do("finetune", Trained, lambda: train_stage(session, "finetune", small, dense, labelled), small).curve
     return Pruned(
         model=small.eval(),
         network=network,
@@ -445,7 +485,7 @@ def _training_loss(session: Session, model: nn.Module, labelled: Labelled) -> fl
     return evaluate(model, batches, precision=session.precision).loss
 
 
-def finetune(
+def train_stage(
     session: Session,
     name: str,
     model: nn.Module,
@@ -539,7 +579,7 @@ def allocate(
 
     Args:
         model: The model that the curves are of, or its description.
-        curves: What :func:`measure_curves` gave.
+        curves: What :func:`measure_curves` gave; not read, and so possibly empty, where widths are uniform.
         budget: Such as ``params=-40%``.
         exclude: As of :func:`prune`.
         config: Of which ``widths`` counts.
@@ -552,7 +592,10 @@ def allocate(
     goal, settings = parse_budget(budget), (config or Config()).widths
     if goal.kind == "latency":
         raise ConfigError("a latency budget is met by measuring on the way; use gohsp.prune, which takes curves, too")
-    return allocation.allocate(network, curves, bound_for(network, goal), settings)
+    bound = bound_for(network, goal)
+    if settings.choice == "uniform":
+        return allocation.uniform(network, bound, settings)
+    return allocation.allocate(network, curves, bound, settings)
 
 
 @dataclass(frozen=True)
@@ -620,6 +663,49 @@ def heal(
         config = replace(config, heal=replace(config.heal, epochs=3))
     session, teacher, network = _open(dense, images, (), objective, config, progress)
     return steps.heal(session, teacher, model, network, steps.analyse(session, teacher, network))
+
+
+def finetune(
+    model: nn.Module,
+    images: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    validation: Iterable[Any] | None = None,
+    config: Config | None = None,
+    checkpoint: Path | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[Epoch, ...]:
+    """Train a classifier in place as method ``finetune`` trains what it has cut; any classifier, for comparisons.
+
+    Args:
+        model: The model, on its device.
+        images: Batches of images and labels, read anew in every epoch.
+        teacher: The dense model, whose predictions count as the settings say; None for labels alone.
+        validation: Batches of images and labels to score on; None for no scores.
+        config: Of which ``finetune``, ``training``, ``seed`` and ``precision`` count.
+        checkpoint: File for going on after an interruption, with the same arguments; its name gets a hash.
+        progress: Is told how far it is.
+
+    Returns:
+        One record an epoch.
+
+    Raises:
+        DataError: Images that can be read once, or without labels.
+        UnsupportedModelError: The model is no classifier.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    config = replace(config or Config(), method="finetune")
+    _require_rereadable("trains on the images", config, images)
+    probe = calibration_set(images, count=8, holdout=0, mirror=False)
+    session = Session(
+        config,
+        probe,
+        resolve_objective(None, model, probe.images[0]),
+        resolve_precision(config.precision, next(model.parameters()).device),
+        progress=progress or unheard,
+    )
+    labelled = replace(_labelled(session, model, images, validation), checkpoint=lambda _stage: checkpoint)
+    return train_stage(session, "finetune", model, teacher, labelled).curve
 
 
 def _open(

@@ -223,7 +223,7 @@ def test_nothing_is_left_changed(model: nn.Module, network: Network, images: Ten
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(calls) == count_steps(network, WIDTHS, len(images))
+    assert len(calls) == count_steps(network, WIDTHS, [len(images)])
     for sub in network.present:
         assert set(curves[sub.name]) == set(sub.widths.kinds)
         for kind, of in curves[sub.name].items():
@@ -246,7 +246,7 @@ def test_steps_are_cuts_and_passes(images_seen: int, passes: int, network: Netwo
         for kind in sub.widths.kinds
         for curve_widths in [of_curves._grid(sub, kind, WIDTHS)]
     )
-    assert count_steps(network, WIDTHS, images_seen) == cuts + passes
+    assert count_steps(network, WIDTHS, [images_seen]) == cuts + passes
 
 
 @pytest.mark.parametrize("place", ["an attention with its queries cut", "the second pass"])
@@ -337,7 +337,7 @@ def test_what_is_excluded_has_no_curve(
     calls: list[int] = []
     curves = curves_of(model, images, network=held, advance=lambda: calls.append(1))
     assert {name: set(of) for name, of in curves.items()} == left
-    assert len(calls) == count_steps(held, COARSE, len(images))
+    assert len(calls) == count_steps(held, COARSE, [len(images)])
     assert fits(curves, held, COARSE)
     assert not fits(curves, network, COARSE)
     attention = left.get("blocks.1.attn", set())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.fisher import TokenWeightFitter
+from gohsp.core.fisher import TokenWeightFitter, blended
 from gohsp.core.gradients import differentiated
 from gohsp.core.objective import Objective, classification, features
 from gohsp.models import describe, resize
@@ -29,7 +29,7 @@ def token_weights(
     fitter = TokenWeightFitter()
     for gradients in differentiated(model, network, objective or classification(), batches, draws=draws, seed=seed):
         fitter.update(gradients)
-    return fitter.weights(network, share)
+    return blended(fitter.weights, {sub.name: share.get(type(sub), 0.0) for sub in network.present})
 
 
 def squared_gradients(

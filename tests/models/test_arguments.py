@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from gohsp.errors import CheckpointError
 from gohsp.models.arguments import ARGUMENTS, check_arguments
-from gohsp.models.timm import create
+from gohsp.models.libraries import create
 
 VALID: dict[str, tuple[Any, ...]] = {
     "img_size": (16, [16, 32], (32, 16)),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.structure import Attention, Network, Readout, Rows, Sublayer, UnitSlice
@@ -300,7 +301,7 @@ def open_trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
 
     Raises:
         UnsupportedModelError: Something stands between two blocks, or a block is called with tensors that depend on the
-            image besides the stream.
+            image, or are one for each image, besides the stream.
     """
     names = tuple(network.blocks)
     calls, passes = _recorded(model, names, images.to(device_of(model)))
@@ -313,8 +314,10 @@ def open_trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
                 "their blocks cannot be pruned yet"
             )
         sent = left
-    if any(isinstance(value, Tensor) for call in calls for value in (*call.args, *call.kwargs.values())):
-        others, _ = _recorded(model, names, torch.zeros_like(images).to(device_of(model)))
+    if any(_tensors(call) for call in calls):
+        # One more image, so that what there is for each image shows by its shape.
+        blank = images.new_zeros(len(images) + 1, *images.shape[1:])
+        others, _ = _recorded(model, names, blank.to(device_of(model)))
         for name, call, other in zip(names, calls, others, strict=True):
             if not _same(call, other):
                 raise UnsupportedModelError(
@@ -336,12 +339,17 @@ def _recorded(
 
     with ExitStack() as stack, evaluating(model):
         for name in names:
-            block = model.get_submodule(name)
+            block = named_module(model, name)
             stack.callback(block.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
         model(images)
     return [calls[name] for name in names], passes
 
 
 def _same(a: Call, b: Call) -> bool:
-    values = zip((*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values()), strict=True)
-    return all(not isinstance(x, Tensor) or (x.shape == y.shape and torch.equal(x, y)) for x, y in values)
+    pairs = zip(_tensors(a), _tensors(b), strict=True)
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """Tensors in what a block is called with, those in tuples and mappings too."""
+    return [value for value in tree_leaves((call.args, dict(call.kwargs))) if isinstance(value, Tensor)]

@@ -43,13 +43,13 @@ class Objective:
 def classification(output: Callable[[Any], Tensor] | None = None) -> Objective:
     """Keep the predictions: ``KL(dense || pruned)`` of the classes, in nats.
 
-    Gradients are those of the log-likelihood of classes drawn from the model's own predictions, so that their squares
-    estimate the Fisher information and no label is read; the confidence is that in the predicted class.
+    Gradients are those of random signed sums of the logits whose covariance is the Fisher information of the model's
+    own predictions, so that no label is read; the confidence is that in the predicted class.
 
     Args:
         output: Takes what the model returns to logits ``[B, classes]``; None finds them (:func:`tensor_in`).
     """
-    return Objective("classification", output or tensor_in, _divergence, _drawn_class, _confidence)
+    return Objective("classification", output or tensor_in, _divergence, _fisher_sum, _confidence)
 
 
 def _divergence(reference: Tensor, other: Tensor) -> Tensor:
@@ -57,9 +57,12 @@ def _divergence(reference: Tensor, other: Tensor) -> Tensor:
     return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
 
 
-def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return F.cross_entropy(logits, drawn, reduction="sum")
+def _fisher_sum(logits: Tensor, generator: torch.Generator) -> Tensor:
+    # Its gradient has the covariance diag(p) - p p^T of a drawn class's log-likelihood, the Fisher information of the
+    # logits, with less variance: every class has its part in every draw, a rare one too.
+    p = logits.detach().softmax(-1)
+    centred = logits - (p * logits).sum(-1, keepdim=True)
+    return (p.sqrt() * _signs(logits, generator) * centred).sum()
 
 
 def _confidence(logits: Tensor) -> Tensor:
@@ -80,12 +83,15 @@ def features(output: Callable[[Any], Tensor] | None = None, *, scale: float = 1.
 
 
 def _error(scale: float, reference: Tensor, other: Tensor) -> Tensor:
-    return (other - reference).square().flatten(1).mean(1) / (2 * scale)
+    return (other - reference).square().reshape(len(reference), -1).mean(1) / (2 * scale)
 
 
 def _random_sum(scale: float, output: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(2, output.shape, generator=generator, device=output.device).to(output) * 2 - 1
-    return (output * signs).sum() / (output[0].numel() * scale) ** 0.5
+    return (output * _signs(output, generator)).sum() / (output[0].numel() * scale) ** 0.5
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, like.shape, generator=generator, device=like.device).to(like) * 2 - 1
 
 
 def tensor_in(returned: Any) -> Tensor:
@@ -132,6 +138,20 @@ def mean_distance(objective: Objective, reference: Sequence[Tensor], other: Sequ
     return max(total / sum(len(a) for a in reference), 0.0)
 
 
+def require_objective(given: object) -> None:
+    """Check that something can be an objective; whether it fits a model takes images to see.
+
+    Raises:
+        UnsupportedModelError: No objective of that name, no function, and no objective.
+    """
+    known = given is None or isinstance(given, Objective) or callable(given)
+    if not known and not (isinstance(given, str) and given in ("classification", "features")):
+        raise UnsupportedModelError(
+            f"objective {given!r:.80} is unknown; give 'classification', 'features', or a function of what the model "
+            "returns"
+        )
+
+
 def resolve_objective(
     given: Objective | str | Callable[[Any], Tensor] | None, model: nn.Module, images: Tensor
 ) -> Objective:
@@ -151,13 +171,9 @@ def resolve_objective(
             of another shape than ``[B, classes]``, where classification was asked for.
         NonFiniteError: The outputs are NaN or infinite.
     """
+    require_objective(given)
     if isinstance(given, Objective):
         return given
-    if isinstance(given, str) and given not in ("classification", "features"):
-        raise UnsupportedModelError(
-            f"objective {given!r} is unknown; give 'classification', 'features', or a function of what the model "
-            "returns"
-        )
     take = given if callable(given) else tensor_in
     found, returned_by = _observed(model, take, images)
     if given == "classification":
@@ -174,7 +190,8 @@ def resolve_objective(
             f"the output that counts is {list(found.shape)} of {found.dtype} for {len(images)} images; it must be "
             "floating-point, with one entry an image first"
         )
-    variance = found.float().var(dim=0, correction=0).mean()
+    # One image does not tell how outputs differ from image to image, but how large they are.
+    variance = found.float().var(dim=0, correction=0).mean() if len(found) > 1 else found.float().square().mean()
     return features(take, scale=float(variance.clamp_min(torch.finfo(torch.float32).tiny)))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from gohsp.data.loading import calibration_images, loader
 from gohsp.data.preprocessing import Augment, Preprocessing, Transform, eval_transform, train_transform
+from gohsp.data.resident import ResidentImages, ResidentLoader, resident_images
 from gohsp.data.sources import DataSource, Split, UnreadableImageError, open_split
 from gohsp.data.spool import Spool
 
@@ -25,6 +26,8 @@ __all__ = [
     "Augment",
     "DataSource",
     "Preprocessing",
+    "ResidentImages",
+    "ResidentLoader",
     "Split",
     "Spool",
     "Transform",
@@ -33,5 +36,6 @@ __all__ = [
     "eval_transform",
     "loader",
     "open_split",
+    "resident_images",
     "train_transform",
 ]

@@ -27,7 +27,8 @@ class Part(Sequence[Tensor]):
 
     Attributes:
         batches: The batches, wherever they are kept.
-        pieces: For each batch of the part, the index of the batch that it is cut from, and its first and last image there.
+        pieces: For each batch of the part, the index of the batch that it is cut from, and where it begins and ends
+            there.
     """
 
     batches: Sequence[Tensor]

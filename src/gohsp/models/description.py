@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gohsp.core.capture import device_of, evaluating
+from gohsp.core.capture import evaluating
 from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.models.checks import require_plain
 from gohsp.models.families import Family, family_of, supported
@@ -36,15 +36,28 @@ def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {supported()}")
     known = ((name, module, family_of(module)) for name, module in model.named_modules())
     found = {name: (module, family) for name, module, family in known if family is not None}
-    if type(model).__name__ in WRAPPERS and found:
-        inside = next(iter(dict(model.named_children())))
-        raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
+    _require_unwrapped(model, found)
     _require_all_known(model, found)
     if not found:
         raise UnsupportedModelError(
             f"{what} has no block that can be pruned{_repeated(model)}; supported: {supported()}"
         )
     return found
+
+
+def _require_unwrapped(model: nn.Module, found: Iterable[str]) -> None:
+    """Check that no wrapper stands around the model, or around a part of it that holds blocks."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if type(module).__name__ not in WRAPPERS or not any(block.startswith(prefix) for block in found):
+            continue
+        what, inside = f"a {type(module).__module__}.{type(module).__qualname__}", next(iter(module._modules))
+        if not name:
+            raise UnsupportedModelError(f"{what} is not pruned itself; pass the model inside it, model.{inside}")
+        raise UnsupportedModelError(
+            f"module '{name}' is {what}, which is not pruned itself; put what is inside it in its place: "
+            f"model.{name} = model.{name}.{inside}"
+        )
 
 
 def _require_all_known(model: nn.Module, found: Mapping[str, object]) -> None:
@@ -101,7 +114,8 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
 
     Args:
         model: A model with blocks of a supported family, wherever they are in it.
-        images: An image or more ``[B, C, H, W]`` that it takes; None for noise of the size that it seems to take.
+        images: An image or more ``[B, C, H, W]`` that it takes, of any type; None for noise of the size that it seems
+            to take.
 
     Raises:
         UnsupportedModelError: It has no block that can be pruned; a module is of a class that cannot be, or is not what
@@ -109,7 +123,8 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
     """
     known = blocks_of(model)
     require_plain(model)
-    image = example_image(model) if images is None else images[:1].to(device_of(model))
+    weight = next(model.parameters())
+    image = example_image(model) if images is None else images[:1].to(weight.device, weight.dtype)
     seen = _passed_over(model, known, image)
     sublayers = tuple(
         sub for name, tokens in seen.tokens.items() for sub in known[name][1].describe(name, known[name][0], tokens)
@@ -155,7 +170,10 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
             with counter:
                 model(image)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UnsupportedModelError(f"the model cannot compute an image of {list(image.shape[1:])}: {error}") from error
+        raise UnsupportedModelError(
+            f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
+            "takes"
+        ) from error
     seen.macs = counter.get_total_flops() // 2 // len(image)
     return seen
 
@@ -183,9 +201,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def resize(model: nn.Module, widths: Widths) -> None:
-    """Rebuild every block at other widths, in place; what is rebuilt has weights that are not initialised."""
+    """Rebuild blocks at other widths, in place; what is rebuilt has weights that are not initialised.
+
+    A block that is not named stays: it is in the model and takes no part in its forward pass.
+    """
     for name, (block, family) in blocks_of(model).items():
-        family.resize(name, block, widths)
+        if any(sub.startswith(f"{name}.") for sub in widths):
+            family.resize(name, block, widths)
 
 
 def resized(model: nn.Module, widths: Widths) -> nn.Module:

@@ -255,7 +255,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
         labelled = labelled_images(dense, config, folder, task.splits, device, precision)
         if config.dense.epochs > 0:
             trained = kept_steps.do(
-                "dense", Trained, lambda: api.finetune(session, "dense", dense, None, labelled), dense
+                "dense", Trained, lambda: api.train_stage(session, "dense", dense, None, labelled), dense
             )
             checkpoint.save(dense, folder.path / "dense")
         scores = _scored(session, "dense_score", dense, labelled)
@@ -299,7 +299,7 @@ def _retrained(session: Session, dense: nn.Module, labelled: Labelled) -> tuple[
     trained = session.steps.do(
         "dense_retrained",
         Trained,
-        lambda: api.finetune(session, "dense_retrained", again, dense, labelled, epochs),
+        lambda: api.train_stage(session, "dense_retrained", again, dense, labelled, epochs),
         again,
     )
     metrics = _scored(session, "dense_retrained_score", again, labelled)

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from gohsp.core.capture import (
+    Trunk,
+    evaluating,
+    named_module,
+    observe_inputs,
+    open_trunk,
+    passed,
+    read_by,
+    require_finite,
+    units,
+)
+from gohsp.core.projection import RepairSettings
+from gohsp.core.reconstruction import reconstruct
+from gohsp.errors import NonFiniteError, UnsupportedModelError
+from gohsp.models import compact, describe, relative_difference
+from gohsp.structure import AttentionWidths, FfnWidths, Network, absent, kept_widths
+
+
+class Called(nn.Module):
+    """A model that calls its blocks with more than the stream: what, a subclass says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.layers = nn.Conv2d(3, 32, 8, 8), nn.ModuleList(Block(32, 4) for _ in range(2))
+        self.register_buffer("mask", torch.randn(1, 1, 4, 4))
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"attn_mask": self.mask}
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).mT
+        extra = self.extra(x)
+        for layer in self.layers:
+            x = layer(x, **extra)
+        return x.mean(1)
+
+
+class MaskedByImage(Called):
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"attn_mask": (x @ x.mT)[:, None]}
+
+
+class MaskForEachImage(Called):
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"attn_mask": self.mask.repeat(len(x), 1, 1, 1)}
+
+
+class Tables(nn.Module):
+    """A block that is called with a pair of tables, as with those of rotary embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(32, 4)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return self.block(x * tables[0] + tables[1])
+
+
+class WithTables(Called):
+    def __init__(self, *, by_image: bool) -> None:
+        super().__init__()
+        self.layers, self.by_image = nn.ModuleList(Tables() for _ in range(2)), by_image
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"tables": (torch.ones(1), x.mean(1, keepdim=True) if self.by_image else self.mask[0, 0, :, :1])}
+
+
+def test_a_trunk_runs_as_the_model_does(trunk: Trunk, model: nn.Module, images: Tensor) -> None:
+    assert trunk.blocks == ("blocks.0", "blocks.1")
+    sent: list[Tensor] = []
+    with torch.no_grad(), observe_inputs(model, {"norm": sent.append}):
+        expected = model(images)
+        x = trunk.enter(images)
+        for i in range(len(trunk.blocks)):
+            x = trunk.run(i, x)
+        assert torch.equal(x, sent[0])
+        head = model.norm(x)
+        assert torch.equal(model.forward_head(head), expected)
+
+
+def test_entering_ends_where_the_first_block_begins(trunk: Trunk, model: nn.Module, images: Tensor) -> None:
+    ran: list[nn.Module] = []
+    model.blocks[0].norm1.register_forward_hook(lambda module, *_: ran.append(module))
+    with torch.no_grad():
+        x = trunk.enter(images)
+        assert ran == []
+        assert torch.equal(x, model.norm_pre(model._pos_embed(model.patch_embed(images))))
+    assert not model.blocks[0]._forward_pre_hooks
+
+
+def test_inputs_are_what_modules_read_and_no_more_is_computed(
+    trunk: Trunk, model: nn.Module, network: Network, entered: Tensor
+) -> None:
+    names = ["blocks.0.attn", "blocks.0.attn.proj", "blocks.0.mlp"]
+    seen: dict[str, Tensor] = {}
+    watch = {name: lambda x, name=name: seen.__setitem__(name, x) for name in names}
+    with torch.no_grad():
+        with observe_inputs(model, watch):
+            trunk.run(0, entered)
+        ran: list[nn.Module] = []
+        model.blocks[0].mlp.fc1.register_forward_hook(lambda module, *_: ran.append(module))
+        found = trunk.inputs(0, entered, names)
+        assert ran == []
+        assert len(found) == len(names)
+        assert all(torch.equal(x, seen[name]) for x, name in zip(found, names, strict=True))
+        read = read_by(model, network.attentions[0], seen["blocks.0.attn"], trunk.calls[0])
+        assert torch.equal(read, seen["blocks.0.attn.proj"])
+
+
+def test_a_copy_has_the_same_trunk(trunk: Trunk, model: nn.Module, entered: Tensor) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[0].mlp.fc2.bias.add_(1.0)
+        assert trunk.of(other).block(0) is other.blocks[0]
+        torch.testing.assert_close(trunk.of(other).run(0, entered), trunk.run(0, entered) + 1)
+
+
+def test_passes_may_be_in_lower_precision(trunk: Trunk, entered: Tensor) -> None:
+    def run(x: Tensor) -> Tensor:
+        return trunk.run(0, x)
+
+    with torch.no_grad():
+        full, half = passed(run, entered, torch.float32), passed(run, entered, torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert torch.equal(full, run(entered))
+    assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+# Blocks that are called with more
+
+
+def test_a_block_is_called_as_its_model_calls_it(images: Tensor) -> None:
+    model = Called().eval()
+    network = describe(model, images)
+    trunk = open_trunk(model, network, images[:3])
+    assert [set(call.kwargs) for call in trunk.calls] == [{"attn_mask"}] * 2
+    with torch.no_grad():
+        x = trunk.enter(images)
+        for i in range(2):
+            x = trunk.run(i, x)
+        assert torch.equal(x.mean(1), model(images))
+        plain = model.layers[0](trunk.enter(images))
+        assert not torch.allclose(trunk.run(0, trunk.enter(images)), plain)
+
+
+def test_what_a_block_is_called_with_is_seen_by_the_repair(images: Tensor) -> None:
+    """Nothing is cut: a repair that let go of the mask would change the model."""
+    model = Called().eval()
+    network = describe(model, images)
+    trunk, other = open_trunk(model, network, images[:2]), copy.deepcopy(model)
+    with torch.no_grad():
+        entered = [trunk.enter(images)]
+    reconstruct(trunk, other, network, network.widths, entered, None, RepairSettings())
+    assert relative_difference(model, other, images) < 1e-4
+    widths = network.widths | {
+        "layers.0.attn": AttentionWidths(heads=3, qk=3, vo=5),
+        "layers.1.attn": absent(network.widths["layers.1.attn"]),
+        "layers.1.mlp": FfnWidths(units=30),
+    }
+    kept = reconstruct(trunk, other, network, widths, entered, None, RepairSettings())
+    small = compact(other, kept, images).model
+    assert describe(small, images).widths == kept_widths(kept) == widths
+    assert relative_difference(other, small, images) < 1e-5
+
+
+@pytest.mark.parametrize("model", [MaskedByImage(), MaskForEachImage()], ids=["by image", "for each image"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_tensors_that_depend_on_the_images_are_refused(model: nn.Module, count: int, images: Tensor) -> None:
+    network = describe(model.eval(), images)
+    with pytest.raises(UnsupportedModelError, match=r"block 'layers\.0' is called with tensors besides the stream"):
+        open_trunk(model, network, images[:count])
+
+
+def test_tensors_may_come_in_pairs(images: Tensor) -> None:
+    network = describe(Called(), images)  # its names are all that is asked of it
+    trunk = open_trunk(WithTables(by_image=False), network, images[:2])
+    assert trunk.enter(images).shape == trunk.run(0, trunk.enter(images)).shape
+    with pytest.raises(UnsupportedModelError, match=r"block 'layers\.0' is called with tensors besides the stream"):
+        open_trunk(WithTables(by_image=True), network, images[:2])
+
+
+# Refusals
+
+
+def test_something_between_blocks_is_refused(model: nn.Module, network: Network, images: Tensor) -> None:
+    model.blocks[0].register_forward_hook(lambda _module, _args, out: out)  # harmless
+    open_trunk(model, network, images)
+    model.blocks = nn.Sequential(model.blocks[0], nn.Dropout(0.5), model.blocks[1])
+    model.blocks[1].p = 0.0
+    moved = describe(model)
+    open_trunk(model, moved, images)  # nothing happens there either
+    model.blocks[1] = nn.LayerNorm(32)
+    with pytest.raises(UnsupportedModelError, match=r"what block 'blocks\.2' reads is not what the block before it"):
+        open_trunk(model, moved, images)
+
+
+def test_a_model_that_was_not_described_is_named(model: nn.Module, network: Network, images: Tensor) -> None:
+    wrapped, sub = nn.DataParallel(model), network.sublayers[0]
+    message = r"not that of the model .*model\.module of DataParallel"
+    with pytest.raises(UnsupportedModelError, match=message):
+        units(wrapped, sub.readout.columns, 4)
+    with pytest.raises(UnsupportedModelError, match=message):
+        named_module(wrapped, sub.readout.module)
+    with pytest.raises(UnsupportedModelError, match=message), observe_inputs(wrapped, {sub.name: print}):
+        pass
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_trunk(wrapped, network, images[:2])
+
+
+# What is left behind
+
+
+def test_modes_and_hooks_are_put_back_whatever_happens(model: nn.Module, images: Tensor) -> None:
+    model.train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def fail(_x: Tensor) -> None:
+        raise KeyError("a model's own fault")
+
+    def run() -> None:
+        with evaluating(model), observe_inputs(model, {"blocks.0.mlp": fail}):
+            assert not any(module.training for module in model.modules())
+            model(images)
+
+    with pytest.raises(KeyError):
+        run()
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_opening_leaves_a_model_as_it_was(model: nn.Module, network: Network, images: Tensor) -> None:
+    model.train()
+    before = [vars(module).copy() for module in model.modules()]
+    trunk = open_trunk(model, network, images[:2])
+    assert [vars(module) for module in model.modules()] == before
+    assert all(call.args == () and call.kwargs == {} for call in trunk.calls)
+
+
+def test_no_except_clause_of_a_model_swallows_the_end_of_a_pass(images: Tensor) -> None:
+    class Careful(Called):
+        def forward(self, images: Tensor) -> Tensor:
+            try:
+                return super().forward(images)
+            except Exception:  # as of a model that falls back on something
+                pytest.fail("the model went on")
+
+    model = Careful().eval()
+    trunk = open_trunk(model, describe(model, images), images[:2])
+    with torch.no_grad():
+        assert trunk.enter(images).shape == (32, 4, 32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("cut", "whose"), [(False, "in the model as given"), (True, "gohsp's doing")])
+def test_whose_doing_a_number_is_that_is_none(value: float, cut: bool, whose: str) -> None:
+    values = torch.ones(3, 4)
+    require_finite("the stream", values, cut=cut)
+    values[1, 2] = value
+    with pytest.raises(NonFiniteError, match=rf"the stream holds NaN, infinite or huge .*{whose}"):
+        require_finite("the stream", values, cut=cut)
