@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gohsp
 from gohsp.errors import BudgetError
+from gohsp.structure import parse_budget
 from refusals import Refusal
 
 TITLE = "Budgets"
@@ -11,7 +11,7 @@ TITLE = "Budgets"
 
 def budget(given: str, text: object, says: str) -> Refusal:
     """A budget as a user writes it."""
-    return Refusal(given, lambda _: gohsp.parse_budget(text), BudgetError, says)  # type: ignore[arg-type]
+    return Refusal(given, lambda _: parse_budget(text), BudgetError, says)  # type: ignore[arg-type]
 
 
 CASES = (

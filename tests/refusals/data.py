@@ -13,8 +13,8 @@ from torch import nn
 
 import gohsp
 from gohsp import models
-from gohsp.errors import DataError, ConfigError
-from gohsp.recipe import DataSettings
+from gohsp.config import CalibrationSettings, DataSettings
+from gohsp.errors import ConfigError, DataError
 from refusals import Refusal
 
 TITLE = "Data"
@@ -43,27 +43,28 @@ def images(root: Path) -> Path:
     return root
 
 
-def prune(source: object, run: Path, pruned: nn.Module | None = None) -> object:
-    """Begin a run."""
-    return gohsp.prune(pruned or model(), source, "params=-20%", run / "run")  # type: ignore[arg-type]
+def run(source: object, folder: Path, pruned: nn.Module | None = None) -> object:
+    """Begin a run that fine-tunes."""
+    config = gohsp.Config(method="finetune")
+    return gohsp.run(pruned or model(), source, "params=-20%", folder / "run", config=config)  # type: ignore[arg-type]
 
 
 def stray_class(root: Path) -> object:
     """A class in the validation images alone."""
     image(images(root) / "validation" / "wasp" / "0.png")
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def nested(root: Path) -> object:
     """A folder of images in a class folder that holds some itself."""
     image(images(root) / "train" / "ant" / "large" / "0.png")
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def looped(root: Path) -> object:
     """A link back to a folder that holds it."""
     (images(root) / "train" / "ant" / "all").symlink_to(root / "train")
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def one_class(root: Path) -> object:
@@ -71,26 +72,26 @@ def one_class(root: Path) -> object:
     for split in ("train", "validation"):
         image(root / split / "ant" / "0.png")
         image(root / split / "ant" / "1.png")
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def source_is_file(root: Path) -> object:
     """An archive that was not unpacked."""
     (root / "images.zip").touch()
-    return prune(str(root / "images.zip"), root)
+    return run(str(root / "images.zip"), root)
 
 
 def split_is_file(root: Path) -> object:
     """A file in a split's place."""
     image(root / "validation" / "ant" / "0.png")
     (root / "train").touch()
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def no_text(root: Path) -> object:
     """A class folder whose name is no UTF-8."""
     os.mkdir(os.fsencode(images(root) / "train") + b"/caf\xe9")
-    return prune(str(root), root)
+    return run(str(root), root)
 
 
 def shard(root: Path, *labels: str) -> object:
@@ -103,18 +104,18 @@ def shard(root: Path, *labels: str) -> object:
                 member = tarfile.TarInfo(f"{index}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    return prune(f"wds/{root}", root)
+    return run(f"wds/{root}", root)
 
 
 CASES = (
-    Refusal("an empty source", lambda root: prune("", root), DataError, "source is ''"),
-    Refusal("a source that is no text", lambda root: prune(None, root), DataError, "source is None"),
+    Refusal("an empty source", lambda root: run("", root), DataError, "source is ''"),
+    Refusal("a source that is no text", lambda root: run(None, root), DataError, "source is None"),
     Refusal("a source that is a file", source_is_file, DataError, "is a file"),
     Refusal("a split that is a file", split_is_file, DataError, "is a file"),
     Refusal("a class in the validation images alone", stray_class, DataError, "'wasp'"),
     Refusal(
         "classes that the model does not know",
-        lambda root: prune(str(images(root)), root, model("ant", "wasp")),
+        lambda root: run(str(images(root)), root, model("ant", "wasp")),
         DataError,
         "'bee'; it has 'ant', 'wasp'",
     ),
@@ -124,6 +125,6 @@ CASES = (
     Refusal("a class folder whose name is no text", no_text, DataError, r"caf\xe9"),
     Refusal("shards with numbers and words for labels", lambda root: shard(root, "ant", "3"), DataError, "3 and 'ant'"),
     Refusal("class names that are too few", lambda _: models.set_class_names(model(), ["ant"]), DataError, "2 outputs"),
-    Refusal("half an image", lambda _: DataSettings(holdout_images=0.5), ConfigError, "holdout_images"),  # type: ignore[arg-type]
+    Refusal("half an image", lambda _: CalibrationSettings(holdout=0.5), ConfigError, "calibration.holdout"),  # type: ignore[arg-type]
     Refusal("a split without a name", lambda _: DataSettings(train_split=" "), ConfigError, "train_split"),
 )

@@ -20,6 +20,9 @@ TITLE = "Model folders"
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 
+ATTENTION = {"heads": 4, "qk": 8, "vo": 8}
+MIXED_UP = {f"blocks.{block}.{name}": ATTENTION for block in (0, 1) for name in ("attn", "mlp")}
+
 
 def tiny() -> Any:
     torch.manual_seed(0)
@@ -99,12 +102,22 @@ def _no_number(model: Any) -> None:
         model.head.weight[0, 0] = float("nan")
 
 
+def _own(folder: Path) -> None:
+    gohsp.save(timm.models.VisionTransformer(**TINY), folder / "model")
+    gohsp.load(folder / "model")
+
+
+def _into_another(folder: Path) -> None:
+    gohsp.save(tiny(), folder / "model")
+    gohsp.load(folder / "model", into=timm.create_model("vit_tiny_patch16_224", **{**TINY, "depth": 3}))
+
+
 CASES = (
     Refusal("saving a model with an activation of one's own", saving(_own_activation), UnsupportedModelError, "Scaled"),
     Refusal("saving a model with a head of several layers", saving(_head_of_layers), UnsupportedModelError, "head.0"),
     Refusal("saving a model with a further module", saving(_further_module), UnsupportedModelError, "adapter.weight"),
     Refusal("saving a model with tied weights", saving(_tied), UnsupportedModelError, "is the same parameter as"),
-    Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "torch.int8"),
+    Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "Float and Char"),
     Refusal("saving a model of mixed precisions", saving(_half_of_it), UnsupportedModelError, "several types"),
     Refusal("saving a weight that is not finite", saving(_no_number), NonFiniteError, "head.weight"),
     Refusal("a config that names a checkpoint to read", loading(arguments={"checkpoint_path": "x.pth"}),
@@ -119,8 +132,15 @@ CASES = (
     Refusal("a config that is far too deep", loading(arguments={**TINY, "depth": 10**6}), CheckpointError, "0 to 512"),
     Refusal("a config deeper than its weights", loading(arguments={**TINY, "depth": 300}), CheckpointError, "2 blocks"),
     Refusal("a config with preprocessing that is no table", loading(preprocessing=[1]), CheckpointError, "preproc"),
-    Refusal("a config with a width of 10^30", loading(widths=[{"heads": 1, "qk": 8, "vo": 8, "ffn": 10**30}] * 2),
-            CheckpointError, "widths.0.ffn"),
+    Refusal("a config with a width of 10^30", loading(widths={"blocks.0.mlp": {"units": 10**30}}),
+            CheckpointError, "widths.blocks.0.mlp.units"),
+    Refusal("a config of the first edition with a width of 10^30",
+            loading(format_version=1, widths=[{"heads": 1, "qk": 8, "vo": 8, "ffn": 10**30}] * 2),
+            CheckpointError, "widths.blocks.0.mlp.units"),
+    Refusal("a config with the widths of another network", loading(widths={"layers.0": {"units": 8}}),
+            CheckpointError, "widths"),
+    Refusal("a config with an attention's widths for an FFN", loading(widths=MIXED_UP), CheckpointError, "an FFN's"),
+    Refusal("a config of the next edition", loading(format_version=3), CheckpointError, "update gohsp"),
     Refusal("a config with an unknown entry", loading(hook="os.system"), CheckpointError, "'hook' is unknown"),
     Refusal("weights with integer tensors", loading_tensors(lambda t: t.update(x=torch.ones(2, dtype=torch.int64))),
             CheckpointError, "I64"),
@@ -129,7 +149,6 @@ CASES = (
     Refusal("weights that are not finite", loading_tensors(lambda t: t["head.bias"].fill_(float("inf"))),
             NonFiniteError, "head.bias"),
     Refusal("a folder without a config", gohsp.load, CheckpointError, "holds no config.json"),
-    Refusal("a dense model made without timm.create_model",
-            lambda f: gohsp.save(timm.models.VisionTransformer(**TINY), f / "model"), UnsupportedModelError,
-            "make it with timm.create_model"),
+    Refusal("the folder of a module of one's own, loaded without one", _own, CheckpointError, "into=module"),
+    Refusal("the folder of one module, loaded into another", _into_another, CheckpointError, "do not fit the module"),
 )  # fmt: skip

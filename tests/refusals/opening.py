@@ -84,12 +84,16 @@ def described(change: Callable[[Any], object]) -> Act:
 
 
 def pruned(make: Callable[[], Any], **options: Any) -> Act:
-    return lambda folder: gohsp.prune(make(), "digits", "params=-30%", folder / "run", quiet=True, **options)
+    return lambda folder: gohsp.run(make(), "digits", "params=-30%", folder / "run", **options)
+
+
+def finetuned(make: Callable[[], Any]) -> Act:
+    return pruned(make, config=gohsp.Config(method="finetune"))
 
 
 def launched_twice(folder: Path) -> None:
     with patch.dict(os.environ, WORLD_SIZE="2"):
-        gohsp.prune(tiny(), "digits", "params=-30%", folder / "run", quiet=True)
+        gohsp.run(tiny(), "digits", "params=-30%", folder / "run")
 
 
 def _two_models(state: dict[str, torch.Tensor]) -> None:
@@ -153,7 +157,7 @@ CASES = (
     Refusal("a checkpoint among the arguments", with_arguments(checkpoint_path="x.pth"), CheckpointError,
             "'checkpoint_path' is no argument"),
     Refusal("a million blocks", with_arguments(depth=1_000_000), CheckpointError, "0 to 512"),
-    Refusal("no blocks", with_arguments(depth=0), UnsupportedModelError, "no blocks"),
+    Refusal("no blocks", with_arguments(depth=0), UnsupportedModelError, "no block that can be"),
     Refusal("text for a number", with_arguments(embed_dim="192"), CheckpointError, "'embed_dim' is '192'"),
     Refusal("sizes of a model that fits no memory", with_arguments(embed_dim=16384, num_heads=1, num_classes=10**6),
             CheckpointError, "billion parameters"),
@@ -174,7 +178,6 @@ CASES = (
     Refusal("a model on the meta device", lambda f: gohsp.save(tiny().to("meta"), f), NonFiniteError, "meta device"),
     Refusal("a model that torch.compile wraps", described(torch.compile), UnsupportedModelError, "model._orig_mod"),
     Refusal("a model that DataParallel wraps", described(nn.DataParallel), UnsupportedModelError, "model.module"),
-    Refusal("a ViT inside a module of one's own", described(nn.Sequential), UnsupportedModelError, "model.0"),
     Refusal("a weight norm", _on_fc1(parametrizations.weight_norm), UnsupportedModelError, "remove_parametrizations"),
     Refusal("a weight norm of the old kind", _on_fc1(torch.nn.utils.weight_norm), UnsupportedModelError,
             "remove_weight_norm"),
@@ -188,10 +191,12 @@ CASES = (
     Refusal("a forward set on the instance", described(_own_forward), UnsupportedModelError, "del module.forward"),
     Refusal("a classifier that does not fit the features", pruned(lambda: _changed(_classifier_of_four)),
             UnsupportedModelError, "cannot compute an image"),
-    Refusal("a model with one logit", pruned(lambda: tiny(num_classes=1)), UnsupportedModelError, "single logit"),
-    Refusal("a backbone without a classifier", pruned(lambda: tiny(num_classes=0)), UnsupportedModelError,
-            "reset_classifier"),
-    Refusal("one output a token", pruned(lambda: tiny(global_pool="")), UnsupportedModelError, "[1, 5, 10]"),
+    Refusal("a model with one logit, to be fine-tuned", finetuned(lambda: tiny(num_classes=1)),
+            UnsupportedModelError, "single logit"),
+    Refusal("a backbone without a classifier, to be fine-tuned", finetuned(lambda: tiny(num_classes=0)),
+            UnsupportedModelError, "reset_classifier"),
+    Refusal("one output a token, to be fine-tuned", finetuned(lambda: tiny(global_pool="")),
+            UnsupportedModelError, "[1, 5, 10]"),
     Refusal("weights for a model that is given as a module", pruned(tiny, weights="w.safetensors"), CheckpointError,
             "brings its own weights"),
     Refusal("several processes", launched_twice, RunError, "WORLD_SIZE=2"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from refusals import Refusal
 
 TITLE = "Plans"
 
-WHOLE = {"heads": 4, "qk": 8, "vo": 8, "ffn": 64}
+ATTENTION, FFN = {"heads": 4, "qk": 8, "vo": 8}, {"units": 64}
+WHOLE = {f"blocks.{i}.{name}": of for i in (0, 1) for name, of in (("attn", ATTENTION), ("mlp", FFN))}
 
 
 def tiny() -> Any:
@@ -24,11 +25,10 @@ def tiny() -> Any:
     return timm.create_model("vit_tiny_patch16_224", **size, mlp_ratio=2, num_classes=10)
 
 
-def pruned(shapes: Sequence[Any], folder: Path) -> object:
-    """Prune the tiny model to ``shapes``; nothing is begun."""
-    recipe = gohsp.Recipe(route="oneshot")
+def pruned(widths: Any, folder: Path) -> object:
+    """Prune the tiny model to ``widths``; nothing is begun."""
     try:
-        return gohsp.prune(tiny(), "digits", "params=-1%", folder / "run", recipe=recipe, shapes=shapes)
+        return gohsp.run(tiny(), "digits", "params=-1%", folder / "run", widths=widths)
     finally:
         assert not (folder / "run").exists()
 
@@ -43,31 +43,65 @@ def file(text: str) -> Callable[[Path], object]:
     return act
 
 
-def width(**change: Any) -> Callable[[Path], object]:
-    """A plan file whose second block has another width."""
-    return file(json.dumps([WHOLE, {**WHOLE, **change}]))
+def plan(**changes: Any) -> Callable[[Path], object]:
+    """A plan file whose second block has other widths; None takes one away."""
+    table = dict(WHOLE)
+    for key, value in changes.items():
+        name = "blocks.1.attn" if key in ATTENTION else "blocks.1.mlp"
+        table[name] = {k: v for k, v in {**table[name], key: value}.items() if v is not None}
+    return file(json.dumps(table))
+
+
+def by_python(widths: Any) -> Callable[[Path], object]:
+    """Widths that are given as they are."""
+    return lambda folder: pruned(widths, folder)
+
+
+def excluded(*names: str) -> Callable[[Path], object]:
+    """Leave something alone."""
+    return lambda folder: gohsp.run(tiny(), "digits", "params=-1%", folder / "run", exclude=names)
 
 
 CASES = (
     Refusal("a plan that is no JSON", file("{"), PlanError, "cannot be read"),
     Refusal("a plan nested without end", file("[" * 100_000), PlanError, "cannot be read"),
-    Refusal("a plan that is a table", file("{}"), PlanError, "must be a list of one table a block"),
-    Refusal("a plan of one block of two", file(json.dumps([WHOLE])), PlanError, "has 1 blocks, the model has 2"),
-    Refusal("a plan with a misspelt key", width(fnn=3), PlanError, "unknown key 'fnn'; did you mean 'ffn'?"),
-    Refusal("a width of 0", width(qk=0), PlanError, "'qk' must be a whole number above 0, got 0"),
-    Refusal("a negative width", width(ffn=-3), PlanError, "'ffn' must be a whole number above 0, got -3"),
-    Refusal("a width of 8.0", width(vo=8.0), PlanError, "'vo' must be a whole number above 0, got 8.0"),
-    Refusal("a width of NaN", width(vo=float("nan")), PlanError, "'vo' must be a whole number above 0, got nan"),
-    Refusal("a width of true", width(heads=True), PlanError, "'heads' must be a whole number above 0, got True"),
-    Refusal("a width above the model's", width(heads=5), PlanError, "'heads' must be from 1 to 4, got 5"),
-    Refusal("a huge width", width(ffn=2**64), PlanError, "'ffn' must be from 1 to 64, got 18446744073709551616"),
-    Refusal("a width of 5,000 digits", file(f'[{{"heads": {"9" * 5000}}}]'), PlanError, "cannot be read"),
-    Refusal("a plan that cuts nothing", file(json.dumps([WHOLE, WHOLE])), PlanError, "cut more"),
+    Refusal("a plan that is a list", file("[]"), PlanError, "must be a table with a table for each sub-layer"),
+    Refusal("a plan without a sub-layer of the model", file("{}"), PlanError, "the plan lacks ['blocks.0.attn'"),
+    Refusal(
+        "a plan with a sub-layer that the model has not",
+        file(json.dumps({**WHOLE, "blocks.2.mlp": FFN})),
+        PlanError,
+        "has a sub-layer 'blocks.2.mlp', the model has none; did you mean 'blocks.",
+    ),
+    Refusal(
+        "an attention's widths for an FFN",
+        file(json.dumps({**WHOLE, "blocks.1.mlp": ATTENTION})),
+        PlanError,
+        "'blocks.1.mlp' of the plan must have FfnWidths",
+    ),
+    Refusal("a plan with a misspelt key", plan(unit=3), PlanError, "unknown key 'unit'; did you mean 'units'?"),
+    Refusal("a plan that lacks a width", plan(vo=None), PlanError, "'blocks.1.attn' of the plan lacks ['vo']"),
+    Refusal("one width of 0 and others not", plan(qk=0), PlanError, "give no width of 0, or all of them"),
+    Refusal("a negative width", plan(units=-3), PlanError, "'units' must be a whole number of at least 0, got -3"),
+    Refusal("a width of 8.0", plan(vo=8.0), PlanError, "'vo' must be a whole number of at least 0, got 8.0"),
+    Refusal("a width of NaN", plan(vo=float("nan")), PlanError, "'vo' must be a whole number of at least 0, got nan"),
+    Refusal("a width of true", plan(heads=True), PlanError, "'heads' must be a whole number of at least 0, got True"),
+    Refusal("a width above the model's", plan(heads=5), PlanError, "'heads' must be from 1 to 4, got 5"),
+    Refusal("a huge width", plan(units=2**64), PlanError, "'units' must be from 1 to 64, got 18446744073709551616"),
+    Refusal("a width of 5,000 digits", file(f'{{"a": {{"units": {"9" * 5000}}}}}'), PlanError, "cannot be read"),
+    Refusal("a plan that cuts nothing", file(json.dumps(WHOLE)), PlanError, "cut more"),
     Refusal(
         "a width of 7.5, by Python",
-        lambda folder: pruned([gohsp.BlockShape(**WHOLE), gohsp.BlockShape(**{**WHOLE, "ffn": 7.5})], folder),
+        by_python({**gohsp.describe(tiny()).widths, "blocks.1.mlp": gohsp.FfnWidths(units=7.5)}),  # type: ignore[arg-type]
         PlanError,
-        "'ffn' must be a whole number, got 7.5",
+        "'units' must be a whole number, got 7.5",
     ),
-    Refusal("tables for shapes, by Python", lambda folder: pruned([WHOLE, WHOLE], folder), PlanError, "BlockShape"),
+    Refusal("tables for widths, by Python", by_python(WHOLE), PlanError, "must have AttentionWidths"),
+    Refusal("something to exclude that is not there", excluded("blocks.7"), PlanError, "did you mean 'blocks."),
+    Refusal(
+        "a text in place of a list of what to exclude",
+        lambda folder: gohsp.run(tiny(), "digits", "params=-1%", folder / "run", exclude="qk"),
+        PlanError,
+        "write ['qk']",
+    ),
 )

@@ -46,7 +46,7 @@ def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
 
 @dataclass(frozen=True)
 class Home:
-    """Where a run may write to: its folder, a cache and a folder for temporary files; marks and output lie beside."""
+    """Where a run may write to: its folder and one for temporary files; marks and output lie beside."""
 
     path: Path
 
@@ -54,11 +54,6 @@ class Home:
     def run(self) -> Path:
         """The run's folder."""
         return self.path / "run"
-
-    @property
-    def cache(self) -> Path:
-        """``GOHSP_CACHE`` of the run."""
-        return self.path / "cache"
 
     @property
     def temporary(self) -> Path:
@@ -89,6 +84,11 @@ class Ended:
     def crashed(self) -> bool:
         """Whether a traceback shows."""
         return "Traceback" in self.output
+
+    @property
+    def tail(self) -> str:
+        """The end of what it printed: with a traceback, enough to see where it came from."""
+        return self.output[-6000 if self.crashed else -400 :]
 
     @property
     def refused(self) -> bool:
@@ -128,8 +128,7 @@ class Command:
 
 def gohsp(arguments: Sequence[str], home: Home, *, stop: Stop | None = None, output: str = "output") -> Command:
     """Begin a ``gohsp`` command."""
-    for folder in (home.cache, home.temporary):
-        folder.mkdir(parents=True, exist_ok=True)
+    home.temporary.mkdir(parents=True, exist_ok=True)
     for name in ("begun", "stopped"):
         home.mark(name).unlink(missing_ok=True)
     path = home.path / output
@@ -137,7 +136,7 @@ def gohsp(arguments: Sequence[str], home: Home, *, stop: Stop | None = None, out
 
 
 def _main(arguments: list[str], home: Home, stop: Stop | None, output: Path) -> None:
-    os.environ |= {"TMPDIR": str(home.temporary), "GOHSP_CACHE": str(home.cache)}
+    os.environ["TMPDIR"] = str(home.temporary)
     tempfile.tempdir = None  # something that was imported may have asked for it
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)

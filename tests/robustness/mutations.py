@@ -167,7 +167,7 @@ def _drop(content: dict[str, Any], chance: random.Random) -> None:
 
 def _table(content: dict[str, Any], chance: random.Random) -> dict[Any, Any]:
     """A table to put a key into."""
-    return chance.choice([content, content["arguments"], content["preprocessing"], *content["widths"]])
+    return chance.choice([content, content["arguments"], content["preprocessing"], *content["widths"].values()])
 
 
 def _rename(content: dict[str, Any], chance: random.Random) -> None:
@@ -193,7 +193,9 @@ def _list_for_table(content: dict[str, Any], chance: random.Random) -> Any:
 
 
 def _another_document(_: dict[str, Any], chance: random.Random) -> Any:
-    return chance.choice([*(value for value in WILD if value is not None), 0, True, [{}], {"format_version": 1}])
+    return chance.choice(
+        [*(value for value in WILD if value is not None), 0, True, [{}], {"format_version": 1}, {"format_version": 2}]
+    )
 
 
 def _name(names: tuple[str, ...]) -> Callable[[dict[str, Any], random.Random], None]:
@@ -215,7 +217,8 @@ def _huge(content: dict[str, Any], chance: random.Random) -> None:
 
 def _many_blocks(content: dict[str, Any], _: random.Random) -> None:
     content["arguments"]["depth"] = 100_000
-    content["widths"] = content["widths"][:1] * 100_000
+    first = next(iter(content["widths"].values()))
+    content["widths"] = {f"blocks.{block}.attn": first for block in range(100_000)}
 
 
 def _preprocessing(content: dict[str, Any], chance: random.Random) -> None:
@@ -228,26 +231,47 @@ def _preprocessing(content: dict[str, Any], chance: random.Random) -> None:
 
 def _format(content: dict[str, Any], chance: random.Random) -> None:
     key = chance.choice(["format_version", "library"])
-    content[key] = chance.choice([*WILD, 0, 2, 10**6, 1.5, True, "1", "transformers", "TIMM"])
+    content[key] = chance.choice([*WILD, 0, 1, 2, 3, 10**6, 1.5, True, "1", "transformers", "TIMM"])
 
 
 def _widths(content: dict[str, Any], chance: random.Random) -> None:
-    blocks = content["widths"]
-    block = chance.choice(blocks)
-    key = chance.choice(list(block))
+    widths = content["widths"]
+    name, other = chance.choice(list(widths)), chance.choice(["blocks.9.attn", "layers.0", "", "head", "blocks.0"])
+    table = widths[name]
+    key = chance.choice(list(table))
     chance.choice(
         [
-            lambda: block.update({key: block[key] + chance.choice([-1, 1, 8])}),
-            lambda: block.update({key: chance.choice([0, *HUGE])}),
-            lambda: blocks.append(dict(block)),
-            lambda: blocks.remove(block),
-            blocks.clear,
+            lambda: table.update({key: table[key] + chance.choice([-1, 1, 8])}),
+            lambda: table.update({key: chance.choice([0, *HUGE])}),
+            lambda: table.update(dict.fromkeys(table, 0 if table[key] else 1)),
+            lambda: widths.update({name: {"units": 8} if "heads" in table else {"heads": 1, "qk": 1, "vo": 1}}),
+            lambda: widths.update({other: dict(table)}),
+            lambda: widths.update({other: widths.pop(name)}),
+            lambda: widths.pop(name),
+            widths.clear,
         ]
     )()
 
 
+def _first_edition(content: dict[str, Any], chance: random.Random) -> None:
+    """Widths block by block, as format version 1 has them; spoilt, half of the time."""
+    tables = list(content["widths"].values())
+    blocks = [{**attention, "ffn": ffn["units"]} for attention, ffn in zip(tables[::2], tables[1::2], strict=True)]
+    content |= {"format_version": 1, "widths": blocks, "kept": None}
+    block = chance.choice(blocks)
+    key = chance.choice(list(block))
+    spoilt: list[Callable[[], Any]] = [
+        lambda: block.update({key: chance.choice(WILD)}),
+        lambda: block.pop(key),
+        blocks.pop,
+        lambda: content.update(widths=chance.choice(WILD)),
+    ]
+    if chance.random() < 0.5:
+        chance.choice(spoilt)()
+
+
 def _kept(content: dict[str, Any], chance: random.Random) -> None:
-    kept = content.get("kept") or [{"heads": [0], "qk": [[0]], "vo": [[0]], "ffn": [0]}]
+    kept = content.get("kept") or {"blocks.0.attn": {"heads": [0], "qk": [[0]], "vo": [[0]]}}
     container, key = chance.choice(_places(kept))
     container[key] = chance.choice(WILD)
     content["kept"] = kept
@@ -490,6 +514,7 @@ MUTATIONS: dict[str, Mutation] = {
     "config: a hundred thousand blocks": Mutation(config(_many_blocks), ONLY_REFUSED, weight=1),
     "config: preprocessing": Mutation(config(_preprocessing), weight=10),
     "config: widths": Mutation(config(_widths), weight=10),
+    "config: widths of the first edition": Mutation(config(_first_edition), weight=4),
     "config: kept units": Mutation(config(_kept)),
     "config: class names": Mutation(config(_classes)),
     "config: a key twice": Mutation(_text(_twice)),

@@ -14,22 +14,21 @@ from PIL import Image
 
 from robustness.child import Command, Ended, Home, Stop, gohsp
 
-RECIPE = """
-retrain_dense = false
-[data]
-calibration_images = 48
-allocation_images = 16
-ranking_images = 16
+SETTINGS = """
+method = "gohsp"
+precision = "no"
+compare_dense = false
+[calibration]
+images = 48
 [widths]
 multiple = 2
 min_width = 2
-[admm_stage]
+[admm]
 epochs = 1
 [finetune]
 epochs = 2
 [training]
 batch_size = 16
-precision = "no"
 """
 VOLATILE = ("timings", "created", "command", "versions", "machine", "speed", "seconds", "digest")
 """What may differ in the reports of two equal runs; the digest covers the rest of it."""
@@ -37,15 +36,15 @@ VOLATILE = ("timings", "created", "command", "versions", "machine", "speed", "se
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for: the folder of its model, that of its images, and its recipe."""
+    """What a run is asked for: the folder of its model, that of its images, and its settings."""
 
     model: Path
     images: Path
-    recipe: Path
+    settings: Path
 
     def begin(self, home: Home, *options: str, stop: Stop | None = None, output: str = "output") -> Command:
         """Begin the run, or go on with it."""
-        asked = [str(self.model), "--data", str(self.images), "--budget", "params=-30%", "--recipe", str(self.recipe)]
+        asked = [str(self.model), "--data", str(self.images), "--budget", "params=-30%", "--config", str(self.settings)]
         return gohsp(["prune", *asked, "--out", str(home.run), *options], home, stop=stop, output=output)
 
 
@@ -127,7 +126,7 @@ IDENTICAL, REFUSED = "identical", "refused"
 def outcome(whole: Whole, home: Home, ended: Ended) -> tuple[str, str]:
     """How a run that was gone on with ended, next to one without interruption; and more about it."""
     if ended.crashed:
-        return "traceback", ended.output[-400:]
+        return "traceback", ended.tail
     try:
         difference = whole.result.difference(result_of(home.run))
     except (OSError, ValueError) as error:
@@ -135,7 +134,7 @@ def outcome(whole: Whole, home: Home, ended: Ended) -> tuple[str, str]:
     if not difference and ended.status in (0, 1):  # 1: it was finished before
         return IDENTICAL, ""
     if ended.status:
-        return REFUSED if ended.refused else f"exit status {ended.status}", ended.output[-400:]
+        return REFUSED if ended.refused else f"exit status {ended.status}", ended.tail
     return "different", difference
 
 

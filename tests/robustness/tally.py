@@ -30,4 +30,4 @@ class Tally:
         """Print the counts; fail if any case ended wrongly, with the first of each outcome and kind."""
         self._say(f"\n{self}{note}")
         wrong = sorted(self._wrong.items())
-        assert not wrong, "\n".join([str(self), *(f"{len(cases)} {kind}: {cases[0]:.600}" for kind, cases in wrong)])
+        assert not wrong, "\n".join([str(self), *(f"{len(cases)} {kind}: {cases[0]:.8000}" for kind, cases in wrong)])

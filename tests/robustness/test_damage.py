@@ -1,4 +1,4 @@
-"""A damaged file of a run or of the cache is made anew or refused: no traceback, and no other result."""
+"""A damaged file of a run is made anew or refused: no traceback, and no other result."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def damages(pytestconfig: pytest.Config) -> int:
 
 @pytest.fixture(scope="module")
 def interrupted(job: Job, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs and their cache, killed a third and two thirds of the way to their report, and right before it."""
+    """Runs, killed a third and two thirds of the way to their report, and right before it."""
     folders = []
     reported = next(i for i, change in enumerate(whole.changes, 1) if "rename" in change and "report.json" in change)
     for third in (1, 2, 3):
@@ -75,7 +75,6 @@ def interrupted(job: Job, whole: Whole, tmp_path_factory: pytest.TempPathFactory
         kept = home.path / "kept"
         kept.mkdir()
         home.run.rename(kept / "run")
-        home.cache.rename(kept / "cache")
         folders.append(kept)
     return folders
 
@@ -130,5 +129,5 @@ def test_a_damaged_finished_run_shows_the_same_or_is_refused(
             result = IDENTICAL
         else:
             result = AS_DAMAGED if how == "a bit flipped" else "different"
-        tally.add(result, f"{verb} with {file} {how}", f"damage {number}: {ended.output[-300:]}")
+        tally.add(result, f"{verb} with {file} {how}", f"damage {number}: {ended.tail}")
     tally.require_good()

@@ -16,6 +16,8 @@ from robustness.runs import IDENTICAL, Job, Whole, fresh, outcome
 from robustness.tally import Tally
 
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM,) * 2 + (signal.SIGINT,) * 2
+ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+"""Exit statuses; 0 where a run was finished before the signal came."""
 
 
 def resumed(job: Job, whole: Whole, home: Home) -> tuple[str, str]:
@@ -25,8 +27,8 @@ def resumed(job: Job, whole: Whole, home: Home) -> tuple[str, str]:
     return (f"{result}, but temporary files left", f"{left} {detail}") if left else (result, detail)
 
 
-def killed_at_random(job: Job, whole: Whole, home: Home, chance: random.Random, *options: str) -> tuple[str, str]:
-    """Begin or go on, and send a signal at a random moment; returns what was done, and what is wrong at once."""
+def killed_at_random(job: Job, whole: Whole, home: Home, chance: random.Random, *options: str) -> tuple[str, str, str]:
+    """Begin or go on, and send a signal at a random moment; what was done, what is wrong at once, and more about it."""
     number, moment = chance.choice(SIGNALS), chance.uniform(0.0, whole.seconds)
     before = set(os.listdir(home.temporary)) if options else set()
     command = job.begin(home, *options)
@@ -39,8 +41,10 @@ def killed_at_random(job: Job, whole: Whole, home: Home, chance: random.Random, 
     if ended.crashed:
         wrong = "traceback"
     elif number != signal.SIGKILL and left:
-        wrong = f"temporary files left, exit status {ended.status}"
-    return f"{number.name} after {moment:.2f} s", wrong
+        wrong = "temporary files left"
+    elif ended.status not in (ENDS[number], 0):
+        wrong = f"exit status {ended.status}"
+    return f"{number.name} after {moment:.2f} s", wrong, f"exit status {ended.status}, {ended.tail}"
 
 
 @pytest.fixture
@@ -56,11 +60,12 @@ def test_a_run_killed_at_any_moment_ends_as_one_left_alone(
     tally = Tally("runs killed at random", kills, (IDENTICAL,), say)
     for number in range(kills):
         home = fresh(Home(tmp_path / "killed"))
-        how, wrong = killed_at_random(job, whole, home, chance)
-        if chance.random() < 0.25 and not wrong:
-            again, wrong = killed_at_random(job, whole, home, chance, "--resume")
+        how, result, detail = killed_at_random(job, whole, home, chance)
+        if chance.random() < 0.25 and not result:
+            again, result, detail = killed_at_random(job, whole, home, chance, "--resume")
             how = f"{how}, {again}"
-        result, detail = (wrong, "") if wrong else resumed(job, whole, home)
+        if not result:
+            result, detail = resumed(job, whole, home)
         tally.add(result, how.split()[0], f"run {number}, {how}: {detail}")
     tally.require_good()
 

@@ -281,10 +281,11 @@ class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = tiny(num_classes=0)
-        self.classifier = nn.Linear(32, 10)
+        self.head = nn.Linear(32, 10)
+        self.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.backbone(images))
+        return self.head(self.backbone(images))
 
 
 @pytest.mark.parametrize("method", [ONESHOT, NO_TRAINING], ids=["oneshot", "finetune"])
@@ -299,6 +300,10 @@ def test_a_module_of_the_users_own_is_pruned_saved_and_resumed(tmp_path: Path, m
     assert torch.equal(gohsp.load(tmp_path / "run", into=Wrapped())(images), result.model(images))
     again = run(tmp_path / "run", model=model, config=config_with(**method), resume=True)
     assert torch.equal(again.model(images), result.model(images))
+    del model.pretrained_cfg
+    with pytest.raises(DataError, match=r"Wrapped has no timm pretrained_cfg.*gohsp\.prune"):
+        run(tmp_path / "other", model=model, config=config_with(**method))
+    assert not (tmp_path / "other").exists()
 
 
 # Refused before any work

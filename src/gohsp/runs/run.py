@@ -134,6 +134,7 @@ def run(
     dense = _open(model, weights, pretrained, config, splits[0])
     network = excluding(models.describe(dense), exclude)
     models.check_finite(dense)
+    data.Preprocessing.from_model(dense)  # refuses a model that does not say what it does with an image
     if models.is_library_model(dense):
         models.require_remakeable(dense)
     api.require_possible(network, goal, widths, config)

@@ -9,7 +9,7 @@ from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from gohsp.errors import UnsupportedModelError
+from gohsp.errors import PlanError, UnsupportedModelError
 from gohsp.models.checks import require_linear
 from gohsp.models.modules import Constant, PrunedAttention
 from gohsp.structure import (
@@ -170,11 +170,16 @@ def resize(name: str, block: nn.Module, widths: Widths) -> None:
 
     Attention stays timm's own class while ``qk == vo``, and becomes :class:`PrunedAttention` otherwise. Either scales
     ``q k^T`` by ``qk ** -0.5``. Of a sub-layer of width 0 a :class:`Constant` is left, and neither norm nor LayerScale.
+
+    Raises:
+        PlanError: Widths of another kind of sub-layer.
     """
     of: Any = block
     attention, ffn = widths[f"{name}.attn"], widths[f"{name}.mlp"]
-    assert isinstance(attention, AttentionWidths)
-    assert isinstance(ffn, FfnWidths)
+    if not isinstance(attention, AttentionWidths) or not isinstance(ffn, FfnWidths):
+        raise PlanError(
+            f"'{name}' must have an attention's widths for its attn and an FFN's for its mlp, got {attention} and {ffn}"
+        )
     if is_absent(attention):
         if not isinstance(of.attn, Constant):
             of.attn, of.norm1, of.ls1 = _constant(of.attn.proj), nn.Identity(), nn.Identity()
