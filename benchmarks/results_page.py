@@ -172,7 +172,7 @@ def oneshot() -> str | None:
 
 def polish() -> str | None:
     """The same cuts with and without the polish."""
-    if (found := read("oneshot_polish_deit_tiny")) is None:
+    if (found := read("oneshot_heal_deit_tiny") or read("oneshot_polish_deit_tiny")) is None:
         return None
     rows = []
     for key, run in sorted(found["runs"].items(), key=lambda entry: (-entry[1]["params"] // 10**5, entry[1]["seed"])):
@@ -194,7 +194,7 @@ def polish() -> str | None:
         "images (standard error 1.5).",
         table(header, rows),
     ]
-    if settings := read("polish_deit_tiny"):
+    if settings := read("heal_deit_tiny") or read("polish_deit_tiny"):
         lines = [
             [name, f"{either(line, 'distance', 'kl'):.4f}", f"{line['agreement']:.1f} %", f"{line['seconds']:.0f} s"]
             for name, line in settings["lines"].items()
