@@ -72,7 +72,7 @@ def load_images(source: str, split: str, count: int, model: nn.Module, options: 
         batch_size=options.batch,
         shuffle=True,
         seed=options.seed,
-        num_classes=int(getattr(model, "num_classes")),
+        num_classes=int(model.num_classes),
     )
     batches: list[Batch] = []
     for images, labels in loader:
@@ -83,9 +83,7 @@ def load_images(source: str, split: str, count: int, model: nn.Module, options: 
     return batches
 
 
-def leave_one_out(
-    model: nn.Module, network: Network, batches: Sequence[Batch], options: argparse.Namespace
-) -> Truth:
+def leave_one_out(model: nn.Module, network: Network, batches: Sequence[Batch], options: argparse.Namespace) -> Truth:
     """Zero every head in turn; only the blocks from its own on are run again."""
     trunk = open_trunk(model, network, batches[0][0][:1])
     losses, divergences, right = [], [], 0
@@ -148,9 +146,7 @@ def labelled_changes(
     return torch.cat(changes)
 
 
-def baselines(
-    model: nn.Module, network: Network, statistics: HeadStatistics, labelled: Tensor
-) -> dict[str, Tensor]:
+def baselines(model: nn.Module, network: Network, statistics: HeadStatistics, labelled: Tensor) -> dict[str, Tensor]:
     """Scores without a chain ``[nodes]``; those that read labels say so."""
     label_free = {f"{t} alone": head_values(model, network, statistics, t) for t in TELEPORTS if t != "uniform"}
     return label_free | {
@@ -169,9 +165,7 @@ def gathered(
 ) -> HeadStatistics:
     """Statistics of all heads in one graph."""
     fitter = HeadStatisticsFitter(model, network, scope="global", edge=edge, wanted=wanted)
-    passes = differentiated(
-        model, network, gohsp.classification(), images, draws=0, confidence=bool(wanted)
-    )
+    passes = differentiated(model, network, gohsp.classification(), images, draws=0, confidence=bool(wanted))
     for gradients in passes:
         fitter.update(gradients)
     return fitter.statistics

@@ -5,12 +5,12 @@
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
 It times single steps of a pruning, and so calls them (``gohsp.steps``, ``gohsp.core.admm``) where a user calls what is
-made of them. Random images; the weights do not matter to the clock. Moments, damage curves and reconstruction
-(on images without mirror images, which double its streams) are timed once and given in units of a forward pass over the same
-images, in the same precision and with the same attention kernel: the faster of two after one that is not counted.
-Ranking and forward passes take turns, and it is given by the medians; in single-precision passes, too. Solves are as
-many whatever the number of images; so ``--solves`` times reconstruction at that many images and at four times as many,
-once each after one that is not counted, and tells solves from what an image costs.
+made of them. Random images; the weights do not matter to the clock. Moments, damage curves and reconstruction (without
+mirror images, which double its streams) are timed once and given in units of a forward pass over the same images, in
+the same precision and with the same attention kernel: the faster of two after one that is not counted. Ranking, which
+weighs tokens in the same pass, and forward passes take turns, and it is given by the medians; in single-precision
+passes, too. Solves are as many whatever the number of images; so ``--solves`` times reconstruction at that many images
+and at four times as many, once each after one that is not counted, and tells solves from what an image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -278,7 +278,9 @@ def parser_of() -> argparse.ArgumentParser:
     arguments.add_argument("--models", nargs="+", default=SIZES)
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--images", type=int, default=16, help="that parts are measured on")
-    arguments.add_argument("--solves", type=int, default=0, help="images to tell reconstruction's solves at; 0: not told")
+    arguments.add_argument(
+        "--solves", type=int, default=0, help="images to tell solves at; 0: not told"
+    )
     arguments.add_argument("--batch", type=int, default=8, help="of the training step")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -699,8 +699,7 @@ def gpu_cifar(results: Json) -> list[str]:
     recipe, epochs = results["recipe"], results["epochs"]
     seconds = ", ".join(f"{value:.1f} s {way}" for way, value in results["epoch_seconds"].items())
     behind = (
-        f"{epochs['behind']} behind it for every method, of which {admm_epochs(recipe)} are ADMM's where it "
-        "has a stage"
+        f"{epochs['behind']} behind it for every method, of which {admm_epochs(recipe)} are ADMM's where it has a stage"
         if "behind" in epochs
         else "none behind it"
     )

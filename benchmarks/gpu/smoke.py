@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import structure
 from gohsp import latency as clock
+from gohsp import structure
 from gohsp.config import CalibrationSettings, Config, LatencySettings
 from gohsp.structure import FfnKept, SublayerWidths
 from gpu.part import Part, Rows, cpu_figures
