@@ -3,8 +3,8 @@
 Every method starts from one dense model and gets as many epochs as gohsp's ADMM and fine-tuning together, with the
 dense model as teacher:
 
-- ``gohsp``: the recipe as it stands, with ADMM; ``random``: its heads ranked at random; ``no-ADMM``, gohsp's default
-  and its name in tables: ADMM's epochs given to fine-tuning;
+- ``gohsp``: the recipe as it stands, with ADMM; ``random``: its heads ranked at random; ``no-ADMM``, method
+  ``finetune``: ADMM's epochs given to fine-tuning;
 - ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``, with the
   attention's scale that of the pruned dimension. What may be cut besides hidden units is chosen by the accuracy on
   held-out images right after the cut. Deep cuts leave little accuracy to choose by; a third part that ``peers.py``
@@ -13,35 +13,33 @@ dense model as teacher:
   ``gohsp-long`` and ``dense-long`` (when asked for) get as many;
 - ``dense``: the dense model itself; ``start``: without those epochs.
 
-All choices are made on images held out from the training split (the recipe's validation split). The test split is read
-once a method, when it is finished. Finished methods are not run again, interrupted ones go on where gohsp can; a folder
-and a results file belong to one setting, and others are refused.
+Everything is in memory (``gohsp.prune``, ``gohsp.finetune``). All choices are made on images held out from the training
+split (the recipe's validation split). The test split is read once a method, when it is finished. Finished methods are
+not run again; a folder and a results file belong to one setting, and others are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
-import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import gohsp
 import peers
-from gohsp import checkpoint, data, models, opening, resident, training
-from gohsp import recipe as recipes
-from gohsp.measure import Metrics, evaluate
-from gohsp.resident import ResidentImages, ResidentLoader
+from gohsp import Config, data
+from gohsp import config as configs
+from gohsp.data import ResidentImages, ResidentLoader
+from gohsp.evaluation import Metrics, evaluate
+from gohsp.structure import Widths, parse_budget
+from shared import RESULTS, data_name, macs, parameters, parser, read_results, resized, say, versions, write_results
 
 GOHSP = ("gohsp", "random", "no-ADMM")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
@@ -55,8 +53,7 @@ GRADIENT_IMAGES = 1024
 class Bench:
     """What every method shares."""
 
-    recipe: gohsp.Recipe
-    source: str
+    config: Config
     device: torch.device
     train: ResidentImages
     held_out: ResidentImages
@@ -66,28 +63,45 @@ class Bench:
     seed: int
     resumable: bool = True
 
-    @property
-    def accelerator(self) -> Accelerator:
-        """A new one for every use: gohsp's own runs reset the state that all accelerators of a process share."""
-        return training.make_accelerator(self.recipe.training.precision, self.device.type)
-
-    def extra(self, *, long: bool = False) -> training.StageSettings:
+    def extra(self, *, long: bool = False) -> configs.StageSettings:
         """The epochs that every method gets behind the dense model, or these and the dense model's."""
-        epochs = self.recipe.admm_stage.epochs + self.recipe.finetune.epochs
-        return dataclasses.replace(self.recipe.finetune, epochs=epochs + long * self.recipe.dense.epochs)
+        epochs = self.config.admm.epochs + self.config.finetune.epochs
+        return replace(self.config.finetune, epochs=epochs + long * self.config.dense.epochs)
+
+    def batches(self, images: ResidentImages) -> ResidentLoader:
+        """Images in their order, for scores."""
+        return ResidentLoader(images, batch_size=500, shuffle=False)
+
+    def training(self, seed: int) -> ResidentLoader:
+        """Training images, augmented as in a run."""
+        settings = self.config.training
+        return ResidentLoader(
+            self.train,
+            batch_size=settings.batch_size,
+            shuffle=True,
+            augment=settings.augment == "light",
+            mirror=self.mirror,
+            seed=seed,
+            drop_last=True,
+        )
+
+    def calibration(self, config: Config) -> ResidentLoader:
+        """As many training images as pruning takes, drawn by the seed, as in evaluation."""
+        wanted = config.calibration.images + config.calibration.holdout
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(self.seed))
+        few = order[:wanted].to(self.train.labels.device)
+        drawn = replace(self.train, pixels=self.train.pixels[few], labels=self.train.labels[few])
+        return ResidentLoader(drawn, batch_size=64, shuffle=False)
 
     def score(self, model: nn.Module, images: ResidentImages) -> Metrics:
         """Metrics on resident images."""
-        cpu = self.device.type == "cpu"
-        precision = training.PRECISIONS[training.resolve_precision(self.recipe.training.precision, cpu=cpu)]
-        loader = ResidentLoader(images, batch_size=500, shuffle=False)
-        return evaluate(model, loader, device=self.device, precision=precision)
+        return evaluate(model, self.batches(images))
 
     def fit(
         self,
         name: str,
         model: nn.Module,
-        stage: training.StageSettings,
+        stage: configs.StageSettings,
         teacher: nn.Module | None,
         seed: int | None = None,
     ) -> nn.Module:
@@ -99,33 +113,18 @@ class Bench:
         self,
         name: str,
         model: nn.Module,
-        stage: training.StageSettings,
+        stage: configs.StageSettings,
         teacher: nn.Module | None,
         seed: int | None = None,
-    ) -> training.StageResult:
+    ) -> tuple[Any, ...]:
         """Train in place, going on after the last finished epoch where epochs are kept; returns the curve."""
         seed = self.seed if seed is None else seed
-        settings = self.recipe.training
-        loader = ResidentLoader(
-            self.train,
-            batch_size=settings.batch_size,
-            shuffle=True,
-            augment=settings.augment == "light",
-            mirror=self.mirror,
-            seed=seed,
-            drop_last=True,
-        )
-        return training.train(
+        return gohsp.finetune(
             model.to(self.device).requires_grad_(),
-            loader,
-            stage,
-            settings,
-            name=name,
-            accelerator=self.accelerator,
-            seed=seed,
-            num_classes=int(model.num_classes),  # type: ignore[arg-type]
-            evaluate=partial(self.score, images=self.held_out),
+            self.training(seed),
             teacher=teacher,
+            validation=self.batches(self.held_out),
+            config=replace(self.config, seed=seed, finetune=stage),
             checkpoint=self.folder / f"{name.replace('/', '_')}.epochs.pt" if self.resumable else None,
         )
 
@@ -133,46 +132,46 @@ class Bench:
 def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
     """The dense model: ``model`` trained, or what an earlier call left."""
     folder = bench.folder / "dense"
-    if checkpoint.is_model_folder(folder):
-        return opening.open_model(folder)
-    bench.fit("dense_training", model, bench.recipe.dense, None, bench.recipe.seed)
-    checkpoint.save(model, folder)
+    if folder.exists():
+        return gohsp.load(folder)
+    bench.fit("dense_training", model, bench.config.dense, None, bench.config.seed)
+    gohsp.save(model, folder)
     return model
 
 
-def variant(recipe: gohsp.Recipe, method: str) -> gohsp.Recipe:
-    """The recipe of one of gohsp's methods."""
+def variant(config: Config, method: str) -> Config:
+    """The settings of one of gohsp's methods."""
     if method == "random":
-        return dataclasses.replace(recipe, ranking=dataclasses.replace(recipe.ranking, method="random"))
+        return replace(config, ranking=replace(config.ranking, method="random"))
     if method == "no-ADMM":
-        epochs = recipe.admm_stage.epochs + recipe.finetune.epochs
-        return dataclasses.replace(
-            recipe,
-            admm_stage=dataclasses.replace(recipe.admm_stage, epochs=0),
-            finetune=dataclasses.replace(recipe.finetune, epochs=epochs),
-        )
+        epochs = config.admm.epochs + config.finetune.epochs
+        return replace(config, method="finetune", finetune=replace(config.finetune, epochs=epochs))
     if method == "gohsp-long":
-        epochs = recipe.finetune.epochs + recipe.dense.epochs
-        return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, epochs=epochs))
-    return recipe
+        epochs = config.finetune.epochs + config.dense.epochs
+        return replace(config, finetune=replace(config.finetune, epochs=epochs))
+    return config
 
 
 def gohsp_model(
-    bench: Bench, name: str, recipe: gohsp.Recipe, budget: str, shapes: Sequence[gohsp.BlockShape] | None = None
+    bench: Bench, dense: nn.Module, name: str, config: Config, budget: str, widths: Widths | None = None
 ) -> nn.Module:
-    """The dense model pruned and fine-tuned by gohsp with ``recipe``, under ``name``; ``shapes`` are given widths."""
-    recipe = dataclasses.replace(
-        recipe,
-        seed=bench.seed,
-        model_arguments={},
-        retrain_dense=False,
-        dense=dataclasses.replace(recipe.dense, epochs=0),
-    )
+    """The dense model pruned by gohsp with ``config``, under ``name``; ``widths`` are given ones."""
     out = bench.folder / f"{budget} seed={bench.seed}" / name
-    if (out / "report.json").exists():
-        return gohsp.load(out)
-    dense = bench.folder / "dense"
-    return gohsp.prune(dense, bench.source, budget, out, recipe=recipe, shapes=shapes, resume=out.exists()).model
+    if out.exists():
+        return gohsp.load(out, device=bench.device)
+    calibration = replace(config.calibration, mirror=config.calibration.mirror and bench.mirror)
+    config = replace(config, seed=bench.seed, dense=replace(config.dense, epochs=0), calibration=calibration)
+    pruned = gohsp.prune(
+        dense,
+        bench.training(bench.seed),
+        budget,
+        config=config,
+        widths=widths,
+        validation=bench.batches(bench.held_out),
+        calibration=bench.calibration(config),
+    )
+    gohsp.save(pruned.model, out, kept=pruned.kept)
+    return pruned.model
 
 
 def peer_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -207,7 +206,7 @@ def peer_cut(
     cpu: nn.Module, grads: Mapping[str, Tensor], method: str, budget: str, example: Tensor
 ) -> tuple[nn.Module, float]:
     """Cut by one of Torch-Pruning's methods, attention scaled for the pruned dimension; the model and its ratio."""
-    limit = int(gohsp.parse_budget(budget).limit(peers.parameters(cpu)))
+    limit = int(parse_budget(budget).limit(parameters(cpu)))
     model, ratio = peers.prune_to(cpu, grads, method, limit, example)
     for attention in peers.attentions(model):
         attention.scale = attention.head_dim**-0.5
@@ -221,7 +220,7 @@ def gradient_batches(bench: Bench) -> ResidentLoader:
 
 def first_images(images: ResidentImages, count: int) -> ResidentImages:
     """The first of them."""
-    return dataclasses.replace(images, pixels=images.pixels[:count], labels=images.labels[:count])
+    return replace(images, pixels=images.pixels[:count], labels=images.labels[:count])
 
 
 def key_of(method: str, budget: str, seed: int) -> str:
@@ -237,12 +236,14 @@ def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> 
     if method in ("dense", "dense-long"):
         return bench.fit(name, copy.deepcopy(dense), bench.extra(long=method == "dense-long"), dense), {}
     if method in (*GOHSP, "gohsp-long"):
-        return gohsp_model(bench, method, variant(bench.recipe, method), budget), {}
+        return gohsp_model(bench, dense, method, variant(bench.config, method), budget), {}
     if method == "scratch":
-        shaped = models.resized(dense, models.describe(gohsp_model(bench, "gohsp", bench.recipe, budget)).shapes)
+        found = gohsp.describe(gohsp_model(bench, dense, "gohsp", bench.config, budget)).widths
+        example = next(iter(bench.batches(bench.held_out)))[0][:2]
+        shaped: Any = resized(dense, found, example)
         torch.manual_seed(bench.seed)
-        shaped.init_weights()  # type: ignore[operator]
-        stage = dataclasses.replace(bench.recipe.dense, epochs=bench.extra(long=True).epochs)
+        shaped.init_weights()
+        stage = replace(bench.config.dense, epochs=bench.extra(long=True).epochs)
         return bench.fit(name, shaped, stage, dense), {}
     model, told = peer_model(bench, dense, method, budget)
     return bench.fit(name, model, bench.extra(), dense), told
@@ -250,86 +251,76 @@ def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> 
 
 def record_of(bench: Bench, model: nn.Module) -> dict[str, Any]:
     """A method's row, for which the test split is read."""
-    with torch.no_grad():
-        example = torch.zeros(1, 3, *bench.test.pixels.shape[-2:], device=bench.device)
-        cost = multiplications(model.to(example.device).eval(), example)
-    metrics = bench.score(model, bench.test)
+    example = torch.zeros(1, 3, *bench.test.pixels.shape[-2:], device=bench.device)
+    metrics = bench.score(model.to(bench.device).eval(), bench.test)
     return {
         "top1": metrics.top1,
         "held_out_top1": bench.score(model, bench.held_out).top1,
-        "params": peers.parameters(model),
-        "macs": cost,
+        "params": parameters(model),
+        "macs": macs(model, example),
         "n": metrics.n,
     }
 
 
-def multiplications(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one image, attention by plain products so that they are counted."""
-    plain = copy.deepcopy(model)
-    models.set_fused_attention(plain, False)
-    return peers.macs(plain, example)
-
-
 def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that comparisons share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model")
-    parser.add_argument("--weights", type=Path, help="safetensors file to start the dense model from")
-    parser.add_argument("--recipe", type=Path)
-    parser.add_argument("--test-split")
-    parser.add_argument("--budgets", nargs="+")
+    arguments = parser(doc)
+    arguments.add_argument("--data", required=True)
+    arguments.add_argument("--model")
+    arguments.add_argument("--weights", type=Path, help="safetensors file to start the dense model from")
+    arguments.add_argument("--recipe", type=Path, help="settings in TOML, of method gohsp")
+    arguments.add_argument("--test-split")
+    arguments.add_argument("--budgets", nargs="+")
     if "methods" in defaults:
-        parser.add_argument("--methods", nargs="+", choices=(*METHODS, *LONG, *peers.METHODS))
-    parser.add_argument(
+        arguments.add_argument("--methods", nargs="+", choices=(*METHODS, *LONG, *peers.METHODS))
+    arguments.add_argument(
         "--seed", type=int, default=0, help="of everything behind the dense model, which has the recipe's"
     )
-    parser.add_argument("--dense", type=Path, help="folder of a trained dense model, instead of training one")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.set_defaults(**defaults)
-    return parser
+    arguments.add_argument("--dense", type=Path, help="folder of a trained dense model, instead of training one")
+    arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--results", type=Path)
+    arguments.set_defaults(**defaults)
+    return arguments
 
 
 def opened(options: argparse.Namespace) -> tuple[Bench, nn.Module]:
     """Everything decoded and on the device, and the dense model, trained if need be."""
-    recipe = recipes.read(options.recipe)
-    bench, start = started(options, recipe)
-    claim(bench.folder / "settings.json", settings_of(options, recipe))
-    if options.dense and not checkpoint.is_model_folder(bench.folder / "dense"):
-        checkpoint.save(start, bench.folder / "dense")
+    config = configs.read(options.recipe)
+    bench, start = started(options, config)
+    claim(bench.folder / "settings.json", settings_of(options, config))
+    if options.dense and not (bench.folder / "dense").exists():
+        gohsp.save(start, bench.folder / "dense")
     return bench, dense_model(bench, start).to(bench.device)
 
 
-def started(options: argparse.Namespace, recipe: gohsp.Recipe) -> tuple[Bench, nn.Module]:
+def started(options: argparse.Namespace, config: Config) -> tuple[Bench, nn.Module]:
     """Everything decoded and on the device, and the model that the dense one is trained from."""
-    source = data.DataSource(source=options.data, image_key=recipe.data.image_key, label_key=recipe.data.label_key)
-    device = training.make_accelerator("no", "cpu" if recipe.device == "cpu" else None).device
+    source = data.DataSource(source=options.data, image_key=config.data.image_key, label_key=config.data.label_key)
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
     splits = [
         data.open_split(source, split)
-        for split in (recipe.data.train_split, recipe.data.validation_split, options.test_split)
+        for split in (config.data.train_split, config.data.validation_split, options.test_split)
     ]
-    torch.manual_seed(recipe.seed)
-    arguments = {"num_classes": splits[0].num_classes, **recipe.model_arguments}
+    torch.manual_seed(config.seed)
+    arguments = {"num_classes": splits[0].num_classes, **config.model_arguments}
     start = (
-        opening.open_model(options.dense)
+        gohsp.load(options.dense)
         if options.dense
-        else opening.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
+        else gohsp.open_model(options.model, weights=options.weights, arguments=arguments, new_classifier=True)
     )
     preprocessing = data.Preprocessing.from_model(start)
-    train, held_out, test = (resident.resident_images(split, preprocessing, device) for split in splits)
+    train, held_out, test = (data.resident_images(split, preprocessing, device) for split in splits)
     folder = options.out or Path("runs") / options.recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
-    mirror = splits[0].mirrored_alike
-    return Bench(recipe, options.data, device, train, held_out, test, mirror, folder, options.seed), start
+    return Bench(config, device, train, held_out, test, splits[0].mirrored_alike, folder, options.seed), start
 
 
 def results_file(options: argparse.Namespace, prefix: str = "") -> Path:
     """Where results are written, named after the recipe."""
-    return options.results or Path("benchmarks/results") / f"{prefix}{options.recipe.stem}.json"
+    return options.results or RESULTS / f"{prefix}{options.recipe.stem}.json"
 
 
-def settings_of(options: argparse.Namespace, recipe: gohsp.Recipe) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     """What all methods of a folder and of a results file share; only latency budgets and one-shot runs use the rest."""
     return {
         "model": options.model,
@@ -337,31 +328,29 @@ def settings_of(options: argparse.Namespace, recipe: gohsp.Recipe) -> dict[str, 
         "dense": options.dense.name if options.dense else None,
         "data": Path(options.data).name,
         "test_split": options.test_split,
-        "recipe": {k: v for k, v in recipes.to_mapping(recipe).items() if k not in ("polish", "latency")},
+        "recipe": {k: v for k, v in configs.to_mapping(config).items() if k not in ("heal", "latency")},
     }
 
 
 def claim(file: Path, settings: dict[str, Any]) -> None:
     """Write a folder's settings, or check that they are these."""
     if not file.exists():
-        file.write_text(json.dumps(settings, indent=1) + "\n")
+        write_results(file, settings)
     elif json.loads(file.read_text()) != json.loads(json.dumps(settings)):
         sys.exit(f"{file.parent} holds runs with other settings, see {file.name}; give another --out")
 
 
 def opened_results(file: Path, options: argparse.Namespace, bench: Bench, script: str) -> dict[str, Any]:
     """Results so far, with what all their records have in common; other settings are refused."""
-    shared = settings_of(options, bench.recipe)
-    data_name = f"hfds/{shared['data']}"
+    shared = settings_of(options, bench.config)
     weights = f" --weights {shared['weights']}" if shared["weights"] else ""
-    packages = ("gohsp", "torch", "timm", "torch-pruning")
     header = {
-        "command": f"python benchmarks/{script}.py --data {data_name} --recipe {options.recipe}{weights}",
+        "command": f"python benchmarks/{script}.py --data {data_name(options.data)} --recipe {options.recipe}{weights}",
         **shared,
         "machine": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions("torch-pruning"),
     }
-    results = json.loads(file.read_text()) if file.exists() else {**header, "runs": {}}
+    results = read_results(file, {**header, "runs": {}})
     for name, value in json.loads(json.dumps(header)).items():
         if results[name] != value:
             sys.exit(f"{file} holds runs with another '{name}': {results[name]}, now {value}; give another --results")
@@ -371,7 +360,7 @@ def opened_results(file: Path, options: argparse.Namespace, bench: Bench, script
 def run(options: argparse.Namespace, script: str) -> None:
     """Run what is not in the results yet, writing them after each method."""
     for budget in options.budgets:
-        if gohsp.parse_budget(budget).kind != "params":
+        if parse_budget(budget).kind != "params":
             sys.exit(f"Torch-Pruning is cut to a number of parameters; give budgets such as params=-40%, not {budget}")
     bench, dense = opened(options)
     file = results_file(options)
@@ -385,6 +374,5 @@ def run(options: argparse.Namespace, script: str) -> None:
             model, told = finished_model(bench, dense, method, budget_of)
             record = record_of(bench, model) | told
             results["runs"][key] = record
-            file.write_text(json.dumps(results, indent=1) + "\n")
-            sys.stdout.write(f"{key}: {record['params']:,} parameters, top-1 {record['top1']:.2f} %\n")
-            sys.stdout.flush()
+            write_results(file, results)
+            say(f"{key}: {record['params']:,} parameters, top-1 {record['top1']:.2f} %")

@@ -6,39 +6,40 @@
 
 The truth is the rise of the loss when one head alone is zeroed (its columns of the output projection), for every
 head. Each ranking is scored by the Spearman correlation of its scores with that, over all heads, on two sets of
-images: those it was calibrated on, where the defaults were chosen, and others, which chose nothing.
+images: those it was calibrated on, where the defaults were chosen, and others, which chose nothing. A user asks for one
+ranking (``gohsp.rank``); the script compares a hundred from the same statistics, and so calls ``gohsp.core``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gohsp import data, models, opening
-from gohsp.core.activations import observe_inputs
-from gohsp.core.attention_stats import EDGES, SCOPES, HeadStatistics, Scope, collect_head_statistics
-from gohsp.core.ranking import TELEPORTS, RankingSettings, head_values, rank
-from gohsp.structure import BlockStructure, ModelStructure
+import gohsp
+from gohsp import Network, data
+from gohsp.core.capture import Trunk, observe_inputs, open_trunk
+from gohsp.core.gradients import differentiated
+from gohsp.core.ranking import HeadStatistics, HeadStatisticsFitter, RankingSettings, rank
+from gohsp.core.ranking.ranking import TELEPORTS, head_values
+from gohsp.core.ranking.statistics import STATISTICS, Edge, Scope, Statistic
+from gohsp.structure import Attention
+from shared import machine, parser, say, transform_of, versions, write_results
 
 Batch = tuple[Tensor, Tensor]
 
+EDGES, SCOPES = get_args(Edge), get_args(Scope)
 DAMPINGS = (0.1, 0.2, 0.3, 0.5, 0.85, 1.0)
 RANDOM_DRAWS = 1000
 BOOTSTRAPS = 1000
@@ -67,11 +68,11 @@ def load_images(source: str, split: str, count: int, model: nn.Module, options: 
     """A fixed random draw of ``count`` labelled images."""
     loader = data.loader(
         data.open_split(data.DataSource(source=source), split),
-        transform=data.eval_transform(data.Preprocessing.from_model(model)),
+        transform=transform_of(model),
         batch_size=options.batch,
         shuffle=True,
         seed=options.seed,
-        num_classes=cast(VisionTransformer, model).num_classes,
+        num_classes=int(model.num_classes),
     )
     batches: list[Batch] = []
     for images, labels in loader:
@@ -82,23 +83,21 @@ def load_images(source: str, split: str, count: int, model: nn.Module, options: 
     return batches
 
 
-def leave_one_out(
-    model: nn.Module, structure: ModelStructure, batches: Sequence[Batch], options: argparse.Namespace
-) -> Truth:
+def leave_one_out(model: nn.Module, network: Network, batches: Sequence[Batch], options: argparse.Namespace) -> Truth:
     """Zero every head in turn; only the blocks from its own on are run again."""
-    vit = cast(VisionTransformer, model)
+    trunk = open_trunk(model, network, batches[0][0][:1])
     losses, divergences, right = [], [], 0
     with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=options.bf16):
         for images, labels in batches:
             images, labels = images.to(options.device), labels.to(options.device)
             entries: dict[str, Tensor] = {}
-            with observe_inputs(model, {b.name: partial(entries.__setitem__, b.name) for b in structure.blocks}):
+            with observe_inputs(model, {name: partial(entries.__setitem__, name) for name in trunk.blocks}):
                 dense = model(images).float().log_softmax(dim=-1)
             right += int((dense.argmax(dim=-1) == labels).sum())
             loss, divergence = [], []
-            for index, block in enumerate(structure.blocks):
-                for head in range(block.shape.heads):
-                    cut = _run_without(vit, index, block, head, entries[block.name]).float().log_softmax(dim=-1)
+            for sub in network.attentions:
+                for head in range(sub.widths.heads):
+                    cut = _run_without(trunk, sub, head, entries[sub.block]).float().log_softmax(dim=-1)
                     loss.append(F.nll_loss(cut, labels, reduction="none") - F.nll_loss(dense, labels, reduction="none"))
                     divergence.append((dense.exp() * (dense - cut)).sum(dim=-1))
             losses.append(torch.stack(loss, dim=1).cpu())
@@ -107,50 +106,49 @@ def leave_one_out(
     return Truth(loss=loss, divergence=torch.cat(divergences).double(), dense_top1=100 * right / len(loss))
 
 
-def _run_without(vit: VisionTransformer, index: int, block: BlockStructure, head: int, x: Tensor) -> Tensor:
-    """Logits from the input ``x`` of block ``index`` on, with one of its heads silent."""
-    units = slice(head * block.shape.vo, (head + 1) * block.shape.vo)
+def _run_without(trunk: Trunk, sub: Attention, head: int, x: Tensor) -> Tensor:
+    """Logits from the input ``x`` of an attention's block on, with one of its heads silent."""
+    units = slice(head * sub.widths.vo, (head + 1) * sub.widths.vo)
+    vit: Any = trunk.model
 
     def silence(_module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         outputs = args[0].clone()
         outputs[..., units] = 0
         return outputs
 
-    hook = vit.get_submodule(block.attention_readout.module).register_forward_pre_hook(silence)
+    hook = vit.get_submodule(sub.readout.module).register_forward_pre_hook(silence)
     try:
-        for module in list(vit.blocks)[index:]:
-            x = module(x)
+        for index in range(trunk.blocks.index(sub.block), len(trunk.blocks)):
+            x = trunk.run(index, x)
     finally:
         hook.remove()
     return vit.forward_head(vit.norm(x))
 
 
 def labelled_changes(
-    model: nn.Module, structure: ModelStructure, batches: Sequence[Batch], options: argparse.Namespace
+    model: nn.Module, network: Network, batches: Sequence[Batch], options: argparse.Namespace
 ) -> Tensor:
     """First-order rise of each image's labelled loss when a head is zeroed ``[images, nodes]``: Taylor's baseline."""
     changes = []
     for images, labels in batches:
         outputs: dict[str, Tensor] = {}
-        watch = {b.name: b.attention_readout.module for b in structure.blocks}
+        watch = {sub.name: sub.readout.module for sub in network.attentions}
         with observe_inputs(model, {name: partial(outputs.__setitem__, name) for name in watch.values()}):
             logits = model(images.to(options.device))
         loss = F.cross_entropy(logits, labels.to(options.device), reduction="sum")
         held = [outputs[name] for name in watch.values()]
         gradients = torch.autograd.grad(loss, held)
         by_block = [
-            -(z * g).unflatten(-1, (b.shape.heads, b.shape.vo)).sum(dim=(1, 3))
-            for b, z, g in zip(structure.blocks, held, gradients, strict=True)
+            -(z * g).unflatten(-1, (sub.widths.heads, sub.widths.vo)).sum(dim=(1, 3))
+            for sub, z, g in zip(network.attentions, held, gradients, strict=True)
         ]
         changes.append(torch.cat(by_block, dim=1).detach().double().cpu())
     return torch.cat(changes)
 
 
-def baselines(
-    model: nn.Module, structure: ModelStructure, statistics: HeadStatistics, labelled: Tensor
-) -> dict[str, Tensor]:
+def baselines(model: nn.Module, network: Network, statistics: HeadStatistics, labelled: Tensor) -> dict[str, Tensor]:
     """Scores without a chain ``[nodes]``; those that read labels say so."""
-    label_free = {f"{t} alone": head_values(model, structure, statistics, t) for t in TELEPORTS if t != "uniform"}
+    label_free = {f"{t} alone": head_values(model, network, statistics, t) for t in TELEPORTS if t != "uniform"}
     return label_free | {
         "labels: E|g.c|": labelled.abs().mean(dim=0),
         "labels: E[(g.c)^2]": labelled.square().mean(dim=0),
@@ -158,12 +156,28 @@ def baselines(
     }
 
 
+def gathered(
+    model: nn.Module,
+    network: Network,
+    images: Sequence[Tensor],
+    edge: Edge,
+    wanted: tuple[Statistic, ...] = STATISTICS,
+) -> HeadStatistics:
+    """Statistics of all heads in one graph."""
+    fitter = HeadStatisticsFitter(model, network, scope="global", edge=edge, wanted=wanted)
+    passes = differentiated(model, network, gohsp.classification(), images, draws=0, confidence=bool(wanted))
+    for gradients in passes:
+        fitter.update(gradients)
+    return fitter.statistics
+
+
 def in_scope(statistics: HeadStatistics, scope: Scope) -> HeadStatistics:
     """The layers' graphs are the diagonal blocks of the global one."""
     if scope == "global":
         return statistics
-    ends = torch.tensor(statistics.heads).cumsum(0).tolist()
-    nodes = [slice(end - heads, end) for end, heads in zip(ends, statistics.heads, strict=True)]
+    heads = list(statistics.heads.values())
+    ends = torch.tensor(heads).cumsum(0).tolist()
+    nodes = [slice(end - count, end) for end, count in zip(ends, heads, strict=True)]
     return dataclasses.replace(statistics, edges=tuple(statistics.edges[0][s, s] for s in nodes))
 
 
@@ -201,47 +215,47 @@ def random_row(truths: dict[str, Truth], seed: int) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that the result file holds."""
     torch.manual_seed(options.seed)
-    model = opening.open_model(options.model, weights=options.weights, pretrained=options.pretrained)
+    model = gohsp.open_model(options.model, weights=options.weights, pretrained=options.pretrained)
     model = model.to(options.device).eval()
-    structure = models.describe(model)
+    network = gohsp.describe(model)
     calibration = load_images(
         options.calibration, options.calibration_split, options.calibration_images, model, options
     )
     evaluation = load_images(options.evaluation, options.evaluation_split, options.images, model, options)
-    _say("zeroing heads one by one")
+    say("zeroing heads one by one")
     truths = {
-        "calibration": leave_one_out(model, structure, calibration, options),
-        "evaluation": leave_one_out(model, structure, evaluation, options),
+        "calibration": leave_one_out(model, network, calibration, options),
+        "evaluation": leave_one_out(model, network, evaluation, options),
     }
     images = [batch for batch, _ in calibration]
-    labelled = labelled_changes(model, structure, calibration, options)
+    labelled = labelled_changes(model, network, calibration, options)
     rows: list[dict[str, Any]] = [random_row(truths, options.seed)]
     default = RankingSettings()
-    _say("gathering statistics")
+    say("gathering statistics")
     began = time.perf_counter()
-    first = collect_head_statistics(model, structure, images, scope="global", edge=default.edge)
+    first = gathered(model, network, images, default.edge)
     seconds = time.perf_counter() - began
-    for name, scores in baselines(model, structure, first, labelled).items():
+    for name, scores in baselines(model, network, first, labelled).items():
         found = correlations(scores, truths)
         rows.append({"name": name, **found, "interval": interval(scores, truths["evaluation"], options.seed)})
     for edge in EDGES:
         if edge == default.edge:
             edges = first.edges
         else:
-            _say(f"edges: {edge}")
-            edges = collect_head_statistics(model, structure, images, scope="global", edge=edge, wanted=()).edges
+            say(f"edges: {edge}")
+            edges = gathered(model, network, images, edge, ()).edges
         statistics = dataclasses.replace(first, edges=edges)
         for scope, teleport, damping in product(SCOPES, TELEPORTS, DAMPINGS):
             settings = RankingSettings(edge=edge, scope=scope, damping=damping, teleport=teleport)
-            values = head_values(model, structure, statistics, teleport)
+            values = head_values(model, network, statistics, teleport)
             ranking = rank(in_scope(statistics, scope), values, settings)
-            scores = torch.tensor([s for block in ranking.scores for s in block])
+            scores = torch.tensor([s for of in ranking.scores.values() for s in of])
             row: dict[str, Any] = {"name": "chain", "edge": edge, "scope": scope, "damping": damping}
             row |= {"teleport": teleport, **correlations(scores, truths)}
             if settings == default:
                 row |= {"default": True, "interval": interval(scores, truths["evaluation"], options.seed)}
                 row["seconds"] = seconds
-                row["scores"] = ranking.scores
+                row["scores"] = dict(ranking.scores)
             rows.append(row)
     return {
         **provenance(options),
@@ -261,7 +275,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
     """What a reader needs to run it again; of absolute paths, the last part alone is kept."""
-    packages = ("gohsp", "torch", "timm", "scipy")
     return {
         "command": " ".join(["python", *(_portable(argument) for argument in sys.argv)]),
         "seed": options.seed,
@@ -277,25 +290,14 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
             "images": options.images,
         },
         "bf16": options.bf16,
-        "machine": {
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "machine": machine(options.device),
+        "versions": versions("scipy"),
     }
 
 
 def _portable(argument: str) -> str:
     path = PurePath(argument.removeprefix("hfds/"))
     return path.name if path.is_absolute() else argument
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def show(result: dict[str, Any]) -> None:
@@ -313,33 +315,33 @@ def show(result: dict[str, Any]) -> None:
         if row.get("default"):
             shown.append(("default", row))
     shown += [(" ".join((*group, f"{row['damping']}")), row) for group, row in chains.items()]
-    _say(f"{'':40s}" + "".join(f"{key:>18s}" for key in keys))
+    say(f"{'':40s}" + "".join(f"{key:>18s}" for key in keys))
     for name, row in shown:
-        _say(f"{name:40s}" + "".join(f"{row[key]:+18.3f}" for key in keys))
+        say(f"{name:40s}" + "".join(f"{row[key]:+18.3f}" for key in keys))
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name or gohsp model folder")
-    parser.add_argument("--weights", type=Path, help="safetensors file with timm's key names")
-    parser.add_argument("--pretrained", action="store_true", help="fetch timm's own weights")
-    parser.add_argument("--calibration", required=True, help="images to rank on: hfds/..., a folder, wds/...")
-    parser.add_argument("--calibration-split", default="train")
-    parser.add_argument("--calibration-images", type=int, default=1000)
-    parser.add_argument("--evaluation", required=True, help="images to measure the truth on")
-    parser.add_argument("--evaluation-split", default="validation")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="for the truth alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("model", help="timm name or gohsp model folder")
+    arguments.add_argument("--weights", type=Path, help="safetensors file with timm's key names")
+    arguments.add_argument("--pretrained", action="store_true", help="fetch timm's own weights")
+    arguments.add_argument("--calibration", required=True, help="images to rank on: hfds/..., a folder, wds/...")
+    arguments.add_argument("--calibration-split", default="train")
+    arguments.add_argument("--calibration-images", type=int, default=1000)
+    arguments.add_argument("--evaluation", required=True, help="images to measure the truth on")
+    arguments.add_argument("--evaluation-split", default="validation")
+    arguments.add_argument("--images", type=int, default=1000)
+    arguments.add_argument("--batch", type=int, default=50)
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="for the truth alone")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", type=Path)
+    options = arguments.parse_args()
     result = measure(options)
     show(result)
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(options.out, result)
 
 
 if __name__ == "__main__":

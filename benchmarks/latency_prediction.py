@@ -1,59 +1,54 @@
-"""Time that a latency table predicts for the plans that ``oneshot.py`` found, beside the time they take.
+"""Time that measured sub-layer times predict for the plans that ``oneshot.py`` found, beside the time they take.
 
     python benchmarks/latency_prediction.py deit_tiny_patch16_224
 
 Weights do not matter to the clock. Predicted and measured time are each taken over the dense model's of the same kind,
-so that what drifts between the table and the comparison cancels.
+so that what drifts between the two measurements cancels.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import sys
 from pathlib import Path
 
-import torch
-
 import gohsp
-from gohsp import latency, models, opening
-from gohsp.core.allocation import WidthSettings
-from gohsp.structure import BlockShape
+from gohsp import Config, latency, structure
+from gohsp.config import LatencySettings
+from shared import RESULTS, example_of, machine, parser, plan_of, resized, say, versions, write_results
 
 
 def main() -> None:
-    """Measure one table and all plans."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--plans", type=Path, default=Path("benchmarks/results/oneshot_deit_tiny.json"))
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/latency_prediction.json"))
-    options = parser.parse_args()
-    model = opening.open_model(options.model).eval()
-    structure, settings = models.describe(model), latency.LatencySettings(batch_size=options.batch_size)
-    images = torch.randn(1, 3, *model.patch_embed.img_size)  # pyrefly: ignore[missing-attribute,not-iterable]
-    table = latency.measure_table(model, structure, images, WidthSettings(), settings)
-    dense = gohsp.model_cost(structure, structure.shapes, table)
-    runs = json.loads(options.plans.read_text())["runs"]
-    name = Path(options.model).name
+    """Measure sub-layers once, and all plans."""
+    arguments = parser(__doc__)
+    arguments.add_argument("model")
+    arguments.add_argument("--plans", type=Path, default=RESULTS / "oneshot_deit_tiny.json")
+    arguments.add_argument("--most", type=int, help="plans to measure at most")
+    arguments.add_argument("--batch-size", type=int, default=1)
+    arguments.add_argument("--rounds", type=int, default=LatencySettings().rounds)
+    arguments.add_argument("--results", type=Path, default=RESULTS / "latency_prediction.json")
+    options = arguments.parse_args()
+    settings = LatencySettings(batch_size=options.batch_size, rounds=options.rounds)
+    model = gohsp.open_model(options.model)
+    network, images = gohsp.describe(model), example_of(model)
+    times = latency.measure_times(model, network, images, Config().widths, settings)
+    dense = structure.cost_of(network, network.widths, times)
     results = {
-        "command": f"python benchmarks/latency_prediction.py {name} --batch-size {options.batch_size}",
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "command": f"python benchmarks/latency_prediction.py {Path(options.model).name} "
+        f"--batch-size {options.batch_size}",
+        "machine": machine(),
+        "versions": versions(),
         "plans": {},
     }
-    for key, run in runs.items():
-        if run["images"] != 1000 or run["seed"] or run["flags"]:
-            continue
-        shapes = [BlockShape(**block) for block in run["plan"]]
-        predicted = gohsp.model_cost(structure, shapes, table) / dense
-        before, after = latency.compare([model, models.resized(model, shapes)], images, settings)
+    runs = json.loads(options.plans.read_text())["runs"]
+    wanted = [key for key, run in runs.items() if run["images"] == 1000 and not run["seed"] and not run["flags"]]
+    for key in wanted[: options.most]:
+        widths = plan_of(runs[key]["plan"])
+        predicted = structure.cost_of(network, widths, times) / dense
+        before, after = latency.compare([model, resized(model, widths, images)], images, settings)
         case = key.split(" ")[0]
         results["plans"][case] = {"predicted": round(predicted, 3), "measured": round(after / before, 3)}
-        sys.stdout.write(f"{case}: {predicted:.3f} predicted, {after / before:.3f} measured\n")
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        say(f"{case}: {predicted:.3f} predicted, {after / before:.3f} measured")
+        write_results(options.results, results)
 
 
 if __name__ == "__main__":

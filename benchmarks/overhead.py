@@ -4,12 +4,13 @@
     python benchmarks/overhead.py --device cuda --images 256 --batch 64                    # one GPU
     python benchmarks/overhead.py --models deit_tiny_patch16_224 --parts admm --batch 64   # a part of it
 
-Random images; the weights do not matter to the clock. Moments (with token weights), damage curves and reconstruction
-(without mirror images, which double its streams) are timed once and given in units of a forward pass over the same
-images, in the same precision and with the same attention kernel: the faster of two after one that is not counted.
-Ranking and forward passes take turns, and it is given by the medians; in single-precision passes, too. Solves are as
-many whatever the number of images; so ``--solves`` times reconstruction at that many images and at four times as many,
-once each after one that is not counted, and tells solves from what an image costs.
+It times single steps of a pruning, and so calls them (``gohsp.steps``, ``gohsp.core.admm``) where a user calls what is
+made of them. Random images; the weights do not matter to the clock. Moments, damage curves and reconstruction (without
+mirror images, which double its streams) are timed once and given in units of a forward pass over the same images, in
+the same precision and with the same attention kernel: the faster of two after one that is not counted. Ranking, which
+weighs tokens in the same pass, and forward passes take turns, and it is given by the medians; in single-precision
+passes, too. Solves are as many whatever the number of images; so ``--solves`` times reconstruction at that many images
+and at four times as many, once each after one that is not counted, and tells solves from what an image costs.
 Plain training steps (AdamW, mixed precision as in training), the pull after each, the Z-steps and the Z-steps that
 select anew take turns; medians give ADMM's share at the default interval. It does not depend on the batch, so it is
 also given as the number of images that a plain step trains on in that time. What an earlier call measured on the same
@@ -19,14 +20,12 @@ device stays in the results.
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import multiprocessing
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,13 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import data, models, training
-from gohsp.core import admm, compensation, fisher, ranking, reconstruction, rotation, sensitivity
-from gohsp.core.admm import AdmmSettings, AdmmState
-from gohsp.core.allocation import WidthSettings
-from gohsp.core.compensation import BlockMoments
-from gohsp.core.projection import ProjectionSettings
-from gohsp.structure import ModelStructure
+from gohsp import Config, Network, steps
+from gohsp.api import open_session
+from gohsp.config import CalibrationSettings
+from gohsp.core import admm
+from gohsp.core.moments import Moments, tensors_of
+from gohsp.runtime import fast_attention
+from gohsp.session import Session
+from gohsp.structure import SublayerWidths
+from shared import RESULTS, changed, machine, parser, read_results, say, write_results
 
 PARTS = ("ranking", "moments", "curves", "reconstruction", "admm")
 SIZES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
@@ -55,10 +56,25 @@ class Subject:
     """A model and the images that it is measured with."""
 
     model: nn.Module
-    structure: ModelStructure
+    network: Network
     images: Sequence[Tensor]
-    precision: torch.dtype
-    device: torch.device
+    session: Session
+    analysis: steps.Analysis
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of passes in a run."""
+        return self.session.precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def moments(self) -> Moments:
+        """Second moments on the images."""
+        return steps.collect_moments(self.session, self.model, self.network, self.analysis)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Wall time."""
@@ -79,7 +95,7 @@ class Subject:
 
     def fast(self, *, mixed: bool = True) -> AbstractContextManager[None]:
         """The attention kernel of a run."""
-        return training.fast_attention(self.precision if mixed else torch.float32, self.model)
+        return fast_attention(self.precision, self.model) if mixed else nullcontext()
 
     @torch.no_grad()
     def forward(self, *, mixed: bool = True) -> None:
@@ -96,13 +112,21 @@ def opened(options: argparse.Namespace, name: str) -> Subject:
     model = timm.create_model(name).to(device).eval()
     config: Any = model.pretrained_cfg
     images = torch.randn(options.images, *config["input_size"], device=device)
-    name_of_precision = training.resolve_precision("auto", cpu=device.type == "cpu")
-    return Subject(model, models.describe(model), images.split(64), training.PRECISIONS[name_of_precision], device)
+    return subject_of(model, images)
 
 
-def halved(structure: ModelStructure) -> list[gohsp.BlockShape]:
+def subject_of(model: nn.Module, images: Tensor) -> Subject:
+    """A model with images to prune it on, and what one pass of them tells."""
+    calibration = CalibrationSettings(images=len(images), holdout=1, mirror=False)
+    # The last image is held out of the set, so that it comes twice.
+    session = open_session(model, torch.cat([images, images[-1:]]), config=Config(calibration=calibration))
+    network = gohsp.describe(model)
+    return Subject(model, network, images.split(64), session, steps.analyse(session, model, network))
+
+
+def halved(network: Network) -> dict[str, SublayerWidths]:
     """Every width but the number of heads at a half."""
-    return [replace(s, qk=s.qk // 2, vo=s.vo // 2, ffn=s.ffn // 2) for s in structure.shapes]
+    return changed(network.widths, lambda field, count: count if field == "heads" else count // 2)
 
 
 def cost(subject: Subject, work: Callable[[], object]) -> dict[str, float]:
@@ -128,14 +152,7 @@ def ranking_cost(subject: Subject, rounds: int) -> dict[str, float]:
     """Seconds of a ranking, and as forward passes over the same images in its and in single precision."""
 
     def rank() -> object:
-        with subject.fast():
-            return ranking.rank_heads(
-                subject.model,
-                subject.structure,
-                subject.images,
-                ranking.RankingSettings(),
-                precision=subject.precision,
-            )
+        return steps.analyse(subject.session, subject.model, subject.network)
 
     times = medians(subject, {"rank": rank, "pass": subject.forward}, rounds)
     single = medians(subject, {"pass": partial(subject.forward, mixed=False)}, rounds)
@@ -146,79 +163,45 @@ def ranking_cost(subject: Subject, rounds: int) -> dict[str, float]:
     }
 
 
-def parts(subject: Subject, wanted: Sequence[str], solves: int) -> tuple[dict[str, Any], tuple[BlockMoments, ...]]:
-    """What the parts between ranking and ADMM cost, and the moments that they need."""
-    model, structure, images = subject.model, subject.structure, subject.images
-    stages, projection = models.stages(model), ProjectionSettings()
-    found: dict[str, Any] = {}
+def parts(subject: Subject, wanted: Sequence[str], solves: int) -> dict[str, Any]:
+    """What the parts between ranking and ADMM cost."""
+    model, network, analysis = subject.model, subject.network, subject.analysis
 
-    def moments() -> None:
-        with subject.autocast(), subject.fast():
-            weights = fisher.token_weights(
-                model, structure, images, attention=projection.attention_fisher, ffn=projection.ffn_fisher
-            )
-            collected = compensation.collect_moments(model, structure, images, weights)
-            found.update(weights=weights, moments=rotation.rotate(model, structure, collected))
+    def reconstruct(of: Subject = subject) -> object:
+        return steps.cut(of.session, model, copy.deepcopy(model), network, analysis, halved(network))
 
-    def curves() -> object:
-        embedded = [stages.embed(batch).detach().float() for batch in images]
-        with subject.fast():
-            return sensitivity.measure_curves(
-                model,
-                stages,
-                structure,
-                found["moments"],
-                embedded,
-                None,
-                WidthSettings(),
-                projection,
-                precision=subject.precision,
-            )
-
-    def reconstruct(batches: Sequence[Tensor] = images) -> object:
-        embedded = [stages.embed(batch).detach().float() for batch in batches]
-        copy = models.resized(model, structure.shapes).to(subject.device)
-        copy.load_state_dict(model.state_dict())
-        with training.fast_attention(subject.precision, model, copy):
-            return reconstruction.reconstruct(
-                model,
-                copy,
-                structure,
-                halved(structure),
-                embedded,
-                None,
-                projection,
-                weights=found["weights"],
-                precision=subject.precision,
-                store=data.Spool,
-            )
-
-    works: dict[str, Callable[[], object]] = {"moments": moments, "curves": curves, "reconstruction": reconstruct}
-    if "moments" not in wanted and (solves or set(wanted) != {"ranking"}):
-        moments()
+    works: dict[str, Callable[[], object]] = {
+        "moments": lambda: subject.moments,
+        "curves": lambda: steps.measure_curves(subject.session, model, network, analysis),
+        "reconstruction": reconstruct,
+    }
     record = {name: cost(subject, work) for name, work in works.items() if name in wanted}
+    if "curves" in record:
+        record["curves"]["images"] = min(len(torch.cat(list(subject.images))), steps.CURVE_IMAGES)
     if solves:
-        views = torch.randn(4 * solves, *images[0].shape[1:], device=subject.device)
+        views = torch.randn(4 * solves, *subject.images[0].shape[1:], device=subject.device)
         if "reconstruction" not in wanted:
             reconstruct()
-        few, many = (subject.seconds(partial(reconstruct, views[:count].split(64))) for count in (solves, 4 * solves))
+        sides = [subject_of(model, views[:count]) for count in (solves, 4 * solves)]
+        few, many = (subject.seconds(partial(reconstruct, side)) for side in sides)
         an_image = (many - few) / (3 * solves)
         record["solves"] = {
             "images": solves,
             "an_image": round(an_image, 5),
             "seconds": round(few - solves * an_image, 3),
         }
-    return record, found.get("moments", ())
+    return record
 
 
-def admm_cost(subject: Subject, moments: Sequence[BlockMoments], options: argparse.Namespace) -> dict[str, Any]:
+def admm_cost(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """What ADMM adds to a step, and what memory it takes."""
-    model, settings = subject.model.train().requires_grad_(), AdmmSettings()
+    moments = subject.moments
+    model, settings = subject.model.train().requires_grad_(), gohsp.AdmmSettings()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.05, fused=True)
     size = subject.images[0].shape[1:]
     images = torch.randn(options.batch, *size, device=subject.device)
     labels = torch.randint(0, 1000, (options.batch,), device=subject.device)
-    state = admm.start(model, subject.structure, halved(subject.structure), moments, None, settings)
+    state = admm.start(model, subject.network, halved(subject.network), moments, None, settings)
 
     def plain() -> None:
         with subject.autocast(), subject.fast():
@@ -252,11 +235,11 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def state_size(state: AdmmState) -> int:
+def state_size(state: admm.AdmmState) -> int:
     """Bytes that ADMM holds: anchors, duals, moments and their copy in float32, and the projections' matrices."""
-    values = [t for side in (state.anchors, state.duals) for block in side for t in block.values()]
-    moments = [t for side in (state.moments, state.norms) for m in side for t in compensation.tensors_of(m)]
-    takeovers = [matrix for p in state.projections for *_, matrix in p.takeovers]
+    values = [t for side in (state.anchors, state.duals) for of in side.values() for t in of.values()]
+    moments = [t for side in (state.moments, state.norms) for of in side.values() for t in tensors_of(of)]
+    takeovers = [p.takeover for p in state.projections.values() if p.takeover is not None]
     return sum(map(size_of, values + moments + takeovers))
 
 
@@ -264,12 +247,11 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The wanted costs of one model; to be run in a process of its own."""
     subject = opened(options, name)
     ranked = {"ranking": ranking_cost(subject, options.rounds)} if "ranking" in options.parts else {}
-    others, moments = parts(subject, options.parts, options.solves)
-    record: dict[str, Any] = ranked | others
+    record: dict[str, Any] = ranked | parts(subject, options.parts, options.solves)
     for part in record.values():
         part.setdefault("images", options.images)
     if "admm" in options.parts:
-        record["admm"] = admm_cost(subject, moments, options)
+        record["admm"] = admm_cost(subject, options)
     for part in record.values():
         part |= {"command": command_of(options), "processor": processor(subject.device)}
     return {"params": sum(p.numel() for p in subject.model.parameters())} | record
@@ -277,11 +259,8 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def processor(device: torch.device) -> str:
     """What the clock depends on most."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    units = {"AMX": "_is_amx_tile_supported", "AVX-512 bf16": "_is_avx512_bf16_supported"}
-    found = (name for name, query in units.items() if getattr(torch.cpu, query, lambda: False)())
-    return f"{platform.machine()} with {next(found, 'no bf16 units')}"
+    found = machine(device)
+    return found["device"] if device.type == "cuda" else found["processor"]
 
 
 def command_of(options: argparse.Namespace) -> str:
@@ -295,17 +274,19 @@ def command_of(options: argparse.Namespace) -> str:
 
 def parser_of() -> argparse.ArgumentParser:
     """What can be asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=SIZES)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--images", type=int, default=16, help="that parts are measured on")
-    parser.add_argument("--solves", type=int, default=0, help="images to tell reconstruction's solves at; 0: not told")
-    parser.add_argument("--batch", type=int, default=8, help="of the training step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overhead.json"))
-    return parser
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", default=SIZES)
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    arguments.add_argument("--images", type=int, default=16, help="that parts are measured on")
+    arguments.add_argument(
+        "--solves", type=int, default=0, help="images to tell solves at; 0: not told"
+    )
+    arguments.add_argument("--batch", type=int, default=8, help="of the training step")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--results", type=Path, default=RESULTS / "overhead.json")
+    return arguments
 
 
 def header() -> dict[str, Any]:
@@ -316,16 +297,15 @@ def header() -> dict[str, Any]:
 def main() -> None:
     """Measure every model, writing the results after each."""
     options = parser_of().parse_args()
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = read_results(options.results, {})
     record = results.setdefault(options.device, {"models": {}})
     record |= header()
     for name in options.models:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             found = pool.apply(measured, (options, name))
         record["models"].setdefault(name, {}).update(found)
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
-        sys.stdout.write(f"{name}: {json.dumps(found)}\n")
-        sys.stdout.flush()
+        write_results(options.results, results)
+        say(f"{name}: {found}")
 
 
 if __name__ == "__main__":

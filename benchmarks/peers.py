@@ -1,4 +1,4 @@
-"""Torch-Pruning and gohsp's one-shot route on DeiT-Tiny: top-1 at a budget of parameters, no training afterwards.
+"""Torch-Pruning and gohsp's method oneshot on DeiT-Tiny: top-1 at a budget of parameters, no training afterwards.
 
     pip install 'gohsp[hf,bench]'
     python benchmarks/peers.py --weights deit_tiny_patch16_224.safetensors --data hfds/imagenet-1k-mini --params 4.0M
@@ -27,11 +27,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -44,12 +40,25 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp
 from gohsp import data
-from gohsp.measure import evaluate
-from oneshot import run_case
+from gohsp.evaluation import evaluate
+from gohsp.structure import parse_budget
+from oneshot import add_arguments, run_case
+from shared import (
+    RESULTS,
+    data_name,
+    machine,
+    macs,
+    parameters,
+    parser,
+    read_results,
+    say,
+    transform_of,
+    versions,
+    write_results,
+)
 
 IMPORTANCES = ("l2", "taylor", "hessian")
 SCOPES = ("uniform", "isomorphic", "isomorphic-raw")
@@ -68,18 +77,6 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 def attentions(model: nn.Module) -> list[Any]:
     """The attention modules of a timm model."""
     return [module for module in model.modules() if isinstance(module, Attention)]
-
-
-def parameters(model: nn.Module) -> int:
-    """The number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates per image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example)
-    return counter.get_total_flops() // 2
 
 
 def labelled_images(source: data.DataSource, count: int, seed: int, transform: data.Transform) -> list[Any]:
@@ -226,24 +223,17 @@ def gohsp_record(options: argparse.Namespace, budget: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         record = run_case(options, f"params={budget}", options.seed, options.images, Path(folder))
     kept = ("top1", "params", "macs", "seconds", "peak_memory_mib", "fidelity")
-    return {key: record[key] for key in kept} | {"settings": {"route": "oneshot", "flags": record["flags"]}}
+    return {key: record[key] for key in kept} | {"settings": {"method": "oneshot", "flags": record["flags"]}}
 
 
 def header(options: argparse.Namespace) -> dict[str, Any]:
     """What all records of a results file have in common."""
-    packages = ("torch", "torchvision", "timm", "numpy", "torch-pruning")
-    name = f"python benchmarks/peers.py --weights {options.weights.name} --data hfds/{Path(options.data).name}"
     return {
-        "command": name,
+        "command": f"python benchmarks/peers.py --weights {options.weights.name} --data {data_name(options.data)}",
         "seed": options.seed,
         "images": options.images,
-        "machine": {
-            "device": "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count() or 1,
-            "python": platform.python_version(),
-        },
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "machine": machine(),
+        "versions": versions("torchvision", "numpy", "torch-pruning"),
         "notes": NOTES,
     }
 
@@ -251,30 +241,24 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
 def save(options: argparse.Namespace, results: dict[str, Any], key: str, record: dict[str, Any]) -> None:
     """Add a record, write the results, say so."""
     results["runs"][key] = record
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(options.results, results)
     text = record.get("failed") or f"{record['params']:,} parameters, top-1 {record['top1']:.1f} %"
-    sys.stdout.write(f"{key}: {text}\n")
-    sys.stdout.flush()
+    say(f"{key}: {text}")
 
 
 def main() -> None:
     """Run what is not in the results yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--params", nargs="+", required=True, help="budgets, such as 4.0M")
-    parser.add_argument("--methods", nargs="+", default=["*"], help="names or patterns of importance/scope/width")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--flags", action="append", default=[], help="one more flag of gohsp prune, as --flags=--NAME=VALUE"
-    )
-    parser.add_argument("--skip-gohsp", action="store_true")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/peers_deit_tiny.json"))
-    options = parser.parse_args()
-    results = json.loads(options.results.read_text()) if options.results.exists() else {"runs": {}}
-    if results["runs"] and {key: results[key] for key in header(options)} != header(options):
+    arguments = parser(__doc__)
+    add_arguments(arguments)
+    arguments.add_argument("--params", nargs="+", required=True, help="budgets, such as 4.0M")
+    arguments.add_argument("--methods", nargs="+", default=["*"], help="names or patterns of importance/scope/width")
+    arguments.add_argument("--images", type=int, default=1000)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--skip-gohsp", action="store_true")
+    arguments.add_argument("--results", type=Path, default=RESULTS / "peers_deit_tiny.json")
+    options = arguments.parse_args()
+    results = read_results(options.results, {"runs": {}})
+    if results["runs"] and {key: results.get(key) for key in header(options)} != header(options):
         sys.exit(f"{options.results} is of another seed, machine or version; give another file with --results")
     results = {**header(options), "runs": results["runs"]}
     if not options.skip_gohsp:
@@ -287,8 +271,7 @@ def main() -> None:
     for attention in attentions(dense):
         attention.fused_attn = False  # torch's own kernel would take the scale of the pruned dimension
     source = data.DataSource(source=options.data)
-    preprocessing = data.Preprocessing.from_model(dense)
-    transform = data.eval_transform(preprocessing)
+    transform = transform_of(dense)
     images = labelled_images(source, options.images, options.seed, transform)
     split = data.open_split(source, "validation")
     validation = data.loader(split, transform=transform, batch_size=64, shuffle=False)
@@ -302,7 +285,7 @@ def main() -> None:
         ]
         grads = gradients(dense, images, importance) if wanted else ({}, 0.0)
         for key, method, budget in wanted:
-            limit = int(gohsp.parse_budget(f"params={budget}").limit(parameters(dense)))
+            limit = int(parse_budget(f"params={budget}").limit(parameters(dense)))
             save(options, results, key, peer_record(dense, grads, method, limit, validation, images[0][0][:1]))
 
 

@@ -14,7 +14,8 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import timm
 from matplotlib import colormaps, rc_context
@@ -22,20 +23,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gohsp
-from gohsp.report import plots
-from gohsp.structure import shapes_to_json
+from gohsp.report import Plan, Report, plots
+from gohsp.structure import keep_all
+from shared import plan_of
 
 RESULTS, DOCS, README = Path("benchmarks/results"), Path("docs"), Path("README.md")
 BEGIN, END = "<!-- benchmarks/results_page.py: begin -->", "<!-- benchmarks/results_page.py: end -->"
 DENSE_TINY = (5_717_416, 1_253_683_200, 71.7)
-"""DeiT-Tiny: parameters, MACs (``gohsp.model_cost``), top-1 on the 1,000 validation images (``gohsp evaluate``)."""
+"""DeiT-Tiny: parameters, MACs (``gohsp.count_macs``), top-1 on the 1,000 validation images (``gohsp evaluate``)."""
 
 STYLE = {"font.size": 9, "svg.hashsalt": "gohsp", "axes.spines.top": False, "axes.spines.right": False}
 OURS = "#2563eb"
 BUDGETS = ("params=5.0M", "params=4.3M", "params=4.0M", "params=3.5M", "params=3.06M", "params=2.5M", "macs=-30%")
 HALVES = {"qk": "q/k halved in every block", "vo": "v/o halved", "ffn": "FFNs halved"}
-POLISH = " --polish.epochs=2"
-STAGES = {"": "", " --allocation-stages=1": ", one stage", " --allocation-stages=2": ", two stages"}
+HEALED = (" --heal.epochs=2", " --polish.epochs=2")
+"""Flags that heal a cut, the second as gohsp 0.1 had it; so below."""
+
+STAGES = {
+    "": "",
+    " --widths.stages=1": ", one stage",
+    " --widths.stages=2": ", two stages",
+    " --allocation-stages=1": ", one stage",
+    " --allocation-stages=2": ", two stages",
+}
 
 Json = Mapping[str, Any]
 
@@ -44,6 +54,22 @@ def read(name: str) -> Json | None:
     """A result file, or None where it is not there."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def either(record: Json, name: str, before: str) -> Any:
+    """An entry under its name, or under the one that gohsp 0.1 gave it."""
+    return record[name] if name in record else record.get(before)
+
+
+def distance_of(run: Json) -> float:
+    """Divergence on held-out images, in nats."""
+    return either(run["fidelity"], "distance", "kl")
+
+
+def admm_epochs(recipe: Json) -> int:
+    """Epochs of ADMM in the settings of either edition."""
+    stage = recipe.get("admm_stage") or recipe["admm"]
+    return stage["epochs"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -62,11 +88,19 @@ def oneshot_row(run: Json) -> list[str]:
         f"{run['params']:,} ({share(run['params'], DENSE_TINY[0])})",
         f"{run['macs'] / 1e9:.3f} G ({share(run['macs'], DENSE_TINY[1])})",
         f"{run['top1']:.1f} %",
-        f"{run['fidelity']['kl']:.2f}",
+        f"{distance_of(run):.2f}",
         f"{run['seconds']:.0f} s",
         f"{run['peak_memory_mib'] / 1024:.1f} GiB",
-        str(run.get("allocation_images", 256)) if run["fidelity"]["predicted_kl"] is not None else "",
+        curves_on(run),
     ]
+
+
+def curves_on(run: Json) -> str:
+    """Images that damage curves were measured on, where any were; their number was a setting of gohsp 0.1."""
+    fidelity = run["fidelity"]
+    if "predicted_distance" in fidelity:
+        return "128" if fidelity["predicted_distance"] is not None else ""
+    return str(run.get("allocation_images", 256)) if fidelity["predicted_kl"] is not None else ""
 
 
 def name_of(key: str) -> str:
@@ -138,16 +172,18 @@ def oneshot() -> str | None:
 
 def polish() -> str | None:
     """The same cuts with and without the polish."""
-    if (found := read("oneshot_polish_deit_tiny")) is None:
+    if (found := read("oneshot_heal_deit_tiny") or read("oneshot_polish_deit_tiny")) is None:
         return None
     rows = []
     for key, run in sorted(found["runs"].items(), key=lambda entry: (-entry[1]["params"] // 10**5, entry[1]["seed"])):
-        if key.endswith(POLISH):
-            sides = (found["runs"][key.removesuffix(POLISH)], run)
+        flag = next((flag for flag in HEALED if key.endswith(flag)), None)
+        if flag is not None:
+            sides = (found["runs"][key.removesuffix(flag)], run)
             cells = [f"{side['top1']:.1f} %" for side in sides]
-            cells += [f"{side['fidelity']['kl']:.3f}" for side in sides]
+            cells += [f"{distance_of(side):.3f}" for side in sides]
             cells += [f"{side['fidelity']['agreement']:.0f} %" for side in sides]
-            rows.append([f"`{key.split(' ')[0]}`, seed {run['seed']}", *cells, f"{run['timings']['polish']:.0f} s"])
+            seconds = either(run["timings"], "heal", "polish")
+            rows.append([f"`{key.split(' ')[0]}`, seed {run['seed']}", *cells, f"{seconds:.0f} s"])
     header = ["", "top-1", "polished", "divergence", "polished", "same first prediction", "polished", "time of polish"]
     text = [
         "## Polish, DeiT-Tiny",
@@ -158,9 +194,9 @@ def polish() -> str | None:
         "images (standard error 1.5).",
         table(header, rows),
     ]
-    if settings := read("polish_deit_tiny"):
+    if settings := read("heal_deit_tiny") or read("polish_deit_tiny"):
         lines = [
-            [name, f"{line['kl']:.4f}", f"{line['agreement']:.1f} %", f"{line['seconds']:.0f} s"]
+            [name, f"{either(line, 'distance', 'kl'):.4f}", f"{line['agreement']:.1f} %", f"{line['seconds']:.0f} s"]
             for name, line in settings["lines"].items()
         ]
         text += [
@@ -183,7 +219,7 @@ def deep() -> str | None:
             + ("--dense runs/own_data/dense " if found["dense"] else "")
             + f"--results benchmarks/results/{name}.json"
         )
-        stages = [found["recipe"][stage]["epochs"] for stage in ("admm_stage", "finetune")]
+        stages = [admm_epochs(found["recipe"]), found["recipe"]["finetune"]["epochs"]]
         methods = by_method(found["runs"])
         before += methods.get("start", {}).get("", [])
         for budget, runs in methods["gohsp"].items():
@@ -281,7 +317,7 @@ def imagewoof() -> str | None:
         if result is None:
             continue
         recipe = result["recipe"]
-        epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+        epochs = f"{admm_epochs(recipe)} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
         rows = []
         for key, arms in result["runs"].items():
             for arm, run in arms.items():
@@ -336,7 +372,7 @@ def comparison(name: str, title: str) -> list[str]:
         return []
     recipe = found["recipe"]
     dense = methods["dense"][""]
-    epochs = f"{recipe['admm_stage']['epochs']} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+    epochs = f"{admm_epochs(recipe)} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     from_scratch = (
         f"From scratch: {recipe['dense']['epochs']} epochs more, at the rate that the dense model had, with that "
         "model as teacher."
@@ -642,7 +678,7 @@ def gpu_smoke(results: Json) -> list[str]:
             "units are the same"
         ),
         "ADMM": lambda c: f"weights after the same steps differ by {c['weights_differ_by']:.1e} of their norm",
-        "one-shot": lambda c: f"`{c['budget']['requested']}`, divergence {c['fidelity']['kl']:.3f}",
+        "one-shot": lambda c: f"`{c['budget']['requested']}`, divergence {distance_of(c):.3f}",
         "latency": lambda c: (
             f"half the hidden units take {c['measured']:.2f} of the time, {c['predicted']:.2f} foretold"
         ),
@@ -663,8 +699,7 @@ def gpu_cifar(results: Json) -> list[str]:
     recipe, epochs = results["recipe"], results["epochs"]
     seconds = ", ".join(f"{value:.1f} s {way}" for way, value in results["epoch_seconds"].items())
     behind = (
-        f"{epochs['behind']} behind it for every method, of which {recipe['admm_stage']['epochs']} are ADMM's where it "
-        "has a stage"
+        f"{epochs['behind']} behind it for every method, of which {admm_epochs(recipe)} are ADMM's where it has a stage"
         if "behind" in epochs
         else "none behind it"
     )
@@ -701,7 +736,7 @@ def gpu_throughput(results: Json) -> list[str]:
 
 def gpu_stages(results: Json) -> list[str]:
     """The one-shot route by stage."""
-    stages = ("rank", "weigh", "allocate", "reconstruct")
+    stages = ("rank", "allocate", "cut")
     rows = [
         [
             name,
@@ -879,9 +914,10 @@ def draw_widths() -> None:
     """What a cut to 60 % of the parameters leaves of every block, as a report shows it."""
     if (found := read("imagewoof")) is None:
         return
-    dense = shapes_to_json(gohsp.describe(timm.create_model("deit_tiny_patch16_224", img_size=112)).shapes)
-    pruned = found["runs"]["params=-40% seed=0"]["oneshot"]["plan"]
-    figure = plots.kept_widths({"plan": {"dense": dense, "pruned": pruned}})
+    dense = gohsp.describe(timm.create_model("deit_tiny_patch16_224", img_size=112)).widths
+    pruned = plan_of(found["runs"]["params=-40% seed=0"]["oneshot"]["plan"])
+    plan = Plan(dense=dense, pruned=pruned, kept={name: keep_all(of) for name, of in pruned.items()})
+    figure = plots.kept_widths(cast(Report, SimpleNamespace(plan=plan)))  # of a report it reads the plan alone
     figure.savefig(DOCS / "kept_widths.svg", metadata={"Date": None})
 
 

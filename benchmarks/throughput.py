@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import itertools
-import json
 import multiprocessing
-import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gohsp
-from gohsp import latency, models, opening
-from gohsp.core import allocation
+from gohsp import Config, latency, structure
+from gohsp.structure import AttentionWidths, SublayerWidths, parse_budget
+from shared import RESULTS, changed, example_of, machine, parser, read_results, resized, say, write_results
 
 Case = tuple[str, int, bool]
 """Data type, batch size and whether compiled."""
@@ -45,31 +44,39 @@ CASES: dict[str, list[Case]] = {
 
 def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The dense and the pruned model."""
-    dense = opening.open_model(options.model).eval()
+    dense = gohsp.open_model(options.model)
     if options.pruned:
-        return dense, gohsp.load(options.pruned).eval()
-    structure, goal = models.describe(dense), gohsp.parse_budget(options.budget)
+        return dense, gohsp.load(options.pruned)
+    goal = parse_budget(options.budget)
     if goal.kind == "latency":
         sys.exit("give a budget in params or macs: its promise is what is measured here")
-    limit = goal.limit(gohsp.model_cost(structure, structure.shapes, goal.kind))
+    network = gohsp.describe(dense)
+    bound = structure.bound_for(network, goal)
+    widths = replace(Config().widths, choice="uniform", multiple=options.multiple, min_width=options.min_width)
+    images = example_of(dense)
+    few = dense
     if options.heads:
-        fewer = [dataclasses.replace(s, heads=options.heads) for s in structure.shapes]
-        structure = models.describe(models.resized(dense, fewer))
-    widths = allocation.WidthSettings(multiple=options.multiple, min_width=options.min_width)
-    shapes = allocation.uniform(structure, goal.kind, limit, widths)
-    return dense, models.resized(dense, shapes).eval()
+        few = resized(dense, changed(network.widths, lambda f, now: options.heads if f == "heads" else now), images)
+    chosen = gohsp.allocate(few, {}, f"{goal.kind}={int(bound.limit)}", config=Config(widths=widths))
+    return dense, resized(few, chosen, images)
 
 
-def written(shape: gohsp.BlockShape) -> str:
-    """A block's widths in words."""
-    return f"{shape.heads} heads of q/k {shape.qk} and v/o {shape.vo}, FFN {shape.ffn}"
+def written(widths: SublayerWidths) -> str:
+    """A sub-layer's widths in words."""
+    if isinstance(widths, AttentionWidths):
+        return f"{widths.heads} heads of q/k {widths.qk} and v/o {widths.vo}"
+    return f"FFN {widths.units}"
+
+
+def gpu_or_processor(device: str) -> str:
+    """What was measured on."""
+    found = machine(device)
+    return found["device"] if device == "cuda" else found["processor"]
 
 
 def batch_of(model: nn.Module, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Random images that the model takes."""
-    config: Any = model.pretrained_cfg
-    side = getattr(model, "patch_embed").img_size or config["input_size"][1:]  # noqa: B009 (no typed attribute)
-    return torch.randn(size, config["input_size"][0], *side, device=device, dtype=dtype)
+    return torch.randn(size, *example_of(model).shape[1:], device=device, dtype=dtype)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
@@ -136,7 +143,7 @@ def measured(options: argparse.Namespace, case: Case, *, fresh: bool) -> dict[st
     dtype, size, compiled = case
     device = torch.device(options.device)
     pair = [model.to(device, getattr(torch, dtype)) for model in contestants(options)]
-    costs = [gohsp.model_cost(s, s.shapes, "macs") for s in map(models.describe, pair)]
+    costs = [gohsp.count_macs(network) for network in map(gohsp.describe, pair)]
     images = batch_of(pair[0], size, getattr(torch, dtype), device)
     torch._dynamo.reset()  # a batch size met before would make the graph a dynamic one
     networks: list[Any] = [torch.compile(model, dynamic=False) if compiled else model for model in pair]
@@ -165,10 +172,10 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
     """What the cases of a pair have in common, and room for them."""
     return {
         "command": f"python benchmarks/throughput.py {named(options)} --device {options.device}",
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "machine": gpu_or_processor(options.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shapes": sorted({written(shape) for shape in models.describe(contestants(options)[1]).shapes}),
+        "shapes": sorted(set(map(written, gohsp.describe(contestants(options)[1]).widths.values()))),
         "cases": [],
     }
 
@@ -184,29 +191,28 @@ def named(options: argparse.Namespace) -> str:
 
 def parser_of() -> argparse.ArgumentParser:
     """What can be asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--budget", default="macs=-50%")
-    parser.add_argument("--multiple", type=int, default=8, help="of all widths (widths.multiple of a recipe)")
-    parser.add_argument("--min-width", type=int, default=8, help="of queries, keys and values (widths.min_width)")
-    parser.add_argument("--heads", type=int, help="heads that every block keeps; all, unless given")
-    parser.add_argument("--pruned", type=Path, help="folder of a pruned model, instead of a budget")
-    parser.add_argument("--device", choices=CASES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/throughput.json"))
-    return parser
+    arguments = parser(__doc__)
+    arguments.add_argument("model")
+    arguments.add_argument("--budget", default="macs=-50%")
+    arguments.add_argument("--multiple", type=int, default=8, help="of all widths (widths.multiple)")
+    arguments.add_argument("--min-width", type=int, default=8, help="of queries, keys and values (widths.min_width)")
+    arguments.add_argument("--heads", type=int, help="heads that every block keeps; all, unless given")
+    arguments.add_argument("--pruned", type=Path, help="folder of a pruned model, instead of a budget")
+    arguments.add_argument("--device", choices=CASES, default="cpu")
+    arguments.add_argument("--rounds", type=int, default=11)
+    arguments.add_argument("--results", type=Path, default=RESULTS / "throughput.json")
+    return arguments
 
 
 def main() -> None:
     """Measure every case of the device, writing the results after each."""
     options = parser_of().parse_args()
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = read_results(options.results, {})
     record = results[f"{named(options)} {options.device}"] = header(options)
     for case in CASES[options.device]:
         record["cases"].append(measured(options, case, fresh=options.device == "cpu"))
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
-        sys.stdout.write(f"{record['cases'][-1]}\n")
-        sys.stdout.flush()
+        write_results(options.results, results)
+        say(str(record["cases"][-1]))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from torch import nn
 import comparison
 import gohsp
 import peers
-from gohsp import checkpoint, data, resident
-from gohsp import recipe as recipes
-from gohsp.structure import shapes_from_json, shapes_to_json
+from gohsp import Config
+from gohsp import config as configs
+from gohsp.structure import widths_from_json, widths_to_json
 from gpu.part import Part, Rows, cpu_figures, say
 
 RECIPE = Path("recipes/cifar10_vit_small.toml")
 MACS = 1_420_000_000
-"""Of ViT-Small and one image of 32 px in patches of 4 (``gohsp.model_cost``)."""
+"""Of ViT-Small and one image of 32 px in patches of 4 (``gohsp.count_macs``)."""
 
 DENSE_SHARE = 0.4
 """Share of the part's time that the dense model is trained in."""
@@ -167,7 +167,6 @@ def epochs_in(seconds: float, epoch: float, size: Size) -> int:
 def measure(part: Part) -> None:
     """Train the dense model and run every method that has not been run."""
     size = size_of(part)
-    decode_once()
     bench, model = opened(part, size)
     dense = dense_model(part, size, bench, model)
     fork = multiprocessing.get_context("fork")
@@ -188,53 +187,36 @@ def measure(part: Part) -> None:
             runs[key] = comparison.record_of(methods.bench, finished) | told
 
 
-def decode_once() -> None:
-    """Let all of gohsp's runs in this process share the decoded images; each would decode them anew."""
-    decode, known = resident.resident_images, {}
-
-    def shared(split: data.Split, preprocessing: data.Preprocessing, device: torch.device, **checks: Any) -> Any:
-        key = split.name, preprocessing, device
-        if key not in known:
-            known[key] = decode(split, preprocessing, device, **checks)
-        return known[key]
-
-    resident.resident_images = shared
-
-
 def opened(part: Part, size: Size) -> tuple[comparison.Bench, nn.Module]:
     """Everything decoded and on the device, and the dense model, not yet trained."""
     folder = part.images("cifar10", size.splits, SIDE)
     options = comparison.parser_of(__doc__, model="vit_small_patch16_224", test_split="test", out=part.work / "cifar")
-    bench, model = comparison.started(options.parse_args(["--data", str(folder)]), recipe_of(part, size))
+    bench, model = comparison.started(options.parse_args(["--data", str(folder)]), config_of(part, size))
     return dataclasses.replace(bench, resumable=False), model
 
 
-def recipe_of(part: Part, size: Size) -> gohsp.Recipe:
+def config_of(part: Part, size: Size) -> Config:
     """The recipe at this run's size, with as many epochs as are settled so far; kept in the results."""
-    recipe, epochs = recipes.read(RECIPE), part.results.get("epochs", {})
+    recipe, epochs = configs.read(RECIPE), part.results.get("epochs", {})
     dense, behind = epochs.get("dense", 1), epochs.get("behind", 2)
-    whole = recipe.admm_stage.epochs + recipe.finetune.epochs
-    admm = max(1, round(behind * recipe.admm_stage.epochs / whole))
+    whole = recipe.admm.epochs + recipe.finetune.epochs
+    admm = max(1, round(behind * recipe.admm.epochs / whole))
     warmup = recipe.dense.warmup / recipe.dense.epochs
-    recipe = dataclasses.replace(
+    config = dataclasses.replace(
         recipe,
         device="cpu" if part.dry else "auto",
         model_arguments=dict(size.arguments or recipe.model_arguments),
         data=dataclasses.replace(
-            recipe.data,
-            train_split="train",
-            validation_split="validation",
-            image_key=None,
-            label_key=None,
-            calibration_images=size.calibration,
+            recipe.data, train_split="train", validation_split="validation", image_key=None, label_key=None
         ),
+        calibration=dataclasses.replace(recipe.calibration, images=size.calibration),
         dense=dataclasses.replace(recipe.dense, epochs=dense, warmup=warmup * dense),
-        admm_stage=dataclasses.replace(recipe.admm_stage, epochs=admm),
+        admm=dataclasses.replace(recipe.admm, epochs=admm),
         finetune=dataclasses.replace(recipe.finetune, epochs=behind - admm),
         training=dataclasses.replace(recipe.training, batch_size=size.batch, compile=False),
     )
-    part.results["recipe"] = recipes.to_mapping(recipe)
-    return recipe
+    part.results["recipe"] = configs.to_mapping(config)
+    return config
 
 
 def dense_model(part: Part, size: Size, bench: comparison.Bench, model: nn.Module) -> nn.Module:
@@ -253,14 +235,14 @@ def dense_model(part: Part, size: Size, bench: comparison.Bench, model: nn.Modul
         left = share - (time.monotonic() - began)
         fitting = int(ROOM * left / results["epoch_seconds"][fastest])
         results["epochs"] = {"dense": min(max(fitting, 1), size.most[0])}
-        bench = dataclasses.replace(bench, recipe=recipe_of(part, size))
+        bench = dataclasses.replace(bench, config=config_of(part, size))
         trained = compile_blocks(model) if results["compiled"] else model
-        bench.fit("dense_training", trained, bench.recipe.dense, None, bench.recipe.seed)
+        bench.fit("dense_training", trained, bench.config.dense, None, bench.config.seed)
         leave(part, model)
         part.save("begun")
     state = {name: t for shard in shards(part) for name, t in load_file(shard).items()}
     model.load_state_dict({name: t.float() for name, t in state.items()})
-    checkpoint.save(model, bench.folder / "dense")
+    gohsp.save(model, bench.folder / "dense")
     model.to(bench.device)
     return compile_blocks(model) if results["compiled"] else model
 
@@ -268,8 +250,8 @@ def dense_model(part: Part, size: Size, bench: comparison.Bench, model: nn.Modul
 def epoch_seconds(bench: comparison.Bench, model: nn.Module, size: Size) -> float:
     """Seconds of a training epoch, by the second pass over a few batches."""
     few = comparison.first_images(bench.train, TRIAL_BATCHES * size.batch)
-    stage = dataclasses.replace(bench.recipe.dense, epochs=3)  # the last is scored, too
-    curve = dataclasses.replace(bench, train=few).trained("trial", model, stage, None).curve
+    stage = dataclasses.replace(bench.config.dense, epochs=3)  # the last is scored, too
+    curve = dataclasses.replace(bench, train=few).trained("trial", model, stage, None)
     return curve[1].seconds * len(bench.train.labels) / len(few.labels)
 
 
@@ -366,18 +348,17 @@ class Methods:
         if method == "peer":
             model, told = self.best_peer(budget)
             return self.bench.fit(name, model, self.bench.extra(), self.dense), told
-        shapes = gohsp.describe(self.oneshot(budget)).shapes
-        return comparison.gohsp_model(self.bench, method, self.bench.recipe, budget, shapes), {}
+        widths = gohsp.describe(self.oneshot(budget)).widths
+        return comparison.gohsp_model(self.bench, self.dense, method, self.bench.config, budget, widths), {}
 
     def oneshot(self, budget: str) -> nn.Module:
         """The dense model cut and repaired; widths that an earlier call found are taken as they are."""
         plans = self.part.results.setdefault("plans", {})
-        recipe = dataclasses.replace(
-            self.bench.recipe, route="oneshot", dense=dataclasses.replace(self.bench.recipe.dense, epochs=0)
-        )
-        shapes = shapes_from_json(plans[budget]) if budget in plans else None
-        model = comparison.gohsp_model(self.bench, "oneshot", recipe, budget, shapes)
-        plans[budget] = shapes_to_json(gohsp.describe(model).shapes)
+        dense = dataclasses.replace(self.bench.config.dense, epochs=0)
+        config = dataclasses.replace(self.bench.config, method="oneshot", dense=dense)
+        widths = widths_from_json(plans[budget]) if budget in plans else None
+        model = comparison.gohsp_model(self.bench, self.dense, "oneshot", config, budget, widths)
+        plans[budget] = widths_to_json(gohsp.describe(model).widths)
         return model.to(self.bench.device)
 
     def settle_epochs(self) -> None:
@@ -386,7 +367,7 @@ class Methods:
         if "behind" not in epochs:
             cuts = (2 * len(self.size.budgets) - 1) * self.cut
             epochs["behind"] = epochs_in(ROOM * self.part.left - cuts, self.epoch, self.size)
-        self.bench = dataclasses.replace(self.bench, recipe=recipe_of(self.part, self.size))
+        self.bench = dataclasses.replace(self.bench, config=config_of(self.part, self.size))
 
     def begin_cuts(self) -> None:
         """Have the CPU cut by Torch-Pruning, where that is still wanted, while the GPU goes on."""
@@ -407,7 +388,7 @@ class Methods:
 
     def best_peer(self, budget: str) -> tuple[nn.Module, dict[str, Any]]:
         """Of Torch-Pruning's candidates the one that scores best on held-out images after an epoch of fine-tuning."""
-        one = dataclasses.replace(self.bench.recipe.finetune, epochs=1)
+        one = dataclasses.replace(self.bench.config.finetune, epochs=1)
         models, tried = {}, {}
         for candidate in self.size.candidates:
             future, file = self.cuts[budget, candidate]
@@ -426,7 +407,7 @@ class Methods:
 
 def cut_into(file: Path, folder: Path, candidate: str, budget: str) -> float:
     """Cut the dense model in ``folder`` by one of Torch-Pruning's methods into ``file``; returns the ratio."""
-    model = comparison.unfused(checkpoint.load(folder / "dense"))
+    model = comparison.unfused(gohsp.load(folder / "dense"))
     grads = load_file(folder / f"{candidate.split('/')[0]}.safetensors")
     pruned, ratio = comparison.peer_cut(model, grads, candidate, budget, torch.zeros(1, 3, SIDE, SIDE))
     torch.save(pruned, file)

@@ -26,7 +26,6 @@ LIMIT = 64 * 2**20
 """Bytes that may travel."""
 
 THERE = (
-    "accelerate",
     "pyarrow",
     "rich",
     "safetensors",

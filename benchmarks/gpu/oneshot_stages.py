@@ -1,4 +1,4 @@
-"""What the stages of the one-shot route take by model size, and the most memory that it holds."""
+"""What the steps of method oneshot take by model size, and the most memory that it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import timm
 import torch
 
 import gohsp
-from gohsp.recipe import DataSettings
+from gohsp.config import CalibrationSettings, Config
 from gpu.part import Part, Rows, cpu_figures
 from throughput import peak_resident
 
@@ -25,22 +25,20 @@ class Size:
 
     models: tuple[str, ...]
     arguments: Mapping[str, Any]
-    data: DataSettings
+    calibration: CalibrationSettings
     side: int
 
     @property
     def images(self) -> int:
         """Calibration and held-out images."""
-        return self.data.calibration_images + self.data.holdout_images
+        return self.calibration.images + self.calibration.holdout
 
 
-FULL = Size(("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"), {}, DataSettings(), 32)
-DRY = Size(
-    ("test_vit",),
-    {"depth": 2},
-    DataSettings(calibration_images=16, holdout_images=8, ranking_images=8, allocation_images=8),
-    160,
-)
+ANALYSED, CURVES_ON = 256, 128
+"""Images that a run ranks heads on, and measures damage curves on."""
+
+FULL = Size(("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"), {}, CalibrationSettings(), 32)
+DRY = Size(("test_vit",), {"depth": 2}, CalibrationSettings(images=16, holdout=8), 160)
 
 
 def size_of(part: Part) -> Size:
@@ -53,17 +51,17 @@ def expected(part: Part) -> dict[str, float]:
     size = size_of(part)
     if part.dry:
         return {"start": 1} | dict.fromkeys(size.models, 5.0)
-    return {"start": 5} | {name: scaled(part, name, size.data) for name in size.models}
+    return {"start": 5} | {name: scaled(part, name, size.calibration) for name in size.models}
 
 
-def scaled(part: Part, name: str, settings: DataSettings) -> float:
+def scaled(part: Part, name: str, settings: CalibrationSettings) -> float:
     """Seconds, from the CPU's: passes over more images, and as many solves."""
     figures = cpu_figures(name)
-    views = 2 * settings.calibration_images  # with mirror images
+    views = 2 * settings.images  # with mirror images
     ranking, curves = figures["ranking"], figures.get("curves") or larger_curves(figures["params"])
     passes = (
-        2 * settings.ranking_images * ranking["seconds"] / ranking["images"]  # tokens are weighed on as many
-        + settings.allocation_images * curves["seconds"] / curves["images"]
+        ANALYSED * ranking["seconds"] / ranking["images"]
+        + CURVES_ON * curves["seconds"] / curves["images"]
         + views * figures["solves"]["an_image"]
     )
     return passes / part.pace.passes + figures["solves"]["seconds"] / part.pace.solves
@@ -94,18 +92,18 @@ def timed(part: Part, name: str, folder: Path) -> dict[str, Any]:
     """One run of a model with drawn weights."""
     torch.manual_seed(0)
     model = timm.create_model(name, **size_of(part).arguments)
-    recipe = gohsp.Recipe(route="oneshot", device="cpu" if part.dry else "auto", data=size_of(part).data)
+    config = Config(device="cpu" if part.dry else "auto", calibration=size_of(part).calibration)
     if not part.dry:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    run = gohsp.prune(model, str(folder), BUDGET, part.work / name, recipe=recipe, quiet=True)
+    run = gohsp.run(model, str(folder), BUDGET, part.work / name, config=config)
     seconds = time.perf_counter() - began
     peak = peak_resident() / 2**10 if part.dry else torch.cuda.max_memory_allocated() / 2**20
     return {
-        "params": run.report["dense"]["params"],
+        "params": run.report.dense.params,
         "budget": BUDGET,
-        "images": size_of(part).data.calibration_images,
+        "images": size_of(part).calibration.images,
         "seconds": round(seconds, 1),
-        "timings": run.report["timings"],
+        "timings": run.report.timings,
         "peak_memory_mib": round(peak),
     }

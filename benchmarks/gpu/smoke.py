@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import data, models
 from gohsp import latency as clock
-from gohsp.core import sensitivity
-from gohsp.recipe import DataSettings
+from gohsp import structure
+from gohsp.config import CalibrationSettings, Config, LatencySettings
+from gohsp.structure import FfnKept, SublayerWidths
 from gpu.part import Part, Rows, cpu_figures
+from shared import changed, drawn, params_of, resized, transform_of
 
 AGREEMENT = 0.05
 """Largest divergence between what the CPU and the GPU make of a cut, as a share of the cut's own; float32 sums differ
@@ -45,7 +45,7 @@ class Size:
     side: int
     steps: int
     batch: int
-    latency: clock.LatencySettings
+    latency: LatencySettings
 
 
 FULL = Size(
@@ -57,7 +57,7 @@ FULL = Size(
     side=224,
     steps=8,
     batch=16,
-    latency=clock.LatencySettings(batch_size=256, dtype="bfloat16"),  # fewer images wait for launches, not for widths
+    latency=LatencySettings(batch_size=256, dtype="bfloat16"),  # fewer images wait for launches, not for widths
 )
 DRY = Size(
     model="test_vit",
@@ -68,7 +68,7 @@ DRY = Size(
     side=160,
     steps=2,
     batch=4,
-    latency=clock.LatencySettings(batch_size=2, rounds=3),
+    latency=LatencySettings(batch_size=2, rounds=3),
 )
 
 
@@ -120,26 +120,20 @@ def opened(part: Part, size: Size) -> nn.Module:
     return gohsp.open_model(size.model, weights=part.assets / "models" / size.weights)
 
 
-def halved(model: nn.Module) -> list[gohsp.BlockShape]:
+def halved(model: nn.Module) -> dict[str, SublayerWidths]:
     """Half of the hidden units and three quarters of the dimensions of every block."""
-    shapes = gohsp.describe(model).shapes
-    return [dataclasses.replace(s, qk=s.qk * 3 // 4, vo=s.vo * 3 // 4, ffn=s.ffn // 2) for s in shapes]
+    shares = {"heads": (1, 1), "qk": (3, 4), "vo": (3, 4), "units": (1, 2)}
+    return changed(gohsp.describe(model).widths, lambda field, now: now * shares[field][0] // shares[field][1])
 
 
-def recipe(part: Part, device: str, precision: Any) -> gohsp.Recipe:
+def settings_of(part: Part, device: str, precision: Any) -> Config:
     """A one-shot run on few images."""
     size = size_of(part)
-    return gohsp.Recipe(
-        route="oneshot",
+    return Config(
         device="cpu" if device == "cpu" else "auto",
-        training=gohsp.TrainingSettings(precision=precision),
-        data=DataSettings(
-            calibration_images=size.calibration,
-            ranking_images=size.calibration,
-            allocation_images=size.calibration,
-            holdout_images=size.images - size.calibration,
-        ),
-        latency=clock.LatencySettings(rounds=3),
+        precision=precision,
+        calibration=CalibrationSettings(images=size.calibration, holdout=size.images - size.calibration),
+        latency=LatencySettings(rounds=3),
     )
 
 
@@ -150,48 +144,40 @@ def sides(part: Part) -> tuple[str, str]:
 
 def cut(part: Part, dense: nn.Module, folder: Path) -> dict[str, Any]:
     """The same widths cut and repaired on both, in float32."""
-    shapes = halved(dense)
-    budget = f"params={gohsp.model_cost(gohsp.describe(dense), shapes, 'params')}"
+    widths = halved(dense)
+    budget = f"params={params_of(dense, widths)}"
     runs = [
-        gohsp.prune(
+        gohsp.run(
             dense,
             str(folder),
             budget,
             part.work / f"cut-{i}",
-            recipe=recipe(part, device, "no"),
-            shapes=shapes,
-            quiet=True,
+            config=settings_of(part, device, "no"),
+            widths=widths,
         )
         for i, device in enumerate(sides(part))
     ]
     images = pixels(part, dense, folder)
     logits = [predictions(model, images) for model in (dense, *(run.model for run in runs))]
-    own, apart = (max(sensitivity.divergence([a], [b]), 0.0) for a, b in (logits[:2], logits[1:]))
-    kept = [[set(block["ffn"]) for block in run.report["plan"]["kept"]] for run in runs]
+    divergence = gohsp.classification().distance
+    own, apart = (max(float(divergence(a, b).mean()), 0.0) for a, b in (logits[:2], logits[1:]))
+    kept = [[set(of.units) for of in run.report.plan.kept.values() if isinstance(of, FfnKept)] for run in runs]
     same = sum(len(a & b) for a, b in zip(*kept, strict=True)) / sum(map(len, kept[0]))
-    scores = [torch.tensor(run.report["ranking"]["scores"]) for run in runs]
+    scores = [torch.tensor(list(run.report.ranking.scores.values())) for run in runs]
     return {
         "divergence_of_cut": own,
         "divergence_between": apart,
         "agrees": apart <= AGREEMENT * own,
         "same_hidden_units_percent": round(100 * same, 2),
         "head_scores_differ_by": float((scores[0] - scores[1]).abs().max()),
-        "compaction_differs_by": [run.report["equality"]["max_relative_difference"] for run in runs],
-        "timings": runs[1].report["timings"],
+        "compaction_differs_by": [run.report.equality.max_relative_difference for run in runs],
+        "timings": runs[1].report.timings,
     }
 
 
 def pixels(part: Part, dense: nn.Module, folder: Path) -> Tensor:
     """The images as the model takes them, ``[N, C, H, W]``."""
-    batches = data.calibration_images(
-        gohsp.DataSource(source=str(folder)),
-        "train",
-        size_of(part).images,
-        transform=data.eval_transform(data.Preprocessing.from_model(dense)),
-        seed=0,
-        strict=True,
-    )
-    return torch.cat(list(batches))
+    return torch.cat(drawn(str(folder), size_of(part).images, transform_of(dense)))
 
 
 @torch.no_grad()
@@ -217,9 +203,9 @@ def stepped(part: Part, dense: nn.Module, images: Tensor) -> tuple[Tensor, float
     """All weights after the steps, how far compaction moves the logits, and ADMM's primal residuals."""
     size, device = size_of(part), images.device
     model = copy.deepcopy(dense).to(device).train()
-    structure, settings = gohsp.describe(model), gohsp.AdmmSettings(interval=2)
-    moments = gohsp.collect_moments(model, structure, [images])
-    state = gohsp.admm.start(model, structure, halved(model), moments, None, settings)
+    network, settings = gohsp.describe(model), gohsp.AdmmSettings(interval=2)
+    moments = gohsp.collect_moments(model, network, [images])
+    state = gohsp.admm.start(model, network, halved(model), moments, None, settings)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     labels = torch.arange(size.batch, device=device)
     for step in range(size.steps):
@@ -241,20 +227,21 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def oneshot(part: Part, dense: nn.Module, folder: Path) -> dict[str, Any]:
     """A run as a user makes it, in mixed precision."""
-    settings = recipe(part, part.device.type, "auto")
-    report = gohsp.prune(dense, str(folder), "params=-30%", part.work / "oneshot", recipe=settings, quiet=True).report
+    settings = settings_of(part, part.device.type, "auto")
+    found = gohsp.run(dense, str(folder), "params=-30%", part.work / "oneshot", config=settings).report
+    report = found.model_dump(mode="json")
     kept = {key: report[key] for key in ("budget", "fidelity", "speed", "timings")}
-    return kept | {"agrees": report["budget"]["achieved"] <= report["budget"]["limit"]}
+    return kept | {"agrees": found.budget.achieved <= found.budget.limit}
 
 
 def latency(part: Part, dense: nn.Module, folder: Path) -> dict[str, Any]:
-    """What a latency table foretells of a cut, beside what is measured, both over the dense model's."""
+    """What measured sub-layers foretell of a cut, beside what is measured, both over the dense model's."""
     settings = size_of(part).latency
     model, images = copy.deepcopy(dense).to(part.device), pixels(part, dense, folder)
-    structure, shapes = gohsp.describe(model), halved(model)
-    table = clock.measure_table(model, structure, images, gohsp.WidthSettings(), settings)
-    predicted = gohsp.model_cost(structure, shapes, table) / gohsp.model_cost(structure, structure.shapes, table)
-    before, after = clock.compare([model, models.resized(model, shapes)], images, settings)
+    network, widths = gohsp.describe(model), halved(model)
+    times = clock.measure_times(model, network, images, Config().widths, settings)
+    predicted = structure.cost_of(network, widths, times) / structure.cost_of(network, network.widths, times)
+    before, after = clock.compare([model, resized(model, widths, images[:2])], images, settings)
     return {
         "predicted": round(predicted, 3),
         "measured": round(after / before, 3),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gohsp.core import admm
     from gohsp.core.admm import AdmmSettings
     from gohsp.core.allocation import DamageCurve
+    from gohsp.core.moments import collect_moments
     from gohsp.core.objective import Objective, classification, features
     from gohsp.core.ranking import HeadRanking
     from gohsp.data.sources import DataSource
@@ -47,6 +48,7 @@ _HOMES = {
     "core": ("admm",),
     "core.admm": ("AdmmSettings",),
     "core.allocation": ("DamageCurve",),
+    "core.moments": ("collect_moments",),
     "core.objective": ("Objective", "classification", "features"),
     "core.ranking": ("HeadRanking",),
     "data.sources": ("DataSource",),
@@ -93,6 +95,7 @@ __all__ = [
     "allocate",
     "apply",
     "classification",
+    "collect_moments",
     "compact",
     "count_macs",
     "count_params",
