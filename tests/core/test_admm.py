@@ -15,7 +15,7 @@ from gohsp.core import admm
 from gohsp.core.admm import AdmmSettings, AdmmState
 from gohsp.core.moments import SublayerMoments, collect_moments, tensors_of
 from gohsp.core.projection import Metric, RepairSettings, on_support, project
-from gohsp.errors import PlanError, ConfigError
+from gohsp.errors import ConfigError, PlanError
 from gohsp.models import compact, describe, resized
 from gohsp.structure import AttentionWidths, FfnKept, FfnWidths, Network, absent, keep_none, kept_widths, unit_count
 

@@ -79,8 +79,8 @@ class Preprocessing:
         if not getattr(model, "pretrained_cfg", None):
             raise DataError(
                 f"{type(model).__name__} has no timm pretrained_cfg to read mean, std and crop from; set one, such as "
-                "model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}, or prune in "
-                "memory, on images that are preprocessed: gohsp.prune(model, images, budget)"
+                "model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}, or prune "
+                "in memory, on images that are preprocessed: gohsp.prune(model, images, budget)"
             )
         config: dict[str, Any] = resolve_model_data_config(model)
         channels, height, width = models.input_size(model)

@@ -17,7 +17,7 @@ from gohsp.core.ranking.graph import (
     stationary_distribution,
     transition_matrix,
 )
-from gohsp.errors import NonFiniteError, ConfigError
+from gohsp.errors import ConfigError, NonFiniteError
 
 
 def random_edges(nodes: int, seed: int = 0) -> Tensor:
