@@ -93,3 +93,29 @@ def test_loading_a_model_takes_none_of_them(model, tmp_path: Path):
 def test_the_command_line_leaves_data_sets_alone():
     found = run(f"import gohsp.cli\n{LOADED}")
     assert not {"accelerate", "datasets", "sklearn", "webdataset"} & set(ast.literal_eval(found))
+
+
+BLOCKED = f"import sys\nfor name in {sorted(OPTIONAL)}: sys.modules[name] = None\n"
+
+
+def test_three_lines_need_the_core_dependencies_alone(model, tmp_path: Path):
+    gohsp.save(model, tmp_path / "dense")
+    script = """
+import torch, gohsp
+images = [torch.randn(3, 16, 16) for _ in range(40)]
+dense = gohsp.load(sys.argv[1])
+result = gohsp.prune(dense, images, "params=-30%")
+gohsp.save(result.model, sys.argv[2])
+print(torch.equal(gohsp.load(sys.argv[2])(images[0][None]), result.model(images[0][None])))
+"""
+    assert run(BLOCKED + script, str(tmp_path / "dense"), str(tmp_path / "small")) == "True"
+
+
+def test_the_command_line_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + "from gohsp.__main__ import main; sys.exit(main())"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'gohsp[cli]'" in done.stderr
