@@ -278,9 +278,7 @@ def parser_of() -> argparse.ArgumentParser:
     arguments.add_argument("--models", nargs="+", default=SIZES)
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--images", type=int, default=16, help="that parts are measured on")
-    arguments.add_argument(
-        "--solves", type=int, default=0, help="images to tell solves at; 0: not told"
-    )
+    arguments.add_argument("--solves", type=int, default=0, help="images to tell solves at; 0: not told")
     arguments.add_argument("--batch", type=int, default=8, help="of the training step")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
