@@ -35,7 +35,7 @@ from gohsp.core.ranking import HeadStatistics, HeadStatisticsFitter, RankingSett
 from gohsp.core.ranking.ranking import TELEPORTS, head_values
 from gohsp.core.ranking.statistics import STATISTICS, Edge, Scope, Statistic
 from gohsp.structure import Attention
-from shared import machine, parser, say, transform_of, versions, write_results
+from shared import classes_of, machine, parser, say, transform_of, versions, write_results
 
 Batch = tuple[Tensor, Tensor]
 
@@ -72,7 +72,7 @@ def load_images(source: str, split: str, count: int, model: nn.Module, options: 
         batch_size=options.batch,
         shuffle=True,
         seed=options.seed,
-        num_classes=int(model.num_classes),
+        num_classes=classes_of(model),
     )
     batches: list[Batch] = []
     for images, labels in loader:

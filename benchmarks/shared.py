@@ -100,6 +100,12 @@ def drawn(
     return list(images)
 
 
+def classes_of(model: nn.Module) -> int:
+    """Classes that a model of timm's tells apart."""
+    found: Any = model.num_classes
+    return int(found)
+
+
 def scored(model: nn.Module, source: str, split: str = "validation", count: int | None = None) -> Metrics:
     """What a model of timm's scores on a split, or on its first ``count`` images."""
     batches: Iterable[Any] = data.loader(
@@ -107,7 +113,7 @@ def scored(model: nn.Module, source: str, split: str = "validation", count: int 
         transform=transform_of(model),
         batch_size=_BATCH if count is None else min(count, _BATCH),
         shuffle=False,
-        num_classes=int(model.num_classes),  # type: ignore[arg-type]
+        num_classes=classes_of(model),
     )
     if count is not None:
         batches = (batch for batch, _ in zip(batches, range(-(-count // min(count, _BATCH))), strict=False))
@@ -116,10 +122,11 @@ def scored(model: nn.Module, source: str, split: str = "validation", count: int 
 
 def example_of(model: nn.Module) -> Tensor:
     """Noise ``[1, C, H, W]`` of the size that a model of timm's takes."""
-    channels, *side = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    config: Any = model.pretrained_cfg
     embed: Any = model.patch_embed
+    side = embed.img_size or config["input_size"][1:]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, *(embed.img_size or side), generator=generator)
+    return torch.randn((1, config["input_size"][0], *side), generator=generator)
 
 
 def changed(widths: Widths, change: Callable[[str, int], int]) -> dict[str, SublayerWidths]:
