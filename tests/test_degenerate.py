@@ -21,7 +21,7 @@ from gohsp.core import admm, surgery
 from gohsp.core.allocation import WidthSettings, allocate
 from gohsp.core.capture import open_trunk
 from gohsp.core.curves import measure_curves
-from gohsp.core.fisher import TokenWeightFitter
+from gohsp.core.fisher import TokenWeightFitter, blended
 from gohsp.core.gradients import differentiated
 from gohsp.core.moments import collect_moments
 from gohsp.core.objective import classification, mean_distance
@@ -33,9 +33,7 @@ from gohsp.core.rotation import rotate
 from gohsp.errors import NonFiniteError
 from gohsp.models import Compaction, check_finite, compact, describe
 from gohsp.structure import (
-    Attention,
     AttentionWidths,
-    Ffn,
     FfnWidths,
     SublayerWidths,
     bound_for,
@@ -109,7 +107,7 @@ def prune(
         tokens.update(gradients)
     scores = rank_by(heads.statistics, model, network, ranking).scores
     assert sum(map(sum, scores.values())) == pytest.approx(1)
-    weights = tokens.weights(network, {Attention: fisher, Ffn: fisher})
+    weights = blended(tokens.weights, dict.fromkeys(network.widths, fisher))
     work = copy.deepcopy(model)
     moments = collect_moments(work, network, batches, weights)
     if metric == "data":

@@ -348,7 +348,7 @@ def _interruptible() -> Iterator[None]:
         number = signal.SIGTERM if isinstance(dropped.exc_value, _Terminated) else signal.SIGINT
         _thread.start_new_thread(again, (number,))  # threading's locks may be held where a finalizer runs
 
-    def again(number: int) -> None:
+    def again(number: signal.Signals) -> None:
         time.sleep(0.01)
         if open_:
             _thread.interrupt_main(number)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from gohsp.errors import StorageError
@@ -100,13 +99,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file as it comes; for use within :func:`storing` and what builds on it."""
-    from safetensors.torch import save_file  # PyTorch, which text files do without
+    from safetensors.torch import save_file  # which imports PyTorch
 
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
     """A hash of tensors: values, shapes and types."""
+    import torch  # which text files do without
+
     digest = hashlib.blake2b(digest_size=20)
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous()

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gohsp.core import surgery
 from gohsp.core.capture import open_trunk
-from gohsp.core.fisher import TokenWeightFitter
+from gohsp.core.fisher import TokenWeightFitter, blended
 from gohsp.core.gradients import differentiated
 from gohsp.core.moments import collect_moments
 from gohsp.core.objective import classification
@@ -278,7 +278,7 @@ def test_reconstruction_repairs_a_cut_of_everything(
     fitter = TokenWeightFitter()
     for gradients in differentiated(dense, network, classification(), [images]):
         fitter.update(gradients)
-    weights = fitter.weights(network, {Attention: 0.5, Ffn: 0.5})
+    weights = blended(fitter.weights, dict.fromkeys(network.widths, 0.5))
     small, trunk = copy.deepcopy(dense), open_trunk(dense, network, images[:2])
     with torch.no_grad():
         entered, how = trunk.enter(images), RepairSettings(guidance=0.0, ridge=0.1)

@@ -34,8 +34,7 @@ def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
     what = f"a {type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {supported()}")
-    known = ((name, module, family_of(module)) for name, module in model.named_modules())
-    found = {name: (module, family) for name, module, family in known if family is not None}
+    found = _known_blocks(model)
     _require_unwrapped(model, found)
     _require_all_known(model, found)
     if not found:
@@ -43,6 +42,11 @@ def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
             f"{what} has no block that can be pruned{_repeated(model)}; supported: {supported()}"
         )
     return found
+
+
+def _known_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
+    known = ((name, module, family_of(module)) for name, module in model.named_modules())
+    return {name: (module, family) for name, module, family in known if family is not None}
 
 
 def _require_unwrapped(model: nn.Module, found: Iterable[str]) -> None:
@@ -219,10 +223,10 @@ def resized(model: nn.Module, widths: Widths) -> nn.Module:
 
 @contextmanager
 def plain_attention(*models: nn.Module) -> Iterator[None]:
-    """Plain matrix products in place of PyTorch's fused attention kernel, while the context is open."""
+    """Plain matrix products in place of PyTorch's fused attention kernel in known blocks, while the context is open."""
     with ExitStack() as after:
         for model in models:
-            for block, family in blocks_of(model).values():
+            for block, family in _known_blocks(model).values():
                 after.callback(family.set_fused_attention, block, family.set_fused_attention(block, False))
         yield
 
