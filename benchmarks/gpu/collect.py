@@ -97,12 +97,12 @@ def closure(names: tuple[str, ...]) -> set[str]:
 
 
 def needed(name: str) -> list[str]:
-    """What a package depends on there, without extras; nothing of one that is not installed here."""
+    """What a package depends on there, of gohsp with its command line; nothing of one that is not installed here."""
     try:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
-    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
+    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": "cli" if name == "gohsp" else ""}
     requirements = [Requirement(line) for line in lines]
     return [normalised(r.name) for r in requirements if r.marker is None or r.marker.evaluate(there)]
 
