@@ -814,3 +814,14 @@ def _photos(folder: Path, *, count: int, size: int) -> Tensor:
     transform: Any = create_transform((3, size, size))
     step = len(split) // count
     return torch.stack([transform(split.image(i * step)) for i in range(count)])
+
+
+def test_curves_of_another_model_or_of_other_widths_are_refused(model: nn.Module, images: Tensor):
+    curves = gohsp.measure_curves(model, images)
+    other = gohsp.Config(widths=gohsp.config.WidthSettings(multiple=4))
+    fewer = {name: of for name, of in curves.items() if name != "blocks.0.mlp"}
+    for given, config in ((curves, other), (fewer, None)):
+        with pytest.raises(PlanError, match="the damage curves are of another model"):
+            gohsp.allocate(model, given, "params=-30%", config=config)
+        with pytest.raises(PlanError, match="the damage curves are of another model"):
+            gohsp.prune(model, images, "params=-30%", curves=given, config=config)

@@ -19,6 +19,7 @@ from gohsp import models, steps
 from gohsp.config import Config, Method
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
+from gohsp.core.curves import fits
 from gohsp.core.objective import Objective, require_objective, resolve_objective
 from gohsp.core.ranking import HeadRanking
 from gohsp.data.calibration import CalibrationSet, calibration_set
@@ -186,6 +187,7 @@ def prune(
     if method is not None:
         config = replace(config, method=method)
     goal, dense, network = _checked(model, budget, exclude, widths, config)
+    _require_curves_of(network, curves, config)
     if config.trains:
         require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
@@ -586,8 +588,9 @@ def allocate(
         config: Of which ``widths`` counts.
 
     Raises:
-        BudgetError: No allowed widths meet the budget; or it is one of latency, which has to be measured on the way
-            (:func:`prune` does).
+        BudgetError: No allowed widths meet the budget.
+        ConfigError: It is one of latency, which has to be measured on the way (:func:`prune` does).
+        PlanError: The curves are not of this model.
     """
     network = excluding(model if isinstance(model, Network) else models.describe(model), exclude)
     goal, settings = parse_budget(budget), (config or Config()).widths
@@ -596,7 +599,17 @@ def allocate(
     bound = bound_for(network, goal)
     if settings.choice == "uniform":
         return allocation.uniform(network, bound, settings)
+    _require_curves_of(network, curves, config or Config())
     return allocation.allocate(network, curves, bound, settings)
+
+
+def _require_curves_of(network: Network, curves: Curves | None, config: Config) -> None:
+    """Check that damage curves were measured on a network like this one, at the widths that are allowed now."""
+    if curves is not None and not fits(curves, network, config.widths):
+        raise PlanError(
+            "the damage curves are of another model, or were measured with other settings of 'widths' or another "
+            "'exclude'; measure them with gohsp.measure_curves as they are to be used"
+        )
 
 
 @dataclass(frozen=True)

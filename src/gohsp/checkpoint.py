@@ -371,11 +371,6 @@ def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weigh
         )
 
 
-def is_model_folder(path: str | Path) -> bool:
-    """Whether ``path`` is a local folder with a ``config.json``."""
-    return (Path(path) / CONFIG).is_file()
-
-
 def _local_folder(folder_or_hub_id: str | Path) -> Path:
     folder = Path(folder_or_hub_id)
     if folder.is_dir():

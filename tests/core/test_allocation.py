@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
@@ -19,8 +18,6 @@ from gohsp.core.allocation import (
     WidthSettings,
     allocate,
     allowed_widths,
-    curves_from_json,
-    curves_to_json,
     predicted_damage,
     require_feasible,
     require_fitting,
@@ -441,11 +438,6 @@ def test_predicted_damage_is_the_sum_over_sublayers_and_kinds() -> None:
     )
     assert predicted_damage(network, curves, {**widths, "b1.attn": absent(narrow)}) == pytest.approx(0.25 + 1.0 + 7)
     assert predicted_damage(network, curves, network.widths) == 0
-
-
-def test_curves_survive_json() -> None:
-    curves = random_curves(toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(), 0)
-    assert curves_from_json(json.loads(json.dumps(curves_to_json(curves)))) == curves
 
 
 @pytest.mark.parametrize(

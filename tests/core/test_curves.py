@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import curves as of_curves
-from gohsp.core.allocation import Curves, DamageCurve, WidthSettings, allowed_widths, curves_from_json, curves_to_json
+from gohsp.core.allocation import Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.capture import readout_gain
 from gohsp.core.curves import count_steps, fits, measure_curves
 from gohsp.core.moments import SublayerMoments, collect_moments
@@ -366,7 +366,6 @@ def test_curves_fit_the_network_and_the_widths_they_were_measured_at(
 ) -> None:
     curves = curves_of(model, images)
     assert fits(curves, network, COARSE)
-    assert fits(curves_from_json(curves_to_json(curves)), network, COARSE)
     for other in (WIDTHS, replace(COARSE, depth=False), replace(COARSE, min_heads=2), replace(COARSE, min_ffn=0.5)):
         assert not fits(curves, network, other)
     ffn = curves["blocks.0.mlp"]["ffn"]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import Any, Literal
+from typing import Literal
 
 from gohsp.errors import BudgetError, ConfigError
 from gohsp.settings import SHARE, require_settings, whole
@@ -105,21 +105,6 @@ class DamageCurve:
 
 Curves = Mapping[str, Mapping[Kind, DamageCurve]]
 """Curves by sub-layer and kind; a kind that is missing is not cut there."""
-
-
-def curves_to_json(curves: Curves) -> dict[str, Any]:
-    """Plain data."""
-    return {
-        name: {kind: {"widths": c.widths, "damage": c.damage} for kind, c in of.items()} for name, of in curves.items()
-    }
-
-
-def curves_from_json(tables: Mapping[str, Mapping[Kind, Mapping[str, Any]]]) -> Curves:
-    """Read what :func:`curves_to_json` wrote."""
-    return {
-        name: {kind: DamageCurve(tuple(c["widths"]), tuple(c["damage"])) for kind, c in of.items()}
-        for name, of in tables.items()
-    }
 
 
 def allowed_widths(sub: PresentSublayer, kind: Kind, settings: WidthSettings) -> tuple[int, ...]:

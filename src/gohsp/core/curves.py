@@ -39,9 +39,6 @@ GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
 DRAWS = 8
 """Backward passes of the quadratic form."""
 
-EDITION = 7
-"""Raised with every change by which curves come out otherwise, so that cached ones are not used any more."""
-
 
 @torch.no_grad()
 def measure_curves(
