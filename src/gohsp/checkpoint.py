@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -105,6 +105,12 @@ class ModelConfig(_Level):
     macs: int | None = None
     made_by: dict[str, JsonValue] = {}
     metrics: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _a_library_names_its_architecture(self) -> Self:
+        if (self.library is None) != (self.architecture is None):
+            raise ValueError("library and architecture must both be there, or be null for a module of one's own")
+        return self
 
 
 def save(
@@ -238,6 +244,8 @@ def _problem(error: ValidationError) -> str:
         return f"'{place}' is missing"
     if first["type"] == "extra_forbidden":
         return f"'{place}' is unknown"
+    if not place:  # something that several entries have to be together
+        return first["msg"].removeprefix("Value error, ")
     return f"'{place}' is {_shown(first['input'])}: {first['msg']}"
 
 

@@ -128,6 +128,8 @@ CASES = (
             CheckpointError, "'pretrained_cfg' is no argument"),
     Refusal("a config with a hub's model in place of an architecture", loading(architecture="hf-hub:a/b"),
             CheckpointError, "'architecture' is 'hf-hub:a/b'"),
+    Refusal("a config with a library and no architecture", loading(architecture=None),
+            CheckpointError, "library and architecture must both be there"),
     Refusal("a config with another architecture", loading(architecture="resnet18"), CheckpointError, "is none of timm"),
     Refusal("a config that is far too deep", loading(arguments={**TINY, "depth": 10**6}), CheckpointError, "0 to 512"),
     Refusal("a config deeper than its weights", loading(arguments={**TINY, "depth": 300}), CheckpointError, "2 blocks"),
