@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ADMM": {},
     "no ADMM": {},
     "one stage of allocation": {"widths.stages": 1},
-    "no sub-layer may go": {"widths.depth": False},
+    "whole sub-layers may go": {"widths.depth": True},
     "coupled penalty": {"admm.penalty": "coupled"},
     "rho to 0.03": {"admm.rho_end": 0.03},
     "rho to 0.3": {"admm.rho_end": 0.3},

@@ -56,7 +56,7 @@ TINY = {
 ONE_TOKEN = {"patch_size": 8, "class_token": False, "global_pool": "avg"}
 OBJECTIVE = classification()
 REPAIR = RepairSettings(guidance=0.0)  # which heads go is up to what they do, not up to the graph
-ANY_WIDTH = WidthSettings(multiple=1, min_width=1)
+ANY_WIDTH = WidthSettings(multiple=1, min_width=1, depth=True)
 
 Injury = Callable[[Any], None]
 

@@ -154,7 +154,7 @@ def test_uniform_widths_meet_the_budget_likewise(kind: BudgetKind, percent: int)
     assert sorted(units) == units  # what rounding leaves goes to the last FFNs
 
 
-FREE = WidthSettings(multiple=1, min_width=1, min_ffn=0.0)
+FREE = WidthSettings(multiple=1, min_width=1, min_ffn=0.0, depth=True)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -222,7 +222,7 @@ def test_cuts_fall_where_they_hurt_least() -> None:
 
 
 def test_a_free_cut_is_taken_first() -> None:
-    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2, depth=True)
     curves = {
         sub.name: {k: curve_of(sub, k, how, 1, 0.0 if k == "qk" else 1.0) for k in sub.widths.kinds}
         for sub in network.present
@@ -233,7 +233,7 @@ def test_a_free_cut_is_taken_first() -> None:
 
 def test_a_sublayer_goes_as_a_whole_where_that_hurts_least() -> None:
     """Width 0 is the last point of a head curve or an FFN's; nothing else of the sub-layer is damaged as well."""
-    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2, depth=True)
     curves = random_curves(network, how, 0)
     for name in ("b0.attn", "b1.mlp"):
         sub = next(sub for sub in network.present if sub.name == name)
@@ -253,7 +253,7 @@ def test_a_sublayer_goes_as_a_whole_where_that_hurts_least() -> None:
 def test_what_is_absent_stays_absent() -> None:
     dense_network = toys.stack(2, heads=2, qk=8, vo=8, units=16)
     network = toys.network(toys.gone("b0.attn", AttentionWidths(heads=0, qk=0, vo=0)), *dense_network.sublayers[1:])
-    how = WidthSettings(multiple=2, min_width=2)
+    how = WidthSettings(multiple=2, min_width=2, depth=True)
     curves = random_curves(network, how, 0)
     assert "b0.attn" not in curves
     bound = share_of(network, PARAMS, 60)
@@ -281,7 +281,7 @@ def test_latency_is_kept_by_the_times_of_each_sublayer() -> None:
 
 
 def test_a_kind_without_a_curve_or_permission_is_not_cut() -> None:
-    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2)
+    network, how = toys.stack(2, heads=2, qk=8, vo=8, units=16), WidthSettings(multiple=2, min_width=2, depth=True)
     bound = share_of(network, PARAMS, 80)
     whole = AttentionWidths(heads=2, qk=8, vo=8)
     ffn_only: Curves = {
@@ -364,12 +364,15 @@ def test_allowed_widths(kind: Kind, how: WidthSettings, expected: tuple[int, ...
     network = toys.stack(1, heads=3, qk=20, vo=20, units=100)
     sub = network.present[kind == "ffn"]
     gone = (0,) if kind in ("head", "ffn") else ()  # a sub-layer goes with its heads or its hidden units
-    assert allowed_widths(sub, kind, how) == (*gone, *expected)
-    assert allowed_widths(sub, kind, replace(how, depth=False)) == expected
-    assert allowed_widths(replace(sub, removable=False), kind, how) == expected
-    assert allowed_widths(replace(sub, prunable=sub.prunable - {kind}), kind, how) == (*gone, expected[-1])
+    assert allowed_widths(sub, kind, replace(how, depth=True)) == (*gone, *expected)
+    assert allowed_widths(sub, kind, how) == expected
+    assert allowed_widths(replace(sub, removable=False), kind, replace(how, depth=True)) == expected
+    assert allowed_widths(replace(sub, prunable=sub.prunable - {kind}), kind, replace(how, depth=True)) == (
+        *gone,
+        expected[-1],
+    )
     held = excluding(network, [kind]).present[kind == "ffn"]
-    assert allowed_widths(held, kind, how) == expected[-1:]
+    assert allowed_widths(held, kind, replace(how, depth=True)) == expected[-1:]
 
 
 def test_an_ffn_may_have_a_floor_of_its_own() -> None:

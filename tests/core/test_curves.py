@@ -25,8 +25,8 @@ from gohsp.errors import NonFiniteError
 from gohsp.models import describe, resize
 from gohsp.structure import Kind, Network, PresentSublayer, absent, excluding, narrowed
 
-WIDTHS = WidthSettings(multiple=2, min_width=2)
-COARSE = WidthSettings(multiple=4, min_width=4)
+WIDTHS = WidthSettings(multiple=2, min_width=2, depth=True)
+COARSE = WidthSettings(multiple=4, min_width=4, depth=True)
 PLAIN = RepairSettings(guidance=0.0)
 GUIDED = RepairSettings(guidance=1.0)
 CLASSES = 5

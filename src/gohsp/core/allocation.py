@@ -45,7 +45,7 @@ class WidthSettings:
         stages: How often damage curves are measured on the way to the budget, each time on the network as cut and
             repaired so far; each costs about as much as the first and a cut. None takes one for every 27 % of the
             parameters that go: 1 for a cut by a third, 2 by a half, 3 by 60 %.
-        depth: Whether whole sub-layers may go, by measured damage.
+        depth: Whether whole sub-layers may go, too, where that does least damage.
         multiple: Query/key, value and FFN widths are multiples of this; the present width is always allowed.
         min_width: Smallest query/key and value width.
         min_heads: Fewest heads of an attention that stays.
@@ -54,7 +54,7 @@ class WidthSettings:
 
     choice: Literal["measured", "uniform"] = "measured"
     stages: int | None = None
-    depth: bool = True
+    depth: bool = False
     multiple: int = 8
     min_width: int = 8
     min_heads: int = 1
@@ -234,8 +234,8 @@ def _require_within(bound: Bound, least: float) -> None:
         kind = bound.cost.kind
         raise BudgetError(
             f"no plan meets {amount(kind, bound.limit)}: the smallest possible model has {amount(kind, least)}; raise "
-            "the budget, exclude less, or lower the floors (widths.min_heads, min_width, min_ffn, depth) or the step "
-            "(widths.multiple)"
+            "the budget, exclude less, lower the floors (widths.min_heads, min_width, min_ffn) or the step "
+            "(widths.multiple), or let whole sub-layers go (widths.depth)"
         )
 
 
