@@ -785,7 +785,9 @@ def page() -> str:
     intro = (
         "# Results\n\nMade from `benchmarks/results/*.json` by `python benchmarks/results_page.py`; every table names "
         "the command that measured it. What the figures mean, and what did not work, stands in [one-shot](oneshot.md), "
-        "[ADMM](admm.md) and [ranking](ranking.md).\n\nWhere a table does not say otherwise, damage curves "
+        "[ADMM](admm.md) and [ranking](ranking.md).\n\nAll of it was measured with the code of the first edition, "
+        "before sub-layers and curves by gradients.\nRun today, the same commands may give other figures, and flags "
+        "that are gone are named as they were.\n\nWhere a table does not say otherwise, damage curves "
         "were measured on 256 images, which was the default before 128 (`--data.allocation-images 256`), and ranking "
         "compared attention rows of all images instead of every fourth: widths may differ by a few units today."
     )

@@ -15,7 +15,7 @@ from gohsp.core.capture import Trunk, observe_inputs, open_trunk, queries_keys
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.moments import collect_moments
 from gohsp.core.projection import HeadScores, RepairSettings, constrained, on_support, project, select
-from gohsp.core.reconstruction import reconstruct
+from gohsp.core.reconstruction import only, reconstruct
 from gohsp.core.ridge import cross_validated_ridge
 from gohsp.core.rotation import rotate
 from gohsp.errors import NonFiniteError, PlanError
@@ -31,6 +31,7 @@ from gohsp.structure import (
     SublayerKept,
     Widths,
     absent,
+    keep_all,
     keep_everything,
     keep_none,
     kept_widths,
@@ -621,3 +622,18 @@ def test_non_finite_activations_are_named(
     whose = "in the model as given" if where == "dense" else "gohsp's doing"
     with pytest.raises(NonFiniteError, match=rf"input of module 'blocks\.1\.{module}' holds NaN.*{whose}"):
         reconstruct(trunk, other, network, named(SMALL, SMALL), [entered], None, HOW)
+
+
+def test_a_given_support_is_carried_out_part_by_part() -> None:
+    """Queries first, then heads and values; at a step of which a support takes nothing, nothing goes."""
+    have = AttentionWidths(heads=3, qk=2, vo=2)
+    support = AttentionKept(heads=(0, 2), qk=((0, 1), (0, 1)), vo=((1,), (0,)))
+    assert only(support, have, have) == keep_all(have)
+    by_value = only(support, have, replace(have, heads=2, vo=1))
+    assert by_value == support
+    narrow = replace(support, qk=((1,), (0,)))
+    by_query = only(narrow, have, replace(have, qk=1))
+    assert isinstance(by_query, AttentionKept)
+    assert (by_query.heads, by_query.vo) == ((0, 1, 2), ((0, 1),) * 3)  # heads and values wait
+    assert (by_query.qk[0], by_query.qk[2]) == narrow.qk
+    assert only(keep_none(have), have, absent(have)) == keep_none(have)
