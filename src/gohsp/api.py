@@ -22,7 +22,7 @@ from gohsp.core.allocation import Curves
 from gohsp.core.curves import fits
 from gohsp.core.objective import Objective, require_objective, resolve_objective
 from gohsp.core.ranking import HeadRanking
-from gohsp.data.calibration import CalibrationSet, calibration_set
+from gohsp.data.calibration import CalibrationSet, calibration_set, peeked
 from gohsp.data.spool import Spool
 from gohsp.errors import ConfigError, DataError, PlanError, UnsupportedModelError
 from gohsp.evaluation import Metrics, evaluate
@@ -186,28 +186,28 @@ def prune(
     config = config or Config()
     if method is not None:
         config = replace(config, method=method)
-    goal, dense, network = _checked(model, budget, exclude, widths, config)
+    goal, unlabelled = parse_budget(budget), images if calibration is None else calibration
+    example, unlabelled = peeked(unlabelled)
+    dense, network = _checked(model, example, goal, exclude, widths, config)
     _require_curves_of(network, curves, config)
     if config.trains:
         require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
         _require_rereadable("scores on validation images", config, validation)
-    unlabelled = images if calibration is None else calibration
     session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
 
 
 def _checked(
-    model: nn.Module, budget: str, exclude: Sequence[str], widths: Widths | None, config: Config
-) -> tuple[Budget, nn.Module, Network]:
-    """The budget, a copy of the model and its description, after all that can be known to fail has been tried."""
-    goal = parse_budget(budget)
-    dense = models.working_copy(model)
+    model: nn.Module, example: Tensor, goal: Budget, exclude: Sequence[str], widths: Widths | None, config: Config
+) -> tuple[nn.Module, Network]:
+    """A copy of the model and its description, after all that can be known to fail has been tried."""
+    dense = models.working_copy(model, example)
     models.check_finite(dense)
-    network = excluding(models.describe(dense), exclude)
+    network = excluding(models.describe(dense, example), exclude)
     require_possible(network, goal, widths, config)
-    return goal, dense, network
+    return dense, network
 
 
 def require_possible(network: Network, goal: Budget, widths: Widths | None, config: Config) -> None:
@@ -647,7 +647,8 @@ def cut(
     Raises:
         PlanError: ``widths`` do not fit the model.
     """
-    check_widths(models.describe(model), widths)
+    example, images = peeked(images)
+    check_widths(models.describe(model, example), widths)
     session, dense, network = _open(model, images, (), objective, config, progress)
     work = copy.deepcopy(dense)
     return CutModel(work, steps.cut(session, dense, work, network, steps.analyse(session, dense, network), widths))
@@ -730,7 +731,8 @@ def _open(
     config: Config | None,
     progress: ProgressCallback | None,
 ) -> tuple[Session, nn.Module, Network]:
-    dense = models.working_copy(model)
+    example, images = peeked(images)
+    dense = models.working_copy(model, example)
     models.check_finite(dense)
-    network = excluding(models.describe(dense), exclude)
+    network = excluding(models.describe(dense, example), exclude)
     return open_session(dense, images, config=config, objective=objective, progress=progress), dense, network

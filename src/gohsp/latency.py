@@ -212,13 +212,14 @@ def _block_times(
 ) -> list[float]:
     """Times of the sub-layers' blocks with nothing in them but one sub-layer of each of these widths."""
     device = device_of(trunk.model)
-    stream = trunk.enter(_batch(images, device, replace(settings, dtype="float32"))).to(_dtype(settings))
+    batch = _batch(images, device, replace(settings, dtype="float32"))
     blocks = list(network.blocks)
     contestants = []
     for index, trial in _resized_blocks(trunk, network, subs, trials):
         block = trial.to(_dtype(settings)).eval()
         call = trunk.calls[blocks.index(index)]
-        contestants.append(lambda block=block, call=call: block(stream, *call.args, **call.kwargs))
+        stream = trunk.enter(batch, blocks.index(index)).to(_dtype(settings))
+        contestants.append(lambda block=block, call=call, x=stream: block(x, *call.args, **call.kwargs))
     return interleaved(contestants, device, settings.rounds)
 
 

@@ -192,16 +192,60 @@ def test_tensors_may_come_in_pairs(images: Tensor) -> None:
 # Refusals
 
 
-def test_something_between_blocks_is_refused(model: nn.Module, network: Network, images: Tensor) -> None:
-    model.blocks[0].register_forward_hook(lambda _module, _args, out: out)  # harmless
-    open_trunk(model, network, images)
-    model.blocks = nn.Sequential(model.blocks[0], nn.Dropout(0.5), model.blocks[1])
-    model.blocks[1].p = 0.0
-    moved = describe(model)
-    open_trunk(model, moved, images)  # nothing happens there either
-    model.blocks[1] = nn.LayerNorm(32)
-    with pytest.raises(UnsupportedModelError, match=r"what block 'blocks\.2' reads is not what the block before it"):
-        open_trunk(model, moved, images)
+class Merged(nn.Module):
+    """Something between its blocks: two tokens become one, of twice the width; and, if asked, what the image shows."""
+
+    def __init__(self, *, peeks: bool = False) -> None:
+        super().__init__()
+        self.patch, self.first, self.second = nn.Conv2d(3, 16, 8, 8), Block(16, 2), Block(16, 2)
+        self.between, self.third, self.peeks = nn.LayerNorm(32), Block(32, 4), peeks
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = entered = self.patch(images).flatten(2).mT
+        x = self.second(self.first(x)).unflatten(1, (-1, 2)).flatten(2)
+        if self.peeks:
+            x = x + entered.unflatten(1, (-1, 2)).flatten(2)
+        return self.third(self.between(x)).mean(1)
+
+
+def test_what_stands_between_blocks_is_crossed_by_the_models_own_forward(images: Tensor) -> None:
+    model = Merged().eval()
+    network = describe(model, images)
+    assert [sub.readout.size for sub in network.present] == [16] * 4 + [32] * 2
+    trunk = open_trunk(model, network, images)
+    assert trunk.crossings == {2}
+    with torch.no_grad():
+        x = trunk.enter(images)
+        for i in range(3):
+            x = trunk.run(i, trunk.onto(i, x))
+        torch.testing.assert_close(x.mean(1), model(images), rtol=0, atol=0)
+    stream = torch.randn(5, 4, 16, requires_grad=True)
+    sent = trunk.onto(2, stream)
+    torch.testing.assert_close(sent, model.between(stream.unflatten(1, (-1, 2)).flatten(2)))
+    sent.square().sum().backward()  # blocks before and after it can be tuned together
+    assert stream.grad is not None
+    assert trunk.onto(1, stream) is stream
+
+
+def test_reconstruction_goes_on_behind_what_stands_between_blocks(images: Tensor) -> None:
+    model = Merged().eval()
+    network = describe(model, images)
+    widths: dict[str, Any] = {
+        name: AttentionWidths(heads=of.heads, qk=5, vo=6) if isinstance(of, AttentionWidths) else FfnWidths(units=40)
+        for name, of in network.widths.items()
+    }
+    trunk, repaired = open_trunk(model, network, images), copy.deepcopy(model)
+    with torch.no_grad():
+        kept = reconstruct(trunk, repaired, network, widths, [trunk.enter(images)], None, RepairSettings())
+    small = compact(repaired, kept, images).model
+    crude = compact(model, kept, images).model
+    assert relative_difference(model, small, images) < 0.7 * relative_difference(model, crude, images)
+
+
+def test_a_block_that_reads_more_than_the_stream_before_it_is_refused(images: Tensor) -> None:
+    model = Merged(peeks=True).eval()
+    with pytest.raises(UnsupportedModelError, match=r"what block 'third' reads does not follow from what the block"):
+        open_trunk(model, describe(model, images), images)
 
 
 def test_a_model_that_was_not_described_is_named(model: nn.Module, network: Network, images: Tensor) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,7 +38,9 @@ from gohsp.models import (
     require_remakeable,
     specification,
 )
-from gohsp.models.modules import Constant, PrunedAttention
+from gohsp.models.attention import PrunedAttention
+from gohsp.models.families import Attended, AttentionLayout, AttentionMaps, Branch, FfnLayout, Layout
+from gohsp.models.modules import Constant
 from gohsp.structure import (
     FIELDS,
     MACS,
@@ -49,17 +49,12 @@ from gohsp.structure import (
     Attention,
     AttentionKept,
     AttentionWidths,
-    Ffn,
     FfnKept,
     FfnWidths,
     Kept,
     Network,
-    Readout,
-    Rows,
-    Sublayer,
     SublayerKept,
     SublayerWidths,
-    UnitSlice,
     Widths,
     absent,
     cost_of,
@@ -525,16 +520,14 @@ class ToyAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, qk: int, vo: int) -> None:
         super().__init__()
-        self.widths = AttentionWidths(heads=heads, qk=qk, vo=vo)
+        self.heads = heads
         self.ask, self.answer = nn.Linear(dim, heads * qk), nn.Linear(dim, heads * qk, bias=False)
         self.tell, self.write = nn.Linear(dim, heads * vo), nn.Linear(heads * vo, dim)
         self.temperature = nn.Parameter(torch.rand(heads) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            m(x).unflatten(-1, (self.widths.heads, -1)).transpose(1, 2) for m in (self.ask, self.answer, self.tell)
-        )
-        rows = (q @ k.mT * self.widths.qk**-0.5 * self.temperature[:, None, None]).softmax(-1)
+        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.ask, self.answer, self.tell))
+        rows = (q @ k.mT * q.shape[-1] ** -0.5 * self.temperature[:, None, None]).softmax(-1)
         return self.write((rows @ v).transpose(1, 2).flatten(2))
 
 
@@ -570,87 +563,40 @@ class ToyModel(nn.Module):
         return {"logits": self.head(self.trunk(self.patch(images).flatten(2).mT).mean(1))}
 
 
-class ToyFamily(ModuleType):
-    """What a module in ``gohsp.models.families`` would hold."""
+def own_classes() -> families.Known:
+    """What makes these classes known."""
+    maps = AttentionMaps(
+        query=("ask.weight", "ask.bias"),
+        key=("answer.weight", "answer.bias"),
+        value=("tell.weight", "tell.bias"),
+        readout="write",
+    )
+    block = Layout(attention=Branch(module="mix", norm="before_mix"), ffn=Branch(module="think", norm="before_think"))
+    attention = AttentionLayout(
+        maps=maps, heads="heads", scale=None, owned={"temperature": 0}, position=warmed, dropout=None
+    )
+    name = f"{ToyBlock.__module__}.{{}}".format
+    return families.Known(
+        blocks={name("ToyBlock"): (block,)},
+        attentions={name("ToyAttention"): (attention,)},
+        ffns={name("ToyFfn"): (FfnLayout(inputs=("hide",), readout="show"),)},
+    )
 
-    NAME, SUPPORTED = "toy", "toys"
 
-    @staticmethod
-    def describe(name: str, block: Any, tokens: int) -> tuple[Sublayer, ...]:
-        def rows(path: str) -> Rows:
-            linear, bias = block.get_submodule(path), None
-            weight = UnitSlice(parameter=f"{name}.{path}.weight", axis=0, start=0, size=linear.in_features)
-            if linear.bias is not None:
-                bias = UnitSlice(parameter=f"{name}.{path}.bias", axis=0, start=0, size=1)
-            return Rows(weight=weight, bias=bias)
-
-        def readout(path: str) -> Readout:
-            return Readout(module=f"{name}.{path}", bias=f"{name}.{path}.bias", gain=None, size=12)
-
-        mix, think = f"{name}.mix", f"{name}.think"
-        common = {"block": name, "tokens": tokens, "overhead": 36, "removable": True}
-        attention: Sublayer = Absent(name=mix, block=name, widths=NO_HEADS, readout=kept_vector(mix))
-        ffn: Sublayer = Absent(name=think, block=name, widths=FfnWidths(units=0), readout=kept_vector(think))
-        if not isinstance(block.mix, Constant):
-            table = UnitSlice(parameter=f"{mix}.temperature", axis=0, start=0, size=1)
-            attention = Attention(
-                name=mix,
-                norm=f"{name}.before_mix",
-                widths=block.mix.widths,
-                keys=tokens,
-                prunable=frozenset({"head", "qk", "vo"}),
-                rotatable=frozenset({"qk", "vo"}),
-                scale=block.mix.widths.qk**-0.5,
-                query=rows("mix.ask"),
-                key=rows("mix.answer"),
-                value=rows("mix.tell"),
-                owned=(table,),
-                readout=readout("mix.write"),
-                **common,
-            )
-        if not isinstance(block.think, Constant):
-            ffn = Ffn(
-                name=think,
-                norm=f"{name}.before_think",
-                widths=FfnWidths(units=block.think.hide.out_features),
-                prunable=frozenset({"ffn"}),
-                inputs=(rows("think.hide"),),
-                readout=readout("think.show"),
-                **common,
-            )
-        return attention, ffn
-
-    @staticmethod
-    def resize(name: str, block: Any, widths: Widths) -> None:
-        heads, units = widths[f"{name}.mix"], widths[f"{name}.think"]
-        if is_absent(heads):
-            block.before_mix, block.mix = nn.Identity(), Constant(12)
-        else:
-            block.mix = ToyAttention(12, heads.heads, heads.qk, heads.vo)
-        if is_absent(units):
-            block.before_think, block.think = nn.Identity(), Constant(12)
-        else:
-            block.think = ToyFfn(12, units.units)
-
-    @staticmethod
-    def set_fused_attention(block: nn.Module, fused: bool) -> bool:
-        return fused
+def warmed(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:
+    """Each head has a temperature of its own."""
+    return Attended(q * attn.temperature[:, None, None], k)
 
 
 NO_HEADS = AttentionWidths(heads=0, qk=0, vo=0)
-
-
-def kept_vector(name: str) -> Readout:
-    return Readout(module=name, bias=f"{name}.bias", gain=None, size=12)
 
 
 def test_a_family_enters_by_being_registered(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     model = ToyModel().eval()
     with pytest.raises(UnsupportedModelError, match=r"no block that can be pruned \(2 of its modules are .*ToyBlock\)"):
         describe(model, images)
-    monkeypatch.setitem(sys.modules, f"{families.__name__}.toy", ToyFamily("toy"))
-    known = {**families.FAMILIES, f"{ToyBlock.__module__}.ToyBlock": "toy"}
-    monkeypatch.setattr(families, "FAMILIES", known)
+    monkeypatch.setattr(families, "_known", families._known)  # forgotten after this test
+    families.register(own_classes())
     network = describe(model, images)
     assert list(network.widths) == [f"trunk.{i}.{part}" for i in range(2) for part in ("mix", "think")]
     assert count_params(network) == parameters(model)

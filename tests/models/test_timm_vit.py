@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from gohsp.errors import UnsupportedModelError
 from gohsp.models import build, compact, describe, specification
-from gohsp.models.modules import Constant, PrunedAttention
+from gohsp.models.attention import PrunedAttention
+from gohsp.models.families.timm import ATTENTIONS
+from gohsp.models.modules import Constant
 from gohsp.structure import (
     PARAMS,
     Attention,
@@ -79,6 +82,12 @@ def test_packed_gated_units_have_two_rows(make_model: Callable[..., nn.Module]) 
     ]
 
 
+def pruned(theirs: nn.Module, **widths: int) -> PrunedAttention:
+    """Ours in place of timm's, with new weights."""
+    (layout,) = ATTENTIONS["timm.layers.attention.Attention"]
+    return PrunedAttention(copy.deepcopy(theirs), layout, AttentionWidths(**widths))
+
+
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_pruned_attention_is_a_drop_in_for_timms(fused: bool, qk_norm: bool) -> None:
@@ -86,17 +95,7 @@ def test_pruned_attention_is_a_drop_in_for_timms(fused: bool, qk_norm: bool) -> 
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    ours = PrunedAttention(
-        32,
-        heads=4,
-        qk=8,
-        vo=8,
-        qkv_bias=True,
-        proj_bias=True,
-        q_norm=nn.LayerNorm(8) if qk_norm else None,
-        k_norm=nn.LayerNorm(8) if qk_norm else None,
-        norm=nn.LayerNorm(32) if qk_norm else None,
-    )
+    ours = pruned(theirs, heads=4, qk=8, vo=8)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.fused_attn = ours.fused_attn = fused
     x, mask = torch.randn(2, 6, 32), torch.randn(2, 1, 6, 6)
@@ -107,7 +106,7 @@ def test_pruned_attention_is_a_drop_in_for_timms(fused: bool, qk_norm: bool) -> 
 
 @pytest.mark.parametrize(("qk", "vo"), [(3, 8), (8, 3), (5, 5), (1, 2)])
 def test_pruned_attention_by_hand(qk: int, vo: int) -> None:
-    attn = PrunedAttention(6, heads=2, qk=qk, vo=vo, qkv_bias=True, proj_bias=False)
+    attn = pruned(TimmAttention(6, num_heads=2, qkv_bias=True, proj_bias=False), heads=2, qk=qk, vo=vo)
     x = torch.randn(3, 4, 6)
     q, k, v = attn.qkv(x).split([2 * qk, 2 * qk, 2 * vo], dim=-1)
     heads = []
@@ -123,7 +122,7 @@ def test_pruned_attention_by_hand(qk: int, vo: int) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_dropout_acts_in_training_only(fused: bool) -> None:
-    attn = PrunedAttention(6, heads=2, qk=2, vo=3, qkv_bias=True, proj_bias=True, attn_drop=0.5)
+    attn = pruned(TimmAttention(6, num_heads=2, qkv_bias=True, attn_drop=0.5), heads=2, qk=2, vo=3)
     attn.fused_attn = fused
     x = torch.randn(1, 4, 6)
     assert not torch.equal(attn.train()(x), attn(x))
@@ -152,10 +151,9 @@ def tiny(**arguments: object) -> nn.Module:
     ("architecture", "named"),
     [
         ("resnet18", r"timm\.models\.resnet\.ResNet has no block that can be pruned"),
-        ("swin_tiny_patch4_window7_224", r"SwinTransformer has .* \(6 of its modules are .*\.SwinTransformerBlock\)"),
-        ("eva02_tiny_patch14_224", r"timm\.models\.eva\.Eva has .* \(12 of its modules are timm.*\.EvaBlock\)"),
-        ("vit_base_patch16_rope_224", r"timm\.models\.eva\.Eva has .* \(12 of its modules are timm.*\.EvaBlock\)"),
-        ("vit_relpos_small_patch16_224", r"VisionTransformerRelPos has .* \(12 of its modules are .*\.RelPosBlock\)"),
+        ("swinv2_tiny_window8_256", r"SwinTransformerV2 has .* \(6 of its modules are .*\.SwinTransformerV2Block\)"),
+        ("hiera_tiny_224", r"timm\.models\.hiera\.Hiera has .* \(12 of its modules are timm.*\.HieraBlock\)"),
+        ("cait_xxs24_224", r"timm\.models\.cait\.Cait has .* \(24 of its modules are timm.*\.LayerScaleBlock\)"),
     ],
 )
 def test_other_models_are_refused_by_class(architecture: str, named: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gohsp.errors import NonFiniteError, UnsupportedModelError
@@ -95,28 +96,88 @@ def branch(model: nn.Module, sub: Sublayer, read: Tensor | None) -> Tensor:
 # Attention
 
 
-def queries_keys(model: nn.Module, sub: Attention, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[images, heads, tokens, qk]`` of an attention whose input is ``x``; norms applied.
+def in_stream(sub: Sublayer, rows: Tensor, images: int) -> Tensor:
+    """Rows that a sub-layer reads or writes, as the stream's tokens ``[images, tokens, width]``, without padding."""
+    rows = rows.reshape(images, -1, rows.shape[-1])
+    order = sub.order if isinstance(sub, Attention) else None
+    return rows if order is None else rows[:, _places(order, rows.device)]
 
-    Queries are those of ``tokens`` (indices) where they are given.
+
+@lru_cache(maxsize=256)
+def _places(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where among the rows each token of the stream is."""
+    at = torch.tensor(order)
+    return at.argsort(stable=True)[int((at < 0).sum()) :].to(device)
+
+
+def attention_rows(
+    model: nn.Module, sub: Attention, x: Tensor, call: Call | None = None, tokens: Tensor | None = None
+) -> Tensor:
+    """Attention probabilities ``[B, heads, queries, keys]``, float32, of an attention whose input is ``x``.
+
+    The attention's own forward runs as far as its softmax, whatever it does to queries, keys and their products.
+
+    Args:
+        model: The model.
+        sub: The attention.
+        x: Its input ``[B, rows, D]``.
+        call: What it is called with besides.
+        tokens: Indices of the queries to look at; None for all.
+
+    Raises:
+        UnsupportedModelError: It takes neither PyTorch's attention nor a softmax.
     """
-    heads, qk = sub.widths.heads, sub.widths.qk
+    call = call or Call((), {})
+    probe = _SoftmaxProbe(tokens)
+    attention = named_module(model, sub.name)
+    with probe, suppress(_SeenError):
+        attention(x, *call.args, **call.kwargs)
+    if probe.rows is None:
+        raise UnsupportedModelError(
+            f"module '{sub.name}' computes no softmax that can be seen; heads cannot be compared"
+        )
+    return probe.rows
 
-    def heads_of(x: Tensor, rows: Rows, norm: str | None) -> Tensor:
-        split = F.linear(x, *rows_of(model, rows, heads * qk)).unflatten(-1, (heads, qk))
-        return (model.get_submodule(norm)(split) if norm else split).transpose(1, 2)
 
-    asking = x if tokens is None else x[:, tokens]
-    return heads_of(asking, sub.query, sub.query_norm), heads_of(x, sub.key, sub.key_norm)
+class _SoftmaxProbe(TorchFunctionMode):
+    """Ends a forward pass at the first attention in it, and keeps its probabilities."""
 
+    def __init__(self, tokens: Tensor | None) -> None:
+        super().__init__()
+        self.tokens, self.rows = tokens, None
 
-def attention_rows(model: nn.Module, sub: Attention, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """Attention probabilities ``[images, heads, queries, keys]``, float32, of an attention whose input is ``x``.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._seen(self._logits(*args, **given))
+        if func in (F.softmax, torch.softmax, Tensor.softmax):
+            self._seen(args[0] if self.tokens is None else args[0][..., self.tokens, :])
+        return func(*args, **given)
 
-    Rows are those of ``tokens`` (indices) where they are given.
-    """
-    q, k = queries_keys(model, sub, x, tokens)
-    return (q * sub.scale @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    def _seen(self, logits: Tensor) -> None:
+        self.rows = logits.softmax(dim=-1, dtype=torch.float32)
+        raise _SeenError
+
+    def _logits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        _value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,  # noqa: ARG002 (in evaluation there is none)
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        queries = query if self.tokens is None else query[..., self.tokens, :]
+        logits = queries * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+        if is_causal:
+            shut = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)
+            logits = logits.masked_fill(shut if self.tokens is None else shut[self.tokens], -torch.inf)
+        if attn_mask is not None:
+            mask = attn_mask if self.tokens is None or attn_mask.shape[-2] == 1 else attn_mask[..., self.tokens, :]
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits
 
 
 # Passes
@@ -187,11 +248,24 @@ def observe_inputs(model: nn.Module, watch: Mapping[str, Callable[[Tensor], None
     with ExitStack() as stack:
         for name, call in watch.items():
 
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], call: Callable[[Tensor], None] = call) -> None:
-                call(args[0])
+            def hook(
+                _module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: Mapping[str, Any],
+                call: Callable[[Tensor], None] = call,
+            ) -> None:
+                call(taken(args, kwargs)[0])
 
-            stack.callback(named_module(model, name).register_forward_pre_hook(hook).remove)
+            stack.callback(named_module(model, name).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """What a module reads, its first argument or its first by name, and what it is called with besides."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return kwargs[name], Call((), {other: value for other, value in kwargs.items() if other != name})
 
 
 class _SeenError(BaseException):
@@ -223,13 +297,19 @@ class Trunk:
 
     Attributes:
         model: The model that holds them.
-        blocks: Their names in forward order; what one returns is what the next reads.
+        blocks: Their names in forward order.
         calls: What they are called with besides the stream.
+        rests: What they return behind the stream, of those that return a tuple; None of the others.
+        crossings: Blocks before which something stands that changes the stream, such as Swin's merging of patches.
+        blank: Images ``[1, C, H, W]`` of nothing, of the size that the model was given.
     """
 
     model: nn.Module
     blocks: tuple[str, ...]
     calls: tuple[Call, ...]
+    rests: tuple[tuple[Any, ...] | None, ...]
+    crossings: frozenset[int]
+    blank: Tensor
 
     def of(self, model: nn.Module) -> Trunk:
         """The same blocks of another model: a copy, or what was cut from this one."""
@@ -239,33 +319,67 @@ class Trunk:
         """A block."""
         return self.model.get_submodule(self.blocks[index])
 
-    def enter(self, images: Tensor) -> Tensor:
-        """What images ``[B, C, H, W]`` send into the first block, ``[B, tokens, D]``; nothing behind it is computed."""
+    def enter(self, images: Tensor, index: int = 0) -> Tensor:
+        """What images ``[B, C, H, W]`` send into a block, by default the first; nothing behind is computed."""
         seen: list[Tensor] = []
 
         def watch(stream: Tensor) -> None:
             seen.append(stream)
             raise _SeenError
 
-        with observe_inputs(self.model, {self.blocks[0]: watch}), suppress(_SeenError):
+        with observe_inputs(self.model, {self.blocks[index]: watch}), suppress(_SeenError):
             self.model(images.to(device_of(self.model)))
         return seen[0]
 
+    def onto(self, index: int, stream: Tensor) -> Tensor:
+        """What enters a block when the one before it returns ``stream``; for the first, ``stream`` itself.
+
+        Where something stands between them, the model's own forward runs with the blocks before passed over.
+        """
+        if index not in self.crossings:
+            return stream
+        with ExitStack() as stack:
+            for i in range(index):
+                stack.enter_context(
+                    replaced_forward(self.block(i), self._passing(i, stream if i == index - 1 else None))
+                )
+            return self.enter(self.blank.to(stream).expand(len(stream), -1, -1, -1), index)
+
+    def _passing(self, index: int, stream: Tensor | None) -> Callable[..., Any]:
+        """A forward that returns ``stream`` as a block would, or what it is given."""
+        rest = self.rests[index]
+
+        def forward(given: Tensor, *_: Any, **__: Any) -> Any:
+            sent = given if stream is None else stream
+            return sent if rest is None else (sent, *rest)
+
+        return forward
+
     def run(self, index: int, stream: Tensor) -> Tensor:
-        """What a block makes of a stream."""
+        """What a block makes of a stream that enters it."""
         call = self.calls[index]
         return stream_of(self.block(index)(stream, *call.args, **call.kwargs))
 
     def inputs(self, index: int, stream: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """What the modules ``names`` read, in the order they run, when a block is given ``stream``.
+        """What the modules ``names`` read, in the order they run, when ``stream`` enters a block.
 
         The pass ends at the last of them.
         """
         return _inputs_of(self.model, names, lambda: self.run(index, stream))
 
 
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward of one module while the context is open."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def read_by(model: nn.Module, sub: Attention, x: Tensor, call: Call) -> Tensor:
-    """What an attention's readout reads ``[B, tokens, units]`` when the attention is given ``x``."""
+    """What an attention's readout reads, row by row, when the attention is given ``x``."""
     attention = model.get_submodule(sub.name)
     (read,) = _inputs_of(model, [sub.readout.module], lambda: attention(x, *call.args, **call.kwargs))
     return read
@@ -300,49 +414,67 @@ def open_trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
         images: An image or more ``[B, C, H, W]``.
 
     Raises:
-        UnsupportedModelError: Something stands between two blocks, or a block is called with tensors that depend on the
-            image, or are one for each image, besides the stream.
+        UnsupportedModelError: A block is called with tensors that depend on the image, or are one for each image,
+            besides the stream; or what it reads depends on more than what the block before it returns.
     """
     names = tuple(network.blocks)
-    calls, passes = _recorded(model, names, images.to(device_of(model)))
-    sent = None
+    images = images.to(device_of(model))
+    passes = _recorded(model, names, images)
+    blank = images.new_zeros(len(images) + 1, *images.shape[1:])
+    # One more image, so that what there is for each image shows by its shape.
+    others = _recorded(model, names, blank) if any(_tensors(of.call) for of in passes.values()) else passes
     for name in names:
-        entered, left = passes[name]
-        if sent is not None and entered is not sent and not torch.equal(entered, sent):
+        if not _same(passes[name].call, others[name].call):
             raise UnsupportedModelError(
-                f"what block '{name}' reads is not what the block before it returns; models with something between "
-                "their blocks cannot be pruned yet"
+                f"block '{name}' is called with tensors besides the stream that differ from image to image"
             )
-        sent = left
-    if any(_tensors(call) for call in calls):
-        # One more image, so that what there is for each image shows by its shape.
-        blank = images.new_zeros(len(images) + 1, *images.shape[1:])
-        others, _ = _recorded(model, names, blank.to(device_of(model)))
-        for name, call, other in zip(names, calls, others, strict=True):
-            if not _same(call, other):
+    crossings = [i for i in range(1, len(names)) if not _joined(passes[names[i - 1]].left, passes[names[i]].entered)]
+    trunk = Trunk(
+        model,
+        names,
+        tuple(passes[name].call for name in names),
+        tuple(passes[name].rest for name in names),
+        frozenset(crossings),
+        blank[:1],
+    )
+    with evaluating(model):
+        for index in crossings:
+            if not torch.equal(trunk.onto(index, passes[names[index - 1]].left), passes[names[index]].entered):
                 raise UnsupportedModelError(
-                    f"block '{name}' is called with tensors besides the stream that differ from image to image"
+                    f"what block '{names[index]}' reads does not follow from what the block before it returns, "
+                    "so its model cannot be pruned block by block"
                 )
-    return Trunk(model, names, tuple(calls))
+    return trunk
 
 
-def _recorded(
-    model: nn.Module, names: Sequence[str], images: Tensor
-) -> tuple[list[Call], dict[str, tuple[Tensor, Tensor]]]:
-    """How each block is called, and the stream before and after it."""
-    calls: dict[str, Call] = {}
-    passes: dict[str, tuple[Tensor, Tensor]] = {}
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """How a block was called, and the stream before and after it."""
+
+    call: Call
+    entered: Tensor
+    left: Tensor
+    rest: tuple[Any, ...] | None
+
+
+def _recorded(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, _Pass]:
+    passes: dict[str, _Pass] = {}
 
     def hook(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        calls[name] = Call(args[1:], kwargs)
-        passes[name] = (args[0], stream_of(returned))
+        rest = tuple(returned[1:]) if isinstance(returned, tuple) else None
+        entered, call = taken(args, kwargs)
+        passes[name] = _Pass(call, entered, stream_of(returned), rest)
 
     with ExitStack() as stack, evaluating(model):
         for name in names:
             block = named_module(model, name)
             stack.callback(block.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
         model(images)
-    return [calls[name] for name in names], passes
+    return passes
+
+
+def _joined(left: Tensor, entered: Tensor) -> bool:
+    return entered is left or (entered.shape == left.shape and torch.equal(entered, left))
 
 
 def _same(a: Call, b: Call) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core.allocation import Curves, DamageCurve, WidthSettings, allowed_widths
-from gohsp.core.capture import autocast, device_of, evaluating, read_by, readout_gain, require_finite, units
+from gohsp.core.capture import autocast, device_of, evaluating, in_stream, read_by, readout_gain, require_finite, units
 from gohsp.core.gradients import IMAGES, Gradients, differentiated
 from gohsp.core.moments import Moments, SublayerMoments
 from gohsp.core.objective import Objective
@@ -221,7 +221,8 @@ def _narrowed_read(
     assert isinstance(sub, Attention)
     x = gradients.inputs[sub.name]
     with _masked(model, sub, cut), autocast(x.device, precision):
-        return read_by(model, sub, x, gradients.calls[sub.name]).float()
+        read = read_by(model, sub, x, gradients.calls[sub.name]).float()
+    return in_stream(sub, read, gradients.images)
 
 
 @contextmanager

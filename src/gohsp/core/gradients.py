@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.capture import Call, autocast, device_of, evaluating, named_module, require_finite
+from gohsp.core.capture import (
+    Call,
+    autocast,
+    device_of,
+    evaluating,
+    in_stream,
+    named_module,
+    require_finite,
+    taken,
+)
 from gohsp.core.objective import Objective
 from gohsp.structure import Attention, Network
 
@@ -25,7 +34,7 @@ class Gradients:
 
     Attributes:
         images: How many.
-        inputs: What attentions read ``[B, tokens, D]``.
+        inputs: What attentions read, row by row.
         calls: What attentions are called with besides.
         read: What readouts read ``[B, tokens, units]``.
         drawn: For each draw of the objective, its gradients at what readouts write ``[B, tokens, D]``.
@@ -86,16 +95,18 @@ def _pass(
     calls: dict[str, Call] = {}
     read: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
+    subs = {sub.name: sub for sub in network.present}
     backward = draws > 0 or confidence
 
     def keep(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # A leaf is only needed where nothing before it asks for gradients; parameters may be frozen.
         written[name] = output if output.requires_grad or not backward else output.detach().requires_grad_()
-        read[name] = args[0].detach()
+        read[name] = in_stream(subs[name], args[0].detach(), len(images))
         return written[name]
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[name], calls[name] = args[0].detach(), Call(args[1:], kwargs)
+        x, calls[name] = taken(args, kwargs)
+        inputs[name] = x.detach()
 
     with torch.set_grad_enabled(backward), evaluating(model), ExitStack() as stack:
         for sub in network.present:
@@ -114,10 +125,13 @@ def _pass(
         scalars = [objective.draw(output, generator) for _ in range(draws)]
         sure = objective.confidence(output) if confidence and objective.confidence else None
         wanted = scalars if sure is None else [*scalars, sure]
-        found = [_differentiate(scalar, written, last=scalar is wanted[-1]) for scalar in wanted]
+        found = [
+            {name: in_stream(subs[name], g, len(images)) for name, g in _differentiate(scalar, written, last).items()}
+            for scalar, last in ((scalar, scalar is wanted[-1]) for scalar in wanted)
+        ]
     return Gradients(len(images), inputs, calls, read, tuple(found[:draws]), None if sure is None else found[-1])
 
 
-def _differentiate(scalar: Tensor, written: Mapping[str, Tensor], *, last: bool) -> dict[str, Tensor]:
+def _differentiate(scalar: Tensor, written: Mapping[str, Tensor], last: bool) -> dict[str, Tensor]:
     values = torch.autograd.grad(scalar, list(written.values()), retain_graph=not last, materialize_grads=True)
     return dict(zip(written, values, strict=True))

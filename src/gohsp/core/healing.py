@@ -148,7 +148,7 @@ def _sent(trunk: Trunk, index: int, stream: Iterable[Tensor], precision: torch.d
     """What a block makes of a stream."""
     device = device_of(trunk.model)
     for x in stream:
-        yield passed(lambda x: trunk.run(index, x), x.to(device), precision)
+        yield passed(lambda x: trunk.run(index, trunk.onto(index, x)), x.to(device), precision)
 
 
 def _tune(
@@ -174,7 +174,9 @@ def _tune(
         cycle_momentum=False,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    scales = [target[0].to(device).var(dim=(0, 1), correction=0).mean().clamp_min(1e-12) for target in targets]
+    scales = [
+        target[0].to(device).flatten(0, -2).var(dim=0, correction=0).mean().clamp_min(1e-12) for target in targets
+    ]
     importance = [weights[index].to(device)[:, None] if index in weights else 1.0 for index in window]
     total, count = 0.0, 1
     for _ in range(settings.epochs):
@@ -182,8 +184,9 @@ def _tune(
         for x, *wanted in _shuffled([stream, *targets], BATCH, generator):
             x, loss = x.to(device), torch.zeros((), device=device)
             for index, y, scale, weight in zip(window, wanted, scales, importance, strict=True):
-                x = passed(lambda x, index=index: trunk.run(index, x), x, precision)
-                loss = loss + ((x - y.to(device)).square() / scale * weight).mean() / len(window)
+                x = passed(lambda x, index=index: trunk.run(index, trunk.onto(index, x)), x, precision)
+                error = (x - y.to(device)).square().flatten(1, -2)
+                loss = loss + (error / scale * weight).mean() / len(window)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

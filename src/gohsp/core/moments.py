@@ -5,15 +5,17 @@ Inputs are extended by a last entry 1, which carries biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.capture import autocast, device_of, forward_all, observe_inputs, require_finite
+from gohsp.core.capture import autocast, device_of, forward_all, in_stream, observe_inputs, require_finite
 from gohsp.core.fisher import TokenWeights
-from gohsp.structure import Attention, Network, unit_count
+from gohsp.errors import UnsupportedModelError
+from gohsp.structure import Attention, Network, PresentSublayer, unit_count
 
 FOLDS = 4
 """Parts of the calibration images that cross-validation holds out in turn."""
@@ -181,9 +183,9 @@ class InputFitter:
         self._all, self._means = MomentFitter(width, device), MomentFitter(width, device)
 
     def update(self, x: Tensor) -> None:
-        """Add a batch ``[B, tokens, width]``."""
+        """Add a batch ``[..., tokens, width]``, the tokens that attend to each other together."""
         self._all.update(x)
-        self._means.update(x.detach().float().mean(1))
+        self._means.update(x.detach().float().mean(-2))
 
     @property
     def moment(self) -> Tensor:
@@ -222,9 +224,26 @@ def collect_moments(
         for sub in network.present
     }
     watch = {name: fitter.update for name, fitter in inputs.items()}
-    watch |= {sub.readout.module: read[sub.name].update for sub in network.present}
+    count = 0
+
+    def add(sub: PresentSublayer, rows: Tensor) -> None:
+        read[sub.name].update(in_stream(sub, rows, count))
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal count
+        for images in batches:
+            count = len(images)
+            yield images
+
+    watch |= {sub.readout.module: partial(add, sub) for sub in network.present}
     with observe_inputs(model, watch), autocast(device, precision):
-        forward_all(model, batches)
+        forward_all(model, counted())
+    for sub in network.present:
+        if count and not read[sub.name].count:
+            raise UnsupportedModelError(
+                f"module '{sub.readout.module}' never ran as a module of its own; give the model that "
+                "gohsp.models.working_copy makes of yours"
+            )
     moments: dict[str, SublayerMoments] = {}
     for sub in network.present:
         of = read[sub.name].moment

@@ -19,6 +19,7 @@ from gohsp.core.capture import (
     branch,
     device_of,
     evaluating,
+    in_stream,
     readout_gain,
     require_finite,
 )
@@ -160,6 +161,10 @@ class _Work:
         self, index: int, subs: Sequence[Sublayer], target: MutableSequence[Tensor], stream: MutableSequence[Tensor]
     ) -> dict[str, SublayerKept]:
         """Cut and repair a block's sub-layers; both streams enter as before the block and leave as after it."""
+        if index in self.student.crossings:
+            for b in range(len(stream)):
+                stream[b] = self.student.onto(index, stream[b].to(self.device))
+                target[b] = self.dense.onto(index, target[b].to(self.device))
         goals = self.goals(index, subs, target)
         kept = {sub.name: keep_none(sub.widths) for sub in subs if isinstance(sub, Absent)}
         # What a cut FFN reads does not change with its readout: behind the last one, no pass is needed any more.
@@ -174,7 +179,7 @@ class _Work:
                 left, read = subs, self.read(self.student, index, before, subs)
             else:
                 left, read = subs[-1:], [hidden[b].to(self.device)]
-            stream[b] = after = before + sum(branch(self.model, sub, z) for sub, z in zip(left, read, strict=True))
+            stream[b] = after = self.summed(self.model, before, left, read)
             require_finite(f"the output of block '{subs[0].block}'", after, cut=True)
         return kept
 
@@ -188,18 +193,30 @@ class _Work:
             for sub, z in zip(subs, self.read(self.dense, index, goal, subs), strict=True):
                 if z is not None:  # squares, since moments will hold these
                     require_finite(f"the input of module '{sub.readout.module}'", z.float().square().sum())
-                goal = goal + branch(self.dense.model, sub, z)
+                goal = self.summed(self.dense.model, goal, [sub], [z])
                 if sub is subs[-1]:
                     target[b] = goal
                 else:
                     goals[sub.name].append(goal)
         return goals
 
+    def summed(
+        self, model: nn.Module, stream: Tensor, subs: Sequence[Sublayer], read: Sequence[Tensor | None]
+    ) -> Tensor:
+        """The stream behind sub-layers, by what their readouts read."""
+        for sub, z in zip(subs, read, strict=True):
+            added = branch(model, sub, z)
+            stream = stream + (added if z is None else added.view_as(stream))
+        return stream
+
     def read(self, trunk: Trunk, index: int, stream: Tensor, subs: Sequence[Sublayer]) -> list[Tensor | None]:
-        """What the readouts of a block's first sub-layers read when it is given ``stream``; None of absent ones."""
+        """What the readouts of a block's first sub-layers read ``[B, tokens, units]`` when ``stream`` enters it.
+
+        None of absent ones.
+        """
         names = [sub.readout.module for sub in subs if not isinstance(sub, Absent)]
         found = iter(self.inputs(trunk, index, stream, names) if names else ())
-        return [None if isinstance(sub, Absent) else next(found) for sub in subs]
+        return [None if isinstance(sub, Absent) else in_stream(sub, next(found), len(stream)) for sub in subs]
 
     def inputs(self, trunk: Trunk, index: int, stream: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
         """What the named modules read; nothing behind the last of them is computed."""
@@ -233,9 +250,8 @@ class _Site:
             entered = stream[b].to(self.work.device)
             *earlier, z = self.work.read(self.work.student, self.index, entered, (*self.before, self.sub))
             assert z is not None
-            passed = zip(self.before, earlier, strict=True)
-            reached = entered + sum(branch(self.work.model, sub, read) for sub, read in passed)
-            fit.update(z, goal[b].to(self.work.device) - reached)
+            reached = self.work.summed(self.work.model, entered, self.before, earlier)
+            fit.update(z, (goal[b].to(self.work.device) - reached).flatten(1, -2))
             if self.hidden is not None:
                 self.hidden.append(z)
                 stream[b] = reached

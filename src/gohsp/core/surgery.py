@@ -85,5 +85,6 @@ def _without(state: dict[str, Tensor], model: nn.Module, sub: PresentSublayer) -
     gain = readout_gain(model, readout)
     if gain is not None:
         vector = vector * gain
-    gone = tuple(f"{name}." for name in (sub.name, sub.norm, (readout.gain or "").rpartition(".")[0]) if name)
-    return {name: tensor for name, tensor in state.items() if not name.startswith(gone)} | {f"{sub.name}.bias": vector}
+    gone = tuple(f"{name}." for name in (sub.name, sub.norm) if name)
+    left = {name: tensor for name, tensor in state.items() if not name.startswith(gone) and name != readout.gain}
+    return left | {f"{sub.name}.bias": vector}

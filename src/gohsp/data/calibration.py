@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ BATCH = 64
 
 IMAGE_KEYS = ("pixel_values", "images", "image", "img", "inputs")
 """Where the images of a mapping are looked for, in this order."""
+
+NO_IMAGES = "there are no images; give an iterable that yields at least one, better a thousand"
 
 Store = Callable[[], MutableSequence[Tensor]]
 """Makes an empty place for batches: ``list`` for memory, :class:`gohsp.data.Spool` for disk."""
@@ -96,8 +99,29 @@ def calibration_set(
         sizes.append(len(batch))
     total = sum(sizes)
     if total == 0:
-        raise DataError("there are no images; give an iterable that yields at least one, better a thousand")
+        raise DataError(NO_IMAGES)
     return divided(taken, sizes, min(holdout, -(-total // 20)), mirror=mirror)
+
+
+def peeked(images: Iterable[Any] | CalibrationSet) -> tuple[Tensor, Iterable[Any] | CalibrationSet]:
+    """The first image ``[1, C, H, W]``, and all images again: what can be read once is not read.
+
+    Raises:
+        DataError: No iterable, no images, or images of another kind.
+    """
+    if isinstance(images, CalibrationSet):
+        return images.first(1)[0], images
+    if isinstance(images, Iterator):
+        begun = list(itertools.islice(images, 1))
+        return _first(begun), itertools.chain(begun, images)
+    return _first(images), images
+
+
+def _first(images: Iterable[Any]) -> Tensor:
+    found = next((batch for batch in _checked(images) if len(batch)), None)
+    if found is None:
+        raise DataError(NO_IMAGES)
+    return found[:1]
 
 
 def divided(batches: Sequence[Tensor], sizes: Sequence[int], holdout: int, *, mirror: bool) -> CalibrationSet:

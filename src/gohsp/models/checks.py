@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MethodType
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from gohsp.errors import UnsupportedModelError
@@ -36,7 +37,10 @@ def require_linear(name: str, module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Another class, or weights that are no ordinary floating-point tensor.
     """
-    if type(module) is not nn.Linear:
+    if type(module) not in (
+        nn.Linear,
+        NonDynamicallyQuantizableLinear,
+    ):  # the latter is one to PyTorch's quantiser alone
         raise UnsupportedModelError(
             f"module '{name}' is a {type(module).__module__}.{type(module).__qualname__}; only a torch.nn.Linear can "
             "be cut. Prune first and quantise, adapt or replace modules afterwards"

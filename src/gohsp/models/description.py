@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gohsp.core.capture import evaluating
+from gohsp.core.capture import evaluating, replaced_forward, taken
 from gohsp.errors import NonFiniteError, UnsupportedModelError
+from gohsp.models import families
 from gohsp.models.checks import require_plain
-from gohsp.models.families import Family, family_of, supported
-from gohsp.structure import PARAMS, Network, Widths
+from gohsp.models.families import SUPPORTED, Family, Reading, class_name
+from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths
 
 WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 """Classes whose forward is not that of the module inside, so that hooks in it may not be called."""
@@ -33,19 +35,17 @@ def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
     """
     what = f"a {type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {supported()}")
+        raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {SUPPORTED}")
     found = _known_blocks(model)
     _require_unwrapped(model, found)
     _require_all_known(model, found)
     if not found:
-        raise UnsupportedModelError(
-            f"{what} has no block that can be pruned{_repeated(model)}; supported: {supported()}"
-        )
+        raise UnsupportedModelError(f"{what} has no block that can be pruned{_repeated(model)}; supported: {SUPPORTED}")
     return found
 
 
 def _known_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
-    known = ((name, module, family_of(module)) for name, module in model.named_modules())
+    known = ((name, module, families.family_of(name, module)) for name, module in model.named_modules())
     return {name: (module, family) for name, module, family in known if family is not None}
 
 
@@ -85,9 +85,8 @@ def _repeated(model: nn.Module) -> str:
 
 
 def _unknown(name: str, module: nn.Module) -> UnsupportedModelError:
-    cls = type(module)
     return UnsupportedModelError(
-        f"module '{name}' is a {cls.__module__}.{cls.__qualname__}, which cannot be pruned; supported: {supported()}"
+        f"module '{name}' is a {class_name(module)}, which cannot be pruned; supported: {SUPPORTED}"
     )
 
 
@@ -99,8 +98,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     modules = list(model.modules())
     channels = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, *DEFAULT_SIZE))[1:]
-    sizes = (getattr(m, "img_size", None) for m in modules)
-    height, width = next((s for s in sizes if isinstance(s, tuple) and len(s) == 2), known)
+    given = (getattr(m, name, None) for m in modules for name in ("img_size", "image_size"))
+    sizes = ((s, s) if type(s) is int else s for s in given)
+    height, width = next((s for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
     return channels, height, width
 
 
@@ -130,47 +130,74 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
     weight = next(model.parameters())
     image = example_image(model) if images is None else images[:1].to(weight.device, weight.dtype)
     seen = _passed_over(model, known, image)
-    sublayers = tuple(
-        sub for name, tokens in seen.tokens.items() for sub in known[name][1].describe(name, known[name][0], tokens)
-    )
+    sublayers: list[Sublayer] = []
+    for name, reading in seen.readings.items():
+        block, family = known[name]
+        found = families.describe(family, name, block, reading)
+        shape, channels = seen.shapes[name], found[0].readout.size
+        if len(shape) not in (3, 4) or shape[-1] != channels:
+            raise UnsupportedModelError(
+                f"block '{name}' is given {shape}, not [images, tokens, channels] or [images, height, width, channels] "
+                f"of {channels} channels"
+            )
+        sublayers += (_held(sub, seen.by_head[name]) for sub in found)
     if not sublayers:
         raise UnsupportedModelError(
             "none of the model's blocks takes part in its forward pass, so nothing can be pruned"
         )
     pruned = sum(PARAMS.sublayer(sub, sub.widths) for sub in sublayers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Network(sublayers=sublayers, fixed_params=total - pruned, fixed_macs=seen.macs)
+    return Network(sublayers=tuple(sublayers), fixed_params=total - pruned, fixed_macs=seen.macs)
+
+
+def _held(sub: Sublayer, by_head: frozenset[int]) -> Sublayer:
+    """An attention keeps all of its heads where what it is called with has an entry for each."""
+    if isinstance(sub, Attention) and sub.widths.heads in by_head:
+        return replace(sub, prunable=sub.prunable - {"head"}, removable=False)
+    return sub
 
 
 @dataclass
 class _Outside:
-    """What a pass that leaves the blocks out tells: tokens that each is given, in order, and the MACs of the rest."""
+    """What a pass that leaves the blocks out tells.
 
-    tokens: dict[str, int] = field(default_factory=dict)
+    Attributes:
+        readings: How each block that runs reads the stream, in the order in which they run.
+        shapes: Of the stream that each block is given.
+        by_head: Sizes that what it is called with has where a tensor has an entry for each head.
+        macs: Multiply-accumulates of the rest.
+    """
+
+    readings: dict[str, Reading] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    by_head: dict[str, frozenset[int]] = field(default_factory=dict)
     macs: int = 0
-    sent: Tensor | None = None
 
 
 def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]], image: Tensor) -> _Outside:
     seen, counter = _Outside(), FlopCounterMode(display=False)
 
-    def pass_over(name: str, stream: Tensor) -> Tensor:
-        if name in seen.tokens:
+    def pass_over(name: str, own_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block, family = blocks[name]
+        stream, call = taken(args, kwargs)
+        if name in seen.readings:
             raise UnsupportedModelError(f"block '{name}' runs more than once for an image, which cannot be pruned")
-        if seen.sent is not None and stream is not seen.sent:
-            raise UnsupportedModelError(
-                f"what block '{name}' reads is not what the block before it returns; models with something between "
-                "their blocks cannot be pruned yet"
-            )
-        if stream.ndim != 3:
-            raise UnsupportedModelError(f"block '{name}' is given {list(stream.shape)}, not [images, tokens, channels]")
-        seen.tokens[name], seen.sent = stream.shape[1], stream
-        return stream
+        seen.shapes[name] = list(stream.shape)
+        tokens = stream.shape[1:-1].numel()
+        reading = Reading(tokens=tokens, keys=tokens)
+        if family.layout.windowed and family.attention is not None:
+            reading = _windows(family, block, stream, lambda x: own_forward(x, *call.args, **call.kwargs))
+        others = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
+        seen.readings[name], seen.by_head[name] = reading, frozenset(x.shape[-3] for x in others) - {1}
+        return (stream, None) if family.layout.returns_tuple else stream
+
+    def passing(name: str, own_forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: pass_over(name, own_forward, args, kwargs)
 
     try:
         with ExitStack() as stack, torch.no_grad(), evaluating(model), _frozen(model):
             for name, (block, _) in blocks.items():
-                stack.enter_context(_replaced_forward(block, lambda x, *_, name=name, **__: pass_over(name, x)))
+                stack.enter_context(replaced_forward(block, passing(name, block.forward)))
             with counter:
                 model(image)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -182,13 +209,28 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
     return seen
 
 
-@contextmanager
-def _replaced_forward(block: nn.Module, forward: Any) -> Iterator[None]:
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
+class _ReadError(BaseException):
+    """Ends a block's forward at its attention; never leaves this module."""
+
+
+def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Tensor], Any]) -> Reading:
+    """How a block cuts the stream into windows, found by sending the tokens' own numbers through it."""
+    branch, read = family.layout.attention, []
+    norm, attention = block.get_submodule(branch.norm), block.get_submodule(branch.module or "")
+    tokens = stream.shape[1:-1].numel()
+    numbers = torch.zeros(1, *stream.shape[1:])  # on the CPU: a model may have no memory at all
+    numbers.view(tokens, -1)[:, 0] = torch.arange(1, tokens + 1)  # 0 is what windows are padded with
+
+    def end(*args: Any, **kwargs: Any) -> Any:
+        read.append(taken(args, kwargs)[0][..., 0])
+        raise _ReadError
+
+    with replaced_forward(norm, lambda x: x), replaced_forward(attention, end), suppress(_ReadError):
+        run(numbers)
+    order = tuple((read[0].flatten().long() - 1).tolist())
+    if sorted(place for place in order if place >= 0) != list(range(tokens)):
+        raise UnsupportedModelError("windows that leave tokens out, or hold some twice, cannot be pruned")
+    return Reading(tokens=tokens, keys=read[0].shape[1:].numel(), order=order)
 
 
 @contextmanager
@@ -211,7 +253,7 @@ def resize(model: nn.Module, widths: Widths) -> None:
     """
     for name, (block, family) in blocks_of(model).items():
         if any(sub.startswith(f"{name}.") for sub in widths):
-            family.resize(name, block, widths)
+            families.resize(family, name, block, widths)
 
 
 def resized(model: nn.Module, widths: Widths) -> nn.Module:
@@ -227,18 +269,23 @@ def plain_attention(*models: nn.Module) -> Iterator[None]:
     with ExitStack() as after:
         for model in models:
             for block, family in _known_blocks(model).values():
-                after.callback(family.set_fused_attention, block, family.set_fused_attention(block, False))
+                before = families.set_fused_attention(family, block, False)
+                after.callback(families.set_fused_attention, family, block, before)
         yield
 
 
 def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """A copy to prune: float32, in evaluation mode, no weight frozen, one output for all heads of a distilled model.
 
+    Attention whose inside cannot be watched (``nn.MultiheadAttention``) becomes our own, with the same weights.
+
     Raises:
         UnsupportedModelError: The model cannot be described, and so neither be pruned.
     """
     describe(model, images)  # refused before the copy: not everything that is refused can be copied
     copied = copy.deepcopy(model).float().requires_grad_().eval()
+    for block, family in _known_blocks(copied).values():
+        families.opened(family, block)
     for module in copied.modules():
         if getattr(module, "distilled_training", False):  # in training it would return the logits of both heads apart
             module.set_distilled_training(False)  # type: ignore[operator]

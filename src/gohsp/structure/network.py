@@ -100,7 +100,7 @@ class Attention:
         block: Name of the block that holds it, whose input and output are the residual stream.
         norm: Name of the norm that reads the stream for this sub-layer alone, or None.
         widths: Present widths.
-        tokens: Tokens per image, prefix tokens counted in.
+        tokens: Rows per image that it reads: tokens, prefix tokens too, or those of all windows with their padding.
         keys: Keys that a query sees: all tokens, or those of a window.
         overhead: Parameters that are there as long as any unit is: norms, the readout's bias, LayerScale.
         prunable: Kinds that may be cut here.
@@ -113,6 +113,8 @@ class Attention:
         query_norm: Name of the norm on queries, or None.
         key_norm: Name of the norm on keys, or None.
         owned: Slices of which head ``h`` owns entry ``h`` as a whole, such as columns of a position-bias table.
+        order: The token of the stream in each row that it reads, window after window, -1 of padding; None where the
+            rows are the tokens as they come.
         readout: The output projection.
     """
 
@@ -133,6 +135,7 @@ class Attention:
     query_norm: str | None = None
     key_norm: str | None = None
     owned: tuple[UnitSlice, ...] = ()
+    order: tuple[int, ...] | None = None
     readout: Readout
 
     def slices(self, kind: Kind) -> tuple[UnitSlice, ...]:

@@ -296,9 +296,9 @@ def test_attention_maps_of_few_images_live_at_a_time(
     living: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def watched(model: nn.Module, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    def watched(model: nn.Module, block: Any, x: Tensor, call: Any, tokens: Tensor) -> Tensor:
         nonlocal most
-        maps = real(model, block, x, tokens)
+        maps = real(model, block, x, call, tokens)
         living.append(weakref.ref(maps))
         most = max(most, sum(held.shape[0] * held.shape[1] for ref in living if (held := ref()) is not None))
         return maps
@@ -345,9 +345,9 @@ def test_attention_rows_are_made_in_the_precision_asked_for(
 ) -> None:
     seen: list[torch.dtype] = []
 
-    def watched(model: nn.Module, block: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    def watched(model: nn.Module, block: Any, x: Tensor, call: Any, tokens: Tensor) -> Tensor:
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        rows = real(model, block, x, tokens)
+        rows = real(model, block, x, call, tokens)
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=0, atol=1e-5)  # no bf16 in between
         return rows
@@ -466,15 +466,20 @@ def test_gradient_statistics_need_gradients(make_model: MakeModel, images: Tenso
     assert collect(model, [images], objective=features(), wanted=["contribution"]).images == 32
 
 
-def test_attentions_that_differ_in_tokens_share_no_graph(model: nn.Module, images: Tensor) -> None:
-    """As where a network halves its tokens on the way; each attention alone can still be ranked."""
+@pytest.mark.parametrize("edge", EDGES)
+def test_attentions_that_see_other_numbers_of_tokens_have_a_graph_of_their_own(
+    model: nn.Module, images: Tensor, edge: Edge
+) -> None:
+    """As where a network merges tokens on its way."""
     network = describe(model)
-    _, second = network.attentions
+    first, second = network.attentions
     (passed,) = differentiated(model, network, classification(), [images], draws=0)
     fewer = replace(passed, inputs={**passed.inputs, second.name: passed.inputs[second.name][:, :3]})
-    HeadStatisticsFitter(model, network, scope="layer", edge="jsd", wanted=()).update(fewer)
-    with pytest.raises(UnsupportedModelError, match=r"which here see \[3, 5\] tokens; use scope 'layer'"):
-        HeadStatisticsFitter(model, network, scope="global", edge="jsd", wanted=()).update(fewer)
+    halved = replace(network, sublayers=(first, replace(second, tokens=3, keys=3)))
+    for scope, alone in (("layer", network), ("global", halved)):
+        fitter = HeadStatisticsFitter(model, alone, scope=scope, edge=edge, wanted=())  # type: ignore[arg-type]
+        fitter.update(fewer if edge in ("jsd", "kl", "similarity") else passed)
+        assert [len(edges) for edges in fitter.statistics.edges] == [HEADS, HEADS]
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -151,9 +151,7 @@ def rank(statistics: HeadStatistics, values: Tensor, settings: RankingSettings) 
         stationary_distribution(P, damping=settings.damping, teleport=part if part.any() else None, tolerance=TOLERANCE)
         for P, part in zip(transitions, graphs, strict=True)
     ]
-    places = (
-        ["the graph of all heads"] if settings.scope == "global" else [f"the graph of '{n}'" for n in statistics.heads]
-    )
+    places = [_place(names, whole=len(names) == len(statistics.heads)) for names in _graphs(statistics)]
     for where, edges, chain in zip(places, statistics.edges, solved, strict=True):
         notes += _chain_notes(where, edges, chain, settings)
     return _ranking(
@@ -214,6 +212,31 @@ def _chain_notes(where: str, edges: Tensor, chain: StationaryDistribution, setti
     return notes
 
 
+def _graphs(statistics: HeadStatistics) -> list[list[str]]:
+    """The attentions of each graph."""
+    names, graphs = list(statistics.heads), []
+    for edges in statistics.edges:
+        graph, nodes = [], 0
+        while nodes < len(edges):
+            graph.append(names.pop(0))
+            nodes += statistics.heads[graph[-1]]
+        graphs.append(graph)
+    return graphs
+
+
+def _place(names: Sequence[str], *, whole: bool) -> str:
+    """How a note calls the graph of some attentions."""
+    if len(names) == 1:
+        return f"the graph of '{names[0]}'"
+    return "the graph of all heads" if whole else f"the graph of '{names[0]}' to '{names[-1]}'"
+
+
+def _diagonal(matrix: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The blocks on the diagonal."""
+    ends = list(accumulate(sizes))
+    return [matrix[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
 def _ranking(
     statistics: HeadStatistics,
     scores: Tensor,
@@ -226,9 +249,11 @@ def _ranking(
 ) -> HeadRanking:
     heads = statistics.heads
     if settings.scope == "global":
-        ends = list(accumulate(heads.values()))
-        nodes = [slice(end - count, end) for end, count in zip(ends, heads.values(), strict=True)]
-        transitions = [transition_matrix(transitions[0][s, s]) for s in nodes]
+        transitions = [
+            transition_matrix(part)
+            for names, matrix in zip(_graphs(statistics), transitions, strict=True)
+            for part in _diagonal(matrix, [heads[name] for name in names])
+        ]
     return HeadRanking(
         scores={name: tuple(of.tolist()) for name, of in zip(heads, scores.split(list(heads.values())), strict=True)},
         transition={name: tuple(map(tuple, of.tolist())) for name, of in zip(heads, transitions, strict=True)},

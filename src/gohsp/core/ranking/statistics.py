@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.capture import attention_rows, autocast, readout_gain, require_finite, units
+from gohsp.core.capture import Call, attention_rows, autocast, readout_gain, require_finite, units
 from gohsp.core.gradients import Gradients
 from gohsp.errors import DataError, UnsupportedModelError
 from gohsp.structure import Attention, Network
@@ -50,8 +51,9 @@ class HeadStatistics:
     Attributes:
         heads: Heads of each attention, by its name.
         images: Images seen.
-        edges: Edge weights ``[nodes, nodes]`` of each graph, 0 on the diagonal: one graph over all heads
-            (scope ``global``) or one an attention (scope ``layer``). Attention rows are compared in every fourth image.
+        edges: Edge weights ``[nodes, nodes]`` of each graph, 0 on the diagonal: one over all heads that see equally
+            many tokens (scope ``global``) or one an attention (scope ``layer``). Attention rows are compared in every
+            fourth image.
         contribution: Root mean squared norm ``[nodes]`` of what a head adds to the residual stream, centred
             over images and tokens. None, as the following, where it was not asked for.
         fisher: Second-order estimate ``[nodes]``, in nats, of what zeroing a head costs: ``E[a^2] / 2``, with ``a`` the
@@ -82,7 +84,7 @@ class HeadStatisticsFitter:
     Args:
         model: The model that the passes run through.
         network: Its description.
-        scope: Heads that share a graph: those of an attention, or all.
+        scope: Heads that share a graph: those of an attention, or all that see equally many tokens.
         edge: Edge weight; see :func:`attention_divergence` and :func:`output_distance`.
         wanted: What to gather beside the edges. All but ``contribution`` need gradients.
         precision: Data type of the logits of attention; below float32 by autocast. Probabilities and sums stay wider.
@@ -101,7 +103,7 @@ class HeadStatisticsFitter:
         self._model, self._subs, self._edge, self._precision = model, network.attentions, edge, precision
         self._wanted = wanted = wanted if self._subs else ()  # where no head is left, images tell nothing of any
         count = range(len(self._subs))
-        self._graphs = [list(count)] if scope == "global" else [[i] for i in count]
+        self._graphs = _alike(self._subs) if scope == "global" else [[i] for i in count]
         heads = [sub.widths.heads for sub in self._subs]
         widths = [sub.widths.heads * sub.widths.vo for sub in self._subs]
         self._images = 0
@@ -113,7 +115,7 @@ class HeadStatisticsFitter:
         if edge not in _OUTPUT_EDGES:
             self._divergence = [_zeros(*2 * [sum(heads[i] for i in graph)]) for graph in self._graphs]
         elif scope == "global":
-            self._joint_moments = [_Moments(sum(widths))]
+            self._joint_moments = [_Moments(sum(widths[i] for i in graph)) for graph in self._graphs]
         else:
             self._joint_moments = self._moments
         self._slope, self._square = _zeros(sum(heads)), _zeros(sum(heads))
@@ -140,16 +142,23 @@ class HeadStatisticsFitter:
         for moments, z in zip(self._moments, flat, strict=False):
             moments.update(z)
         if self._edge not in _OUTPUT_EDGES:
-            self._compare([gradients.inputs[sub.name] for sub in self._subs])
+            self._compare(gradients)
         elif self._joint_moments is not self._moments:
-            self._joint_moments[0].update(torch.cat(flat, dim=1))
+            for moments, graph in zip(self._joint_moments, self._graphs, strict=True):
+                moments.update(torch.cat([flat[i] for i in graph], dim=1))
         if any(name in GRADIENT_STATISTICS for name in self._wanted):
             self._add_gradients(gradients)
 
-    def _compare(self, inputs: Sequence[Tensor]) -> None:
-        few = [x[-self._images % _EVERY :: _EVERY].float() for x in inputs]  # the same whatever the batches
-        for i, graph in enumerate(self._graphs if len(few[0]) else ()):
-            maps = self._attention(graph, few)
+    def _compare(self, gradients: Gradients) -> None:
+        few = slice(-self._images % _EVERY, None, _EVERY)  # the same images whatever the batches
+        if not range(gradients.images)[few]:
+            return
+        inputs = [
+            x.unflatten(0, (gradients.images, -1))[few].flatten(0, 1).float()
+            for x in (gradients.inputs[sub.name] for sub in self._subs)
+        ]
+        for i, graph in enumerate(self._graphs):
+            maps = self._attention(graph, inputs, [gradients.calls[sub.name] for sub in self._subs])
             self._divergence[i] += attention_divergence(maps, self._edge)
             self._compared[i] += len(maps) * maps.shape[2]
 
@@ -175,18 +184,12 @@ class HeadStatisticsFitter:
                 self._slope += change.sum(dim=0).cpu()
             self._square += change.square().sum(dim=0).cpu() / len(sides)
 
-    def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
+    def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor], calls: Sequence[Call]) -> Tensor:
         """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32, at a draw of queries."""
-        tokens = {inputs[i].shape[1] for i in graph}
-        if len(tokens) > 1:
-            raise UnsupportedModelError(
-                f"scope 'global' compares heads of all attentions, which here see {sorted(tokens)} tokens; "
-                "use scope 'layer'"
-            )
         first = inputs[graph[0]]
         queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
         with autocast(first.device, self._precision):
-            maps = [attention_rows(self._model, self._subs[i], inputs[i], queries) for i in graph]
+            maps = [attention_rows(self._model, self._subs[i], inputs[i], calls[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             require_finite(f"the attention map of module '{self._subs[i].name}'", rows)
         return torch.cat(maps, dim=1)
@@ -231,6 +234,12 @@ class HeadStatisticsFitter:
             residuals = residual_covariances(moments.covariance, len(gradients))
             scores.append((gradients * residuals).sum(dim=(1, 2)) / (2 * self._images))
         return torch.cat(scores)
+
+
+def _alike(subs: Sequence[Attention]) -> list[list[int]]:
+    """Neighbouring attentions in groups whose heads can be compared row by row: those that see equally many tokens."""
+    grouped = groupby(range(len(subs)), key=lambda i: (subs[i].tokens, subs[i].keys))
+    return [list(group) for _, group in grouped] or [[]]
 
 
 def attention_divergence(maps: Tensor, edge: Edge) -> Tensor:

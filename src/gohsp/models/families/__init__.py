@@ -1,43 +1,67 @@
-"""Families of block classes: how each is described, and rebuilt at other widths.
+"""Families of block classes, each a file of data: where a class keeps what can be cut.
 
-A family is a module with the functions of :class:`Family`. A block is told by the name of its class, so that no library
-is imported in order to recognise one.
+A block is told by the name of its class, so that no library is imported in order to recognise one. Classes of one's own
+are made known by :func:`register`.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from typing import Any, Protocol, cast
-
 from torch import nn
 
-from gohsp.structure import Sublayer, Widths
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps
+from gohsp.models.families import layout, timm, torch, transformers
+from gohsp.models.families.layout import (
+    SUPPORTED,
+    Branch,
+    Family,
+    FfnLayout,
+    Known,
+    Layout,
+    Reading,
+    class_name,
+    describe,
+    opened,
+    resize,
+    set_fused_attention,
+)
+
+__all__ = [
+    "SUPPORTED",
+    "Attended",
+    "AttentionLayout",
+    "AttentionMaps",
+    "Branch",
+    "Family",
+    "FfnLayout",
+    "Known",
+    "Layout",
+    "Reading",
+    "class_name",
+    "describe",
+    "family_of",
+    "opened",
+    "register",
+    "resize",
+    "set_fused_attention",
+]
+
+_known = timm.KNOWN | transformers.KNOWN | torch.KNOWN
 
 
-class Family(Protocol):
-    """What a family's module offers."""
+def register(known: Known) -> None:
+    """Make classes known, for as long as the process runs; those of a name that was known are known anew.
 
-    NAME: str
-    SUPPORTED: str
-
-    def describe(self, name: str, block: nn.Module, tokens: int) -> tuple[Sublayer, ...]: ...  # noqa: D102
-    def resize(self, name: str, block: nn.Module, widths: Widths) -> None: ...  # noqa: D102
-    def set_fused_attention(self, block: nn.Module, fused: bool) -> bool: ...  # noqa: D102
-
-
-FAMILIES: Mapping[str, str] = {"timm.models.vision_transformer.Block": "timm_vit"}
-"""The module here that knows a block, by the full name of the block's class."""
+    Args:
+        known: Layouts of classes, by their full names.
+    """
+    global _known
+    _known |= known
 
 
-def family_of(module: nn.Module) -> Family | None:
-    """The family of a block; None of any other module."""
-    cls: Any = type(module)
-    name = FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}")
-    return None if name is None else cast(Family, importlib.import_module(f"{__name__}.{name}"))
+def family_of(name: str, block: nn.Module) -> Family | None:
+    """How a block is made; None of a class that is not known.
 
-
-def supported() -> str:
-    """What can be pruned, in words."""
-    modules = (importlib.import_module(f"{__name__}.{name}") for name in dict.fromkeys(FAMILIES.values()))
-    return "; ".join(module.SUPPORTED for module in modules)
+    Raises:
+        UnsupportedModelError: The class is known, but a module in this block is of a class that is not.
+    """
+    return layout.family_in(_known, name, block)

@@ -1,0 +1,73 @@
+"""PyTorch's own encoder layers, and blocks around ``nn.MultiheadAttention``: torchvision's and open_clip's.
+
+That attention computes with its weights in one packed call, in which nothing can be watched, so ours takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place
+from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+
+
+def masked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
+    """Masks in PyTorch's words, where True shuts a key off."""
+    bias = None
+    for mask, shape in ((given.get("attn_mask"), None), (given.get("key_padding_mask"), (len(q), 1, 1, -1))):
+        if mask is not None:
+            mask = torch.where(mask, -torch.inf, 0.0).to(q) if mask.dtype == torch.bool else mask
+            mask = mask if shape is None else mask.view(shape)
+            bias = mask if bias is None else bias + mask
+    return Attended(q, k, bias)
+
+
+PACKED: Place = ("in_proj_weight", "in_proj_bias")
+ATTENTIONS = {
+    "torch.nn.modules.activation.MultiheadAttention": (
+        AttentionLayout(
+            maps=AttentionMaps(query=PACKED, key=PACKED, value=PACKED, readout="out_proj"),
+            scale=None,
+            position=masked,
+            dropout="dropout",
+            returns_pair=True,
+            opaque=True,
+            required={"batch_first": True, "bias_k": None, "bias_v": None, "add_zero_attn": False},
+            sets={"batch_first": True, "_qkv_same_embed_dim": False},  # so that no fused path passes it by
+        ),
+    ),
+}
+
+FFNS = {
+    "torchvision.models.vision_transformer.MLPBlock": (FfnLayout(inputs=("0",), readout="3"),),
+    "torchvision.ops.misc.MLP": (FfnLayout(inputs=("0",), readout="3"),),
+    "torch.nn.modules.container.Sequential": (FfnLayout(inputs=("c_fc",), readout="c_proj"),),
+}
+
+BLOCKS = {
+    "torchvision.models.vision_transformer.EncoderBlock": (
+        Layout(
+            attention=Branch(module="self_attention", norm="ln_1"),
+            ffn=Branch(module="mlp", norm="ln_2"),
+        ),
+    ),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": (
+        Layout(
+            attention=Branch(module="self_attn", norm="norm1"),
+            ffn=Branch(module=None, norm="norm2", layout=FfnLayout(inputs=("linear1",), readout="linear2")),
+            required={"norm_first": True},
+        ),
+    ),
+    "open_clip.transformer.ResidualAttentionBlock": (
+        Layout(
+            attention=Branch(module="attn", norm="ln_1", gain="ls_1.gamma"),
+            ffn=Branch(module="mlp", norm="ln_2", gain="ls_2.gamma"),
+        ),
+    ),
+}
+
+KNOWN = Known(BLOCKS, ATTENTIONS, FFNS)

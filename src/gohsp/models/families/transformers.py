@@ -1,0 +1,131 @@
+"""Blocks of Hugging Face transformers: ViT and its kin, DINOv2, DINOv3, CLIP, SigLIP, BEiT, Swin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place
+from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+
+
+def rotary(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
+    """Queries and keys turned by their tokens' positions, those of prefix tokens left as they are."""
+    cos, sin = given["position_embeddings"]
+
+    def turned(x: Tensor) -> Tensor:
+        prefix, patches = x.split((x.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
+        first, second = patches.chunk(2, dim=-1)
+        return torch.cat((prefix, patches * cos + torch.cat((-second, first), dim=-1) * sin), dim=-2)
+
+    return Attended(turned(q), turned(k), given.get("attention_mask", args[0] if args else None))
+
+
+def windows(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
+    """A learnt number for each head and distance; in shifted windows only neighbours see each other (Swin)."""
+    bias, mask = attn.relative_position_bias(), given.get("attention_mask", args[0] if args else None)
+    if mask is not None:
+        bias = bias + mask[:, None].repeat(len(q) // len(mask), 1, 1, 1)
+    return Attended(q, k, bias)
+
+
+def _attention(readout: str, scale: str, heads: str, **more: Any) -> AttentionLayout:
+    """Maps apart, as all of the library's attentions have them since 2026."""
+    places: dict[str, Place] = {x: (f"{x[0]}_proj.weight", f"{x[0]}_proj.bias") for x in ("query", "key", "value")}
+    return AttentionLayout(
+        maps=AttentionMaps(**places, readout=readout),
+        heads=heads,
+        scale=scale,
+        returns_pair=True,
+        native={heads: "heads", "head_dim": "width", scale: "scale"},
+        **more,
+    )
+
+
+VIT = _attention("o_proj", "scaling", "num_attention_heads", dropout="attention_dropout")
+CLIP = _attention("out_proj", "scale", "num_heads", dropout="dropout")
+DINOV3 = _attention("o_proj", "scaling", "num_heads", dropout="dropout", position=rotary, held=frozenset({"qk"}))
+SWIN = _attention(
+    "o_proj",
+    "scaling",
+    "num_attention_heads",
+    dropout="attention_dropout",
+    owned={"relative_position_bias.relative_position_bias_table": 1},
+    position=windows,
+)
+
+MLP = FfnLayout(inputs=("fc1",), readout="fc2")
+GATED = FfnLayout(inputs=("gate_proj", "up_proj"), readout="down_proj")
+UP_DOWN = FfnLayout(inputs=("up_proj",), readout="down_proj")
+
+LAYERS = {
+    "ViTLayer": "vit",
+    "DeiTLayer": "deit",
+    "IJepaLayer": "ijepa",
+    "ViTMSNLayer": "vit_msn",
+    "BeitLayer": "beit",
+    "Dinov2Layer": "dinov2",
+    "Dinov2WithRegistersLayer": "dinov2_with_registers",
+    "DINOv3ViTLayer": "dinov3_vit",
+    "CLIPEncoderLayer": "clip",
+    "SiglipEncoderLayer": "siglip",
+    "Siglip2EncoderLayer": "siglip2",
+    "SwinLayer": "swin",
+}
+"""Where the library keeps a class of blocks."""
+
+
+def _tail(layer: str) -> str:
+    return "Encoder" if layer.endswith("EncoderLayer") else ""
+
+
+def _name(layer: str, part: str) -> str:
+    """Full name of the class that is a layer's ``part``."""
+    folder = LAYERS[layer]
+    prefix = layer.removesuffix("Layer").removesuffix("Encoder")
+    return f"transformers.models.{folder}.modeling_{folder}.{prefix}{part}"
+
+
+def _block(
+    norms: tuple[str, str],
+    gains: tuple[str | None, str | None] = (None, None),
+    attention: str = "attention",
+    owned: Mapping[str, int] | None = None,
+    **more: Any,
+) -> Layout:
+    return Layout(
+        attention=Branch(module=attention, norm=norms[0], gain=gains[0], owned=owned or {}),
+        ffn=Branch(module="mlp", norm=norms[1], gain=gains[1]),
+        **more,
+    )
+
+
+BEFORE_AFTER, NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
+SCALED = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+VIT_BLOCK = _block(BEFORE_AFTER)
+BEIT_BLOCK = _block(
+    BEFORE_AFTER, ("lambda_1", "lambda_2"), owned={"relative_position_bias.relative_position_bias_table": 1}
+)
+DINO_BLOCK = _block(NUMBERED, SCALED)
+CLIP_BLOCK = _block(("layer_norm1", "layer_norm2"), attention="self_attn")
+SWIN_BLOCK = _block(BEFORE_AFTER, windowed=True, returns_tuple=True)
+
+KINDS: dict[str, tuple[Layout, AttentionLayout]] = {
+    **dict.fromkeys(("ViTLayer", "DeiTLayer", "IJepaLayer", "ViTMSNLayer"), (VIT_BLOCK, VIT)),
+    "BeitLayer": (BEIT_BLOCK, VIT),
+    **dict.fromkeys(("Dinov2Layer", "Dinov2WithRegistersLayer"), (DINO_BLOCK, VIT)),
+    "DINOv3ViTLayer": (DINO_BLOCK, DINOV3),
+    **dict.fromkeys(("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"), (CLIP_BLOCK, CLIP)),
+    "SwinLayer": (SWIN_BLOCK, SWIN),
+}
+
+KNOWN = Known(
+    blocks={_name(layer, f"{_tail(layer)}Layer"): (block,) for layer, (block, _) in KINDS.items()},
+    attentions={_name(layer, "Attention"): (attention,) for layer, (_, attention) in KINDS.items()},
+    ffns={_name(layer, "MLP"): (UP_DOWN if layer == "DINOv3ViTLayer" else MLP,) for layer in KINDS}
+    | {_name(layer, "SwiGLUFFN"): (GATED,) for layer in ("Dinov2Layer", "Dinov2WithRegistersLayer")}
+    | {_name("DINOv3ViTLayer", "GatedMLP"): (GATED,)},
+)

@@ -1,0 +1,210 @@
+"""One contract for the families of ``zoo``: what any model that enters must allow, from description to reload."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, images_for, made
+
+import gohsp
+from gohsp import AdmmSettings, Config, admm
+from gohsp.core.capture import Call, attention_rows, open_trunk, rows_of, taken
+from gohsp.core.objective import tensor_in
+from gohsp.models import EQUALITY_TOLERANCE, compact, describe, relative_difference, working_copy
+from gohsp.structure import (
+    FIELDS,
+    PARAMS,
+    Attention,
+    AttentionKept,
+    FfnKept,
+    Kind,
+    Network,
+    SublayerKept,
+    cost_of,
+    count_params,
+    kept_widths,
+)
+
+NARROW: dict[Kind, int] = {"head": 1, "qk": 3, "vo": 5, "ffn": 17}
+CUTS: dict[str, tuple[Kind, ...]] = {**{kind: (kind,) for kind in NARROW}, "all": tuple(NARROW)}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A family's model, the copy that is pruned, and what they are made of."""
+
+    name: str
+    model: nn.Module
+    opened: nn.Module
+    network: Network
+    images: Tensor
+
+
+@pytest.fixture(scope="module")
+def of() -> Callable[[str], Described]:
+    @cache
+    def get(name: str) -> Described:
+        needs = ZOO[name].needs
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            pytest.skip(f"{needs} is not installed")
+        model, images = made(name), images_for(name)
+        return Described(name, model, working_copy(model, images), describe(model, images), images)
+
+    return get
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def family(request: pytest.FixtureRequest, of: Callable[[str], Described]) -> Described:
+    return of(request.param)
+
+
+def drawn(network: Network, kinds: tuple[Kind, ...], seed: int) -> dict[str, SublayerKept]:
+    """A random cut of some kinds to odd widths, where they may be cut."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(have: int, kind: Kind, sub: Any) -> tuple[int, ...]:
+        want = min(NARROW[kind], have) if kind in kinds and kind in sub.prunable else have
+        return tuple(sorted(torch.randperm(have, generator=generator)[:want].tolist()))
+
+    kept: dict[str, SublayerKept] = {}
+    for sub in network.present:
+        if isinstance(sub, Attention):
+            heads = pick(sub.widths.heads, "head", sub)
+            qk, vo = (tuple(pick(getattr(sub.widths, FIELDS[kind]), kind, sub) for _ in heads) for kind in ("qk", "vo"))
+            kept[sub.name] = AttentionKept(heads=heads, qk=qk, vo=vo)
+        else:
+            kept[sub.name] = FfnKept(units=pick(sub.widths.units, "ffn", sub))
+    return kept
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_it_is_described_whole(family: Described) -> None:
+    network = family.network
+    assert count_params(network) == parameters(family.model)
+    assert all(
+        sub.prunable == ({"head", "qk", "vo"} if isinstance(sub, Attention) else {"ffn"}) - ZOO[family.name].held
+        for sub in network.present
+    )
+    assert describe(family.opened, family.images) == network
+    assert relative_difference(family.model, family.opened, family.images, output=tensor_in) <= EQUALITY_TOLERANCE
+
+
+def test_blocks_run_alone_are_the_models_own(family: Described) -> None:
+    trunk, left = open_trunk(family.opened, family.network, family.images), []
+    hooks = [
+        trunk.block(i).register_forward_hook(lambda _m, _a, out: left.append(out[0] if isinstance(out, tuple) else out))
+        for i in range(len(trunk.blocks))
+    ]
+    with torch.no_grad():
+        family.opened(family.images)
+        for hook in hooks:
+            hook.remove()
+        x = trunk.enter(family.images)
+        for i, expected in enumerate(left):
+            x = trunk.run(i, trunk.onto(i, x))
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_seen_as_it_is(family: Described) -> None:
+    """With the readout's input as reference: rows of probabilities times values."""
+    for sub in family.network.attentions:
+        model, heads = family.opened, sub.widths.heads
+        x, call, read = watched(model, sub, family.images)
+        with torch.no_grad():
+            rows = attention_rows(model, sub, x, call)
+            some = attention_rows(model, sub, x, call, torch.tensor([2, 0]))
+            values = nn.functional.linear(x, *rows_of(model, sub.value, heads * sub.widths.vo))
+            expected = (rows @ values.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        assert rows.shape == (len(x), heads, sub.keys, sub.keys)
+        torch.testing.assert_close(some, rows[:, :, [2, 0]], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(read.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+def watched(model: nn.Module, sub: Attention, images: Tensor) -> tuple[Tensor, Call, Tensor]:
+    """What an attention is given, and what its readout reads."""
+    given: list[tuple[Tensor, Call]] = []
+    read: list[Tensor] = []
+    hooks = [
+        model.get_submodule(sub.name).register_forward_pre_hook(
+            lambda _module, args, kwargs: given.append(taken(args, kwargs)), with_kwargs=True
+        ),
+        model.get_submodule(sub.readout.module).register_forward_pre_hook(lambda _module, args: read.append(args[0])),
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return *given[0], read[0]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_model_computes_what_the_masked_one_does(family: Described, cut: str) -> None:
+    network, kept = family.network, drawn(family.network, CUTS[cut], seed=7)
+    if kept_widths(kept) == network.widths:
+        pytest.skip("this family holds that kind")
+    before = copy.deepcopy(family.opened.state_dict())
+    compaction = compact(family.opened, kept, family.images)  # which masks, and compares
+    assert compaction.max_relative_difference <= EQUALITY_TOLERANCE
+    assert relative_difference(family.model, compaction.model, family.images, output=tensor_in) > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in family.opened.state_dict().items())
+    after = describe(compaction.model, family.images)
+    assert after.widths == kept_widths(kept)
+    assert count_params(after) == parameters(compaction.model) == cost_of(network, kept_widths(kept), PARAMS)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_it_goes_the_whole_way(
+    name: str, of: Callable[[str], Described], tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pruned by one call, its dense twin cut on loading, pruned once more."""
+    family, images = of(name), list(images_for(name, 24).split(8))
+    caplog.set_level(logging.CRITICAL)  # of few images that the repair is singular is known
+    before = copy.deepcopy(family.model.state_dict())
+    config = Config()
+    config = replace(config, heal=replace(config.heal, epochs=1), ranking=replace(config.ranking, method="chain"))
+    pruned = gohsp.prune(family.model, images, ZOO[name].budget, config=config)
+    assert all(torch.equal(value, before[key]) for key, value in family.model.state_dict().items())
+    limit = parameters(family.model) * (1 + float(ZOO[name].budget[7:-1]) / 100)
+    assert 0.95 * limit <= parameters(pruned.model) <= limit
+    assert set(pruned.ranking.scores) == {sub.name for sub in family.network.attentions}
+    assert type(pruned.model) is type(family.model)
+    returned = pruned.model(family.images)
+    assert type(returned) is type(family.model(family.images))
+
+    gohsp.save(pruned.model, tmp_path / "small", own=True)
+    again = gohsp.load(tmp_path / "small", into=made(name))
+    with torch.no_grad():
+        torch.testing.assert_close(tensor_in(again(family.images)), tensor_in(returned), rtol=0, atol=1e-6)
+    smaller = gohsp.prune(again, images, "params=-4%", config=Config())
+    assert parameters(smaller.model) <= 0.96 * parameters(pruned.model)
+
+
+def test_admm_pulls_it_to_the_sparsity_set(family: Described) -> None:
+    network, work = family.network, copy.deepcopy(family.opened)
+    widths: Mapping[str, Any] = kept_widths(drawn(network, ("vo", "ffn"), seed=3))
+    moments = gohsp.collect_moments(work, network, [family.images])
+    settings = AdmmSettings(interval=1, rho_start=0.05, rho_end=0.5)
+    state = admm.start(work, network, widths, moments, None, settings)
+    optimizer = torch.optim.AdamW(work.parameters(), lr=1e-3)
+    for step in (1, 2):
+        tensor_in(work(family.images)).square().mean().backward()
+        admm.add_penalty_gradients(state)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = admm.after_step(state, progress=step / 2)
+    assert state.trace[1].primal < state.trace[0].primal
+    kept = admm.finish(state)
+    assert kept_widths(kept) == widths
+    assert compact(work, kept, family.images).max_relative_difference <= EQUALITY_TOLERANCE

@@ -1,0 +1,142 @@
+"""Tiny models of every family, with random weights; nothing of them comes from the network."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+
+SIDE = 32
+SMALL = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 2, "num_classes": 5}
+HF = {
+    "image_size": SIDE,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "mlp_ratio": 2.0}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A family's model.
+
+    Attributes:
+        make: Makes it.
+        held: Kinds of unit that must stay.
+        budget: One that it can meet.
+        side: Height and width of its images.
+        needs: A package that it is skipped without.
+    """
+
+    make: Callable[[], nn.Module]
+    held: frozenset[str] = frozenset()
+    budget: str = "params=-15%"
+    side: int = SIDE
+    needs: str | None = None
+
+
+def of_timm(name: str, *held: str, **arguments: Any) -> Entry:
+    side = arguments.pop("side", SIDE)
+    budget = arguments.pop("budget", "params=-15%")
+    given = {**SMALL, "mlp_ratio": 1.5, **arguments}
+    given = {key: value for key, value in given.items() if value is not None}
+    return Entry(lambda: timm.create_model(name, **given), frozenset(held), budget, side)
+
+
+def of_transformers(config: str, model: str, *held: str, **arguments: Any) -> Entry:
+    given = arguments if config == "SwinConfig" else {**HF, **arguments}
+    side = given["image_size"]
+
+    def make() -> nn.Module:
+        transformers: Any = importlib.import_module("transformers")
+        return getattr(transformers, model)(getattr(transformers, config)(**given))
+
+    return Entry(make, frozenset(held), side=side, needs="transformers")
+
+
+class Encoder(nn.Module):
+    """PyTorch's own layers in a module of somebody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True)
+        self.patch, self.head, self.num_classes = nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5), 5
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patch(images).flatten(2).mT).mean(1))
+
+
+def torchvision_vit() -> nn.Module:
+    return TorchvisionViT(SIDE, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5)
+
+
+ZOO: dict[str, Entry] = {
+    "timm eva02": of_timm("eva02_tiny_patch14_224", "qk"),
+    "timm eva": of_timm("eva_giant_patch14_224", "qk"),
+    "timm dinov3": of_timm("vit_small_patch16_dinov3", "qk"),
+    "timm rope": of_timm("vit_small_patch16_rope_224", "qk"),
+    "timm rope mixed": of_timm("vit_small_patch16_rope_mixed_224", "qk", "head", budget="params=-8%"),
+    "timm perception": of_timm("vit_pe_core_tiny_patch16_384", "qk"),
+    "timm beit": of_timm("beit_base_patch16_224"),
+    "timm relpos": of_timm("vit_relpos_small_patch16_224"),
+    "timm relpos cls": of_timm("vit_relpos_medium_patch16_cls_224"),
+    "timm relpos shared": of_timm("vit_srelpos_small_patch16_224", "head", budget="params=-8%"),
+    "timm naflex": of_timm("naflexvit_base_patch16_gap", img_size=None),
+    "timm swin": of_timm("swin_tiny_patch4_window7_224", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
+    "timm swin padded": of_timm("swin_tiny_patch4_window7_224", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
+    "transformers vit": of_transformers("ViTConfig", "ViTForImageClassification", num_labels=5),
+    "transformers deit": of_transformers("DeiTConfig", "DeiTForImageClassification", num_labels=5),
+    "transformers ijepa": of_transformers("IJepaConfig", "IJepaModel"),
+    "transformers msn": of_transformers("ViTMSNConfig", "ViTMSNModel"),
+    "transformers dinov2": of_transformers("Dinov2Config", "Dinov2Model", mlp_ratio=2),
+    "transformers dinov2 swiglu": of_transformers("Dinov2Config", "Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
+    "transformers dinov2 registers": of_transformers(
+        "Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", mlp_ratio=2, num_labels=5
+    ),
+    "transformers dinov3": of_transformers("DINOv3ViTConfig", "DINOv3ViTModel", "qk", num_register_tokens=2),
+    "transformers dinov3 gated": of_transformers("DINOv3ViTConfig", "DINOv3ViTModel", "qk", use_gated_mlp=True),
+    "transformers clip": of_transformers("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
+    "transformers siglip": of_transformers("SiglipVisionConfig", "SiglipVisionModel"),
+    "transformers beit": of_transformers(
+        "BeitConfig", "BeitForImageClassification", use_relative_position_bias=True, num_labels=5
+    ),
+    "transformers swin": of_transformers(
+        "SwinConfig",
+        "SwinForImageClassification",
+        image_size=64,
+        patch_size=4,
+        num_labels=5,
+        **{**SWIN, "depths": [2, 2], "num_heads": [2, 4]},
+    ),
+    "torchvision vit": Entry(torchvision_vit),
+    "torch encoder layer": Entry(Encoder),
+}
+
+
+def made(name: str) -> nn.Module:
+    """A family's model, all of its weights alive."""
+    torch.manual_seed(0)
+    model, generator = ZOO[name].make().eval(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(noise * min(0.3, 1.5 * max(parameter[0].numel(), 1) ** -0.5))
+    return model
+
+
+def images_for(name: str, count: int = 3) -> Tensor:
+    side = ZOO[name].side
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
