@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gohsp.core.ranking import HeadRanking
     from gohsp.data.sources import DataSource
     from gohsp.errors import GohspError
-    from gohsp.models import Compaction, compact, describe
+    from gohsp.models import Compaction, compact, describe, families
     from gohsp.opening import open_model
     from gohsp.runs import RunResult, run
     from gohsp.runtime import Progress
@@ -53,7 +53,7 @@ _HOMES = {
     "core.ranking": ("HeadRanking",),
     "data.sources": ("DataSource",),
     "errors": ("GohspError",),
-    "models": ("Compaction", "compact", "describe"),
+    "models": ("Compaction", "compact", "describe", "families"),
     "opening": ("open_model",),
     "runs": ("RunResult", "run"),
     "runtime": ("Progress",),
@@ -101,6 +101,7 @@ __all__ = [
     "count_params",
     "cut",
     "describe",
+    "families",
     "features",
     "finetune",
     "heal",
@@ -118,8 +119,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gohsp' has no attribute '{name}'")
     module = importlib.import_module(f"gohsp.{_HOME[name]}")
-    # ``admm`` is a module itself.
-    found = importlib.import_module("gohsp.core.admm") if name == "admm" else getattr(module, name)
+    of_modules = {"admm": "gohsp.core.admm", "families": "gohsp.models.families"}  # which are modules themselves
+    found = importlib.import_module(of_modules[name]) if name in of_modules else getattr(module, name)
     globals()[name] = found
     return found
 

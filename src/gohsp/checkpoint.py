@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from gohsp import models
 from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError
 from gohsp.files import save_tensors, write_atomic
-from gohsp.models.arguments import check_arguments
 from gohsp.structure import (
     Kept,
     Network,
@@ -105,6 +104,11 @@ class ModelConfig(_Level):
     macs: int | None = None
     made_by: dict[str, JsonValue] = {}
     metrics: dict[str, JsonValue] = {}
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """What a library makes the dense model by."""
+        return {"library": self.library, "architecture": self.architecture, "arguments": self.arguments}
 
     @model_validator(mode="after")
     def _a_library_names_its_architecture(self) -> Self:
@@ -221,7 +225,8 @@ def _parsed(text: str, path: Path) -> ModelConfig:
         config = ModelConfig.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"'{path}': {_problem(error)}; it is damaged, or gohsp did not write it") from error
-    check_arguments(config.arguments, f"'{path}': arguments")
+    if config.library is not None:
+        models.check_specification(config.specification, f"'{path}'")
     return config
 
 
@@ -294,14 +299,13 @@ def load(
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
     tensors = read_tensors(weights, device or "cpu")
     model.load_state_dict(tensors, strict=True, assign=into is None)
+    if into is None:
+        models.fill_buffers(model, config.specification, widths)
     models.check_finite(model)
     if into is not None:
         models.resize(into, widths)
         into.load_state_dict(model.state_dict(), strict=True)
         model = into.to(device)
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if left:
-        raise CheckpointError(f"buffers {left[:3]} of '{config.architecture}' are not stored in its weights")
     _restore_labels(model, config, folder)
     return model.eval()
 
@@ -328,9 +332,8 @@ def _made(
             "gohsp.load(folder, into=module)"
         )
     _require_blocks(config, header, folder / WEIGHTS)
-    spec = {"library": config.library, "architecture": config.architecture, "arguments": config.arguments}
     try:
-        model = models.build(spec)
+        model = models.build(config.specification)
         _require_sublayers(models.describe(model), widths)
         models.resize(model, widths)
         models.describe(model)
@@ -359,7 +362,7 @@ def _cut_down(into: nn.Module, widths: Mapping[str, SublayerWidths], folder: Pat
 def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None:
     """What evaluation does with an image, and the names of classes, where the model has a place for them."""
     known = config.preprocessing.model_dump(exclude_none=True)
-    if config.library is None:
+    if config.library != "timm":
         return
     model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **known}  # type: ignore[dict-item]
     try:
@@ -369,13 +372,19 @@ def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None
 
 
 def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weights: Path) -> None:
-    """As many blocks in the tensors as in the config, so that an architecture is not deeper than its weights."""
-    given = len({name.rpartition(".")[0] for name in config.widths})
-    depth = config.arguments.get("depth", given)
-    stored = len({name.split(".")[1] for name in header if name.startswith("blocks.")})
-    if not depth == given == stored:
+    """The same blocks in the tensors as in the config, so that an architecture is not deeper than its weights."""
+    given = {name.rpartition(".")[0] for name in config.widths}
+    containers = tuple({f"{name.rpartition('.')[0]}." for name in given})
+    stored = {
+        f"{container}{name.removeprefix(container).partition('.')[0]}"
+        for name in header
+        for container in containers
+        if name.startswith(container)
+    }
+    depth = config.arguments.get("depth", len(given))
+    if not depth == len(given) == len(stored):
         raise CheckpointError(
-            f"'{weights}' holds {stored} blocks, its {CONFIG} says depth {depth} and has widths of {given}"
+            f"'{weights}' holds {len(stored)} blocks, its {CONFIG} says depth {depth} and has widths of {len(given)}"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gohsp import checkpoint, models
 from gohsp.errors import CheckpointError, UnsupportedModelError
-from gohsp.models.arguments import check_arguments
+from gohsp.models.libraries.arguments import check_arguments
 
 logger = logging.getLogger(__name__)
 

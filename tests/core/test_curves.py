@@ -48,10 +48,11 @@ def exact(objective: Objective, entries: int) -> Objective:
 
 @pytest.fixture
 def exactly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Curves]:
-    """Curves without the scatter of draws."""
+    """Curves without the scatter of draws, and as the quadratic form has them."""
 
     def measure(model: nn.Module, images: Tensor, *, entries: int = CLASSES, **options: Any) -> Curves:
         monkeypatch.setattr(of_curves, "DRAWS", entries)
+        monkeypatch.setattr(of_curves, "CHECKED", 99)
         objective = exact(options.pop("objective", classification()), entries)
         return curves_of(model, images, objective=objective, **options)
 
@@ -179,6 +180,27 @@ def test_damage_of_small_cuts_is_the_true_distance(
                 assert curve.damage[0] > 1e-5
 
 
+@pytest.mark.parametrize("widths", [WIDTHS, replace(WIDTHS, depth=False)], ids=["with depth", "without"])
+def test_an_ffns_curve_has_the_scale_of_one_measured_point(
+    widths: WidthSettings, model: nn.Module, images: Tensor, exactly: Callable[..., Curves]
+) -> None:
+    network = describe(model)
+    moments = collect_moments(model, network, [images])
+    found = curves_of(model, images, moments=moments, widths=widths, seed=3)
+    for sub in network.present:
+        for kind, curve in found[sub.name].items():
+            if kind != "ffn":
+                continue
+            at = of_curves.CHECKED + (curve.widths[0] == 0)
+            other = cut(model, sub, moments[sub.name], kind, curve.widths[at], PLAIN)
+            assert curve.damage[at] == pytest.approx(distance(classification(), model, other, images), rel=1e-3)
+    plain = exactly(model, images, moments=moments, widths=widths)
+    for name, of in plain.items():
+        for kind, curve in of.items():
+            ratios = [a / b for a, b in zip(found[name][kind].damage, curve.damage, strict=True) if b > 1e-4]
+            assert kind != "ffn" or max(ratios) < 1.35 * min(ratios)  # one scale, and the scatter of draws
+
+
 def test_large_cuts_are_told_by_their_order(model: nn.Module, images: Tensor, exactly: Callable[..., Curves]) -> None:
     """Far from the expansion numbers drift apart, but what hurts more is still said to."""
     from scipy.stats import spearmanr
@@ -201,7 +223,7 @@ def test_draws_estimate_the_mean_over_all_of_them(
 ) -> None:
     objective = classification() if name == "classification" else features()
     expected = exactly(model, images, objective=objective)
-    monkeypatch.setattr(of_curves, "DRAWS", 64)
+    monkeypatch.setattr(of_curves, "DRAWS", 64)  # CHECKED stays as it is
     found = curves_of(model, images, objective=objective)
     pairs = [
         (damage, expected[sub][kind].damage[i])
@@ -246,7 +268,8 @@ def test_steps_are_cuts_and_passes(images_seen: int, passes: int, network: Netwo
         for kind in sub.widths.kinds
         for curve_widths in [of_curves._grid(sub, kind, WIDTHS)]
     )
-    assert count_steps(network, WIDTHS, [images_seen]) == cuts + passes
+    ffns = len(network.present) - len(network.attentions)
+    assert count_steps(network, WIDTHS, [images_seen]) == cuts + passes + ffns
 
 
 @pytest.mark.parametrize("place", ["an attention with its queries cut", "the second pass"])
@@ -416,7 +439,7 @@ def test_lower_precision_measures_about_the_same(model: nn.Module, network: Netw
     model.head.register_forward_pre_hook(lambda *_: lowered.append(torch.is_autocast_enabled("cpu")))
     full = curves_of(model, images, moments=moments, network=network, objective=features())
     half = curves_of(model, images, moments=moments, network=network, objective=features(), precision=torch.bfloat16)
-    assert lowered == [False, True]
+    assert lowered == [False] * 4 + [True] * 4  # the gradients, the reference and both FFNs
     for name, of in full.items():
         for kind, curve in of.items():
             assert half[name][kind].damage == pytest.approx(curve.damage, rel=0.2, abs=0.01)

@@ -3,7 +3,7 @@
 To second order the distance of two outputs is a quadratic form. With ``delta`` what a cut changes in what its sub-layer
 writes, and ``g`` the gradient there of a draw of the objective, the damage is ``1/2 mean (sum_tokens g . delta)^2``:
 one pass forward and a few backward give ``g`` for all sub-layers, and no pass through the rest of the network is
-needed.
+needed. What the form misses of an FFN is much the same all along its curve, so one measured pass gives it its scale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gohsp.core.allocation import Curves, DamageCurve, WidthSettings, allowed_wi
 from gohsp.core.capture import autocast, device_of, evaluating, in_stream, read_by, readout_gain, require_finite, units
 from gohsp.core.gradients import IMAGES, Gradients, differentiated
 from gohsp.core.moments import Moments, SublayerMoments
-from gohsp.core.objective import Objective
+from gohsp.core.objective import Objective, mean_distance, outputs
 from gohsp.core.projection import (
     HeadScores,
     RepairSettings,
@@ -38,6 +38,9 @@ GRID = (0.0, 0.08, 0.2, 0.4, 0.65)
 
 DRAWS = 8
 """Backward passes of the quadratic form."""
+
+CHECKED = 2
+"""Point of an FFN's curve, counted from the smallest width, at which its damage is measured by a pass of its own."""
 
 
 @torch.no_grad()
@@ -87,6 +90,7 @@ def measure_curves(
     passes = differentiated(model, network, objective, batches, draws=DRAWS, seed=seed, precision=precision)
     with evaluating(model):
         damage = _damage(model, cuts, passes, precision, advance)
+        damage = _scaled(model, cuts, damage, objective, batches, precision, advance)
     curves: dict[str, dict[Kind, DamageCurve]] = {}
     for sub in network.present:
         for kind in sub.widths.kinds:
@@ -101,7 +105,9 @@ def measure_curves(
 def count_steps(network: Network, widths: WidthSettings, batches: Sequence[int]) -> int:
     """How often :func:`measure_curves` reports progress on batches of so many images."""
     passes = sum(-(-images // IMAGES) for images in batches)
-    return passes + sum(len(_points(sub, widths)) for sub in network.present)
+    points = [_points(sub, widths) for sub in network.present]
+    checked = [of for of in points if sum(kind == "ffn" and width > 0 for kind, width in of) > CHECKED]
+    return passes + sum(map(len, points)) + len(checked)
 
 
 def fits(curves: Curves, network: Network, widths: WidthSettings) -> bool:
@@ -185,6 +191,53 @@ def _damage(
         images += gradients.images
         advance()
     return {piece: total / (2 * images * DRAWS) for piece, total in totals.items()}
+
+
+def _scaled(
+    model: nn.Module,
+    cuts: Sequence[_Cut],
+    damage: dict[tuple[str, Kind, int], float],
+    objective: Objective,
+    batches: Sequence[Tensor],
+    precision: torch.dtype,
+    advance: Callable[[], None],
+) -> dict[tuple[str, Kind, int], float]:
+    """Damage with each FFN's curve scaled so that it is the measured one at one point."""
+    curves: dict[str, list[_Cut]] = {}
+    for cut in cuts:
+        if cut.kind == "ffn":
+            curves.setdefault(cut.sub.name, []).append(cut)
+    present = {name: [cut for cut in of if cut.width > 0] for name, of in curves.items()}
+    checked = {name: of[CHECKED] for name, of in present.items() if len(of) > CHECKED}
+    reference = outputs(model, objective, batches, precision) if checked else []
+    for name, cut in checked.items():
+        estimated = damage[name, "ffn", cut.width]
+        with _changed_readout(model, cut):
+            measured = mean_distance(objective, reference, outputs(model, objective, batches, precision))
+        scale = measured / estimated if estimated > 0 else 1.0
+        damage |= {(name, "ffn", of.width): scale * damage[name, "ffn", of.width] for of in curves[name]}
+        advance()
+    return damage
+
+
+@contextmanager
+def _changed_readout(model: nn.Module, cut: _Cut) -> Iterator[None]:
+    """The readout as a cut leaves it, while the context is open."""
+    assert cut.change is not None
+    readout, count = cut.sub.readout, unit_count(cut.sub.widths, cut.sub.widths.unit_kinds[-1])
+    views = [units(model, readout.columns, count)]
+    changes = [cut.change[:, :count]]
+    if readout.bias is not None:
+        views.append(model.get_parameter(readout.bias).detach())
+        changes.append(cut.change[:, -1])
+    before = [view.clone() for view in views]
+    try:
+        for view, change in zip(views, changes, strict=True):
+            view += change
+        yield
+    finally:
+        for view, value in zip(views, before, strict=True):
+            view.copy_(value)
 
 
 def _squares(

@@ -76,6 +76,11 @@ Position = Callable[[Any, Tensor, Tensor, tuple[Any, ...], Mapping[str, Any]], A
 """Takes an attention, its queries and keys, and what it was called with besides its input."""
 
 
+def unmasked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:
+    """Products as they are, whatever the attention is called with besides."""
+    return Attended(q, k)
+
+
 def plain(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """Products as they are, with a mask as first argument or by name, if any."""
     mask = args[0] if args else given.get("attn_mask", given.get("attention_mask"))
@@ -237,16 +242,22 @@ def _normed(attn: nn.Module, norm: str | None, x: Tensor) -> Tensor:
     return x if module is None else module(x)
 
 
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """What lies at a path; None where nothing does."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _rate(old: nn.Module, dropout: str | None) -> float:
-    found = 0.0 if dropout is None else getattr(old, dropout)
+    found = 0.0 if dropout is None else attribute_at(old, dropout)
     return float(found.p if isinstance(found, nn.Dropout) else found)
 
 
 def parameter_at(module: nn.Module, path: str) -> nn.Parameter | None:
     """A parameter by its path; None where there is none."""
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
+    found = attribute_at(module, path)
     return found if isinstance(found, nn.Parameter) else None
 
 

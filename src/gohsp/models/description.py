@@ -129,7 +129,7 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
     require_plain(model)
     weight = next(model.parameters())
     image = example_image(model) if images is None else images[:1].to(weight.device, weight.dtype)
-    seen = _passed_over(model, known, image)
+    seen = _seen(model, known, image)
     sublayers: list[Sublayer] = []
     for name, reading in seen.readings.items():
         block, family = known[name]
@@ -174,7 +174,23 @@ class _Outside:
     macs: int = 0
 
 
-def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]], image: Tensor) -> _Outside:
+def _seen(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]], image: Tensor) -> _Outside:
+    """What the blocks are given, whether the model expects tensors of them or, as earlier transformers, tuples."""
+    try:
+        seen = _passed_over(model, blocks, image, tuples=False)
+    except UnsupportedModelError as error:
+        with suppress(UnsupportedModelError):
+            return _passed_over(model, blocks, image, tuples=True)
+        raise error from None
+    if any(len(shape) < 3 for shape in seen.shapes.values()):  # one of a tuple was taken to be one of the images
+        with suppress(UnsupportedModelError):
+            return _passed_over(model, blocks, image, tuples=True)
+    return seen
+
+
+def _passed_over(
+    model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]], image: Tensor, *, tuples: bool
+) -> _Outside:
     seen, counter = _Outside(), FlopCounterMode(display=False)
 
     def pass_over(name: str, own_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,7 +205,7 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
             reading = _windows(family, block, stream, lambda x: own_forward(x, *call.args, **call.kwargs))
         others = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
         seen.readings[name], seen.by_head[name] = reading, frozenset(x.shape[-3] for x in others) - {1}
-        return (stream, None) if family.layout.returns_tuple else stream
+        return (stream, None) if tuples or family.layout.returns_tuple else stream
 
     def passing(name: str, own_forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: pass_over(name, own_forward, args, kwargs)
@@ -200,7 +216,7 @@ def _passed_over(model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]
                 stack.enter_context(replaced_forward(block, passing(name, block.forward)))
             with counter:
                 model(image)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
             "takes"

@@ -13,7 +13,15 @@ from typing import Any
 from torch import nn
 
 from gohsp.errors import PlanError, UnsupportedModelError
-from gohsp.models.attention import AttentionLayout, AttentionMaps, PrunedAttention, parameter_at, resized_linear, sized
+from gohsp.models.attention import (
+    AttentionLayout,
+    AttentionMaps,
+    PrunedAttention,
+    attribute_at,
+    parameter_at,
+    resized_linear,
+    sized,
+)
 from gohsp.models.checks import require_linear
 from gohsp.models.modules import Constant
 from gohsp.structure import (
@@ -214,10 +222,7 @@ def _unsupported(name: str, module: nn.Module, detail: str = "") -> UnsupportedM
 
 def _at(module: nn.Module, path: str | None) -> Any:
     """What lies at a path; None where nothing does."""
-    found: Any = None if path is None else module
-    for part in (path or "").split("."):
-        found = getattr(found, part, None)
-    return found
+    return None if path is None else attribute_at(module, path)
 
 
 # Describing
@@ -334,7 +339,7 @@ def attention_widths(name: str, layout: AttentionLayout, attn: Any) -> Attention
     """
     if isinstance(attn, PrunedAttention):
         return AttentionWidths(heads=attn.num_heads, qk=attn.qk_dim, vo=attn.vo_dim)
-    heads, maps = getattr(attn, layout.heads), layout.maps
+    heads, maps = attribute_at(attn, layout.heads), layout.maps
     rows = [len(attn.get_parameter(weight)) for weight, _ in maps.places]
     if maps.packed:
         rows = [count // 3 for count in rows]
@@ -346,7 +351,7 @@ def attention_widths(name: str, layout: AttentionLayout, attn: Any) -> Attention
 def _scale(layout: AttentionLayout, attn: Any, widths: AttentionWidths) -> float:
     if isinstance(attn, PrunedAttention):
         return attn.scale
-    return widths.qk**-0.5 if layout.scale is None else float(getattr(attn, layout.scale))
+    return widths.qk**-0.5 if layout.scale is None else float(attribute_at(attn, layout.scale))
 
 
 def _map_rows(name: str, attn: nn.Module, maps: AttentionMaps, part: int, packed_start: int) -> Rows:
@@ -446,11 +451,15 @@ def _resize_attention(branch: Branch, layout: AttentionLayout, block: nn.Module,
         return
     values = {"heads": widths.heads, "width": widths.qk, "total": widths.heads * widths.qk, "scale": widths.qk**-0.5}
     for attribute, meaning in layout.native.items():
-        setattr(old, attribute, values[meaning])
+        holder, _, name = attribute.rpartition(".")
+        setattr(old.get_submodule(holder), name, values[meaning])
     packed = layout.maps.packed
     for path in layout.maps.linears:
         rows = widths.heads * widths.qk * (3 if packed else 1)
         _set(old, path, resized_linear(old.get_submodule(path), out_features=rows))
+    for path, axis in layout.owned.items():
+        if (entry := parameter_at(old, path)) is not None:
+            _set(old, path, sized(entry, axis, widths.heads))
     readout = layout.maps.readout
     _set(old, readout, resized_linear(old.get_submodule(readout), in_features=widths.heads * widths.qk))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, unmasked
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
 
 
@@ -32,21 +32,40 @@ def windows(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappi
     return Attended(q, k, bias)
 
 
-def _attention(readout: str, scale: str, heads: str, **more: Any) -> AttentionLayout:
-    """Maps apart, as all of the library's attentions have them since 2026."""
+def _attention(readout: str, scale: str, heads: str, *, native: bool = True, **more: Any) -> AttentionLayout:
+    """Maps apart, as all of the library's attentions have them since 2026; ``native`` if it holds any equal widths."""
     places: dict[str, Place] = {x: (f"{x[0]}_proj.weight", f"{x[0]}_proj.bias") for x in ("query", "key", "value")}
     return AttentionLayout(
         maps=AttentionMaps(**places, readout=readout),
         heads=heads,
         scale=scale,
         returns_pair=True,
-        native={heads: "heads", "head_dim": "width", scale: "scale"},
+        native={heads: "heads", "head_dim": "width", scale: "scale"} if native else {},
         **more,
     )
 
 
 VIT = _attention("o_proj", "scaling", "num_attention_heads", dropout="attention_dropout")
-CLIP = _attention("out_proj", "scale", "num_heads", dropout="dropout")
+VIT_4 = AttentionLayout(
+    maps=AttentionMaps(
+        **{x: (f"attention.{x}.weight", f"attention.{x}.bias") for x in ("query", "key", "value")},
+        readout="output.dense",
+    ),
+    heads="attention.num_attention_heads",
+    scale="attention.scaling",
+    position=unmasked,
+    dropout="attention.dropout_prob",
+    readout_dropout=None,
+    native={
+        "attention.num_attention_heads": "heads",
+        "attention.attention_head_size": "width",
+        "attention.all_head_size": "total",
+        "attention.scaling": "scale",
+    },
+)
+"""The same of version 4."""
+
+CLIP = _attention("out_proj", "scale", "num_heads", native=False, dropout="dropout")  # version 4 would not
 DINOV3 = _attention("o_proj", "scaling", "num_heads", dropout="dropout", position=rotary, held=frozenset({"qk"}))
 SWIN = _attention(
     "o_proj",
@@ -59,6 +78,7 @@ SWIN = _attention(
 
 MLP = FfnLayout(inputs=("fc1",), readout="fc2")
 GATED = FfnLayout(inputs=("gate_proj", "up_proj"), readout="down_proj")
+PACKED = FfnLayout(inputs=("weights_in", "weights_in"), readout="weights_out")  # of version 4
 UP_DOWN = FfnLayout(inputs=("up_proj",), readout="down_proj")
 
 LAYERS = {
@@ -106,6 +126,14 @@ def _block(
 BEFORE_AFTER, NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
 SCALED = ("layer_scale1.lambda1", "layer_scale2.lambda1")
 VIT_BLOCK = _block(BEFORE_AFTER)
+VIT_4_BLOCK = Layout(
+    attention=Branch(module="attention", norm="layernorm_before"),
+    ffn=Branch(
+        module=None,
+        norm="layernorm_after",
+        layout=FfnLayout(inputs=("intermediate.dense",), readout="output.dense"),
+    ),
+)
 BEIT_BLOCK = _block(
     BEFORE_AFTER, ("lambda_1", "lambda_2"), owned={"relative_position_bias.relative_position_bias_table": 1}
 )
@@ -123,9 +151,15 @@ KINDS: dict[str, tuple[Layout, AttentionLayout]] = {
 }
 
 KNOWN = Known(
-    blocks={_name(layer, f"{_tail(layer)}Layer"): (block,) for layer, (block, _) in KINDS.items()},
-    attentions={_name(layer, "Attention"): (attention,) for layer, (_, attention) in KINDS.items()},
+    blocks={
+        _name(layer, f"{_tail(layer)}Layer"): (block, VIT_4_BLOCK) if block is VIT_BLOCK else (block,)
+        for layer, (block, _) in KINDS.items()
+    },
+    attentions={
+        _name(layer, "Attention"): (attention, VIT_4) if attention is VIT else (attention,)
+        for layer, (_, attention) in KINDS.items()
+    },
     ffns={_name(layer, "MLP"): (UP_DOWN if layer == "DINOv3ViTLayer" else MLP,) for layer in KINDS}
-    | {_name(layer, "SwiGLUFFN"): (GATED,) for layer in ("Dinov2Layer", "Dinov2WithRegistersLayer")}
+    | {_name(layer, "SwiGLUFFN"): (GATED, PACKED) for layer in ("Dinov2Layer", "Dinov2WithRegistersLayer")}
     | {_name("DINOv3ViTLayer", "GatedMLP"): (GATED,)},
 )

@@ -129,8 +129,23 @@ def check_arguments(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: '{name}' is no argument of an architecture that is taken; {nearest(str(name), ARGUMENTS)}"
             )
         if not allowed.accepts(value):
-            raise CheckpointError(f"{where}: '{name}' is {_shown(value)}; it must be {allowed.says}")
+            raise rejected(where, name, value, allowed)
     return dict(arguments)
+
+
+def rejected(where: str, name: str, value: Any, allowed: Allowed) -> CheckpointError:
+    """What is wrong with an argument's value."""
+    return CheckpointError(f"{where}: '{name}' is {_shown(value)}; it must be {allowed.says}")
+
+
+def count_from(low: int, high: int) -> Allowed:
+    """A whole number between bounds."""
+    return _integer(low, high)
+
+
+def epsilon() -> Allowed:
+    """What is added to a variance."""
+    return _number(0, 1)
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,76 @@
+"""torchvision's VisionTransformer, made again by its constructor."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from gohsp.errors import CheckpointError, nearest
+from gohsp.models.libraries.arguments import Allowed, count_from, epsilon, rejected
+
+CLASS = "torchvision.models.vision_transformer.VisionTransformer"
+
+ARGUMENTS: Mapping[str, Allowed] = {
+    "image_size": count_from(1, 4096),
+    "patch_size": count_from(1, 4096),
+    "num_layers": count_from(1, 512),
+    "num_heads": count_from(1, 16384),
+    "hidden_dim": count_from(1, 16384),
+    "num_classes": count_from(1, 1_000_000),
+    "norm_eps": epsilon(),
+}
+
+
+def recognises(model: nn.Module) -> bool:
+    """Whether a model is of this class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}" == CLASS
+
+
+def architecture_name(_model: nn.Module) -> str:
+    """The class's name, since its sizes are arguments."""
+    return "VisionTransformer"
+
+
+def architecture_arguments(model: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments, read off a model."""
+    of: Any = model
+    layers = of.encoder.layers
+    return {
+        "image_size": of.image_size,
+        "patch_size": of.patch_size,
+        "num_layers": len(layers),
+        "num_heads": layers[0].num_heads,
+        "hidden_dim": of.hidden_dim,
+        "num_classes": of.num_classes,
+        "norm_eps": of.encoder.ln.eps,
+    }
+
+
+def check(name: str, arguments: Mapping[str, Any], where: str) -> None:
+    """Check a name and arguments that come from a file; nothing is made of them.
+
+    Raises:
+        CheckpointError: Another name, an argument that is missing or unknown, or a value that is not allowed.
+    """
+    if name != "VisionTransformer":
+        raise CheckpointError(f"{where}: architecture '{name}' of torchvision is unknown; it is 'VisionTransformer'")
+    for key in arguments:
+        if key not in ARGUMENTS:
+            raise CheckpointError(f"{where}: '{key}' is no argument of it; {nearest(str(key), ARGUMENTS)}")
+    for key, allowed in ARGUMENTS.items():
+        if key not in arguments:
+            raise CheckpointError(f"{where}: '{key}' is missing")
+        if not allowed.accepts(arguments[key]):
+            raise rejected(where, key, arguments[key], allowed)
+
+
+def make(_name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model, with new weights; its FFNs are as wide as usual."""
+    given = dict(arguments)
+    norm = partial(nn.LayerNorm, eps=given.pop("norm_eps"))
+    made: Any = importlib.import_module("torchvision.models.vision_transformer")
+    return made.VisionTransformer(**given, mlp_dim=4 * given["hidden_dim"], norm_layer=norm)
