@@ -144,7 +144,8 @@ class _SoftmaxProbe(TorchFunctionMode):
 
     def __init__(self, tokens: Tensor | None) -> None:
         super().__init__()
-        self.tokens, self.rows = tokens, None
+        self.tokens = tokens
+        self.rows: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}

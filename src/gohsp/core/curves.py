@@ -196,7 +196,7 @@ def _damage(
 def _scaled(
     model: nn.Module,
     cuts: Sequence[_Cut],
-    damage: dict[tuple[str, Kind, int], float],
+    damage: Mapping[tuple[str, Kind, int], float],
     objective: Objective,
     batches: Sequence[Tensor],
     precision: torch.dtype,
@@ -209,15 +209,16 @@ def _scaled(
             curves.setdefault(cut.sub.name, []).append(cut)
     present = {name: [cut for cut in of if cut.width > 0] for name, of in curves.items()}
     checked = {name: of[CHECKED] for name, of in present.items() if len(of) > CHECKED}
-    reference = outputs(model, objective, batches, precision) if checked else []
+    reference, scaled = outputs(model, objective, batches, precision) if checked else [], dict(damage)
     for name, cut in checked.items():
         estimated = damage[name, "ffn", cut.width]
         with _changed_readout(model, cut):
             measured = mean_distance(objective, reference, outputs(model, objective, batches, precision))
         scale = measured / estimated if estimated > 0 else 1.0
-        damage |= {(name, "ffn", of.width): scale * damage[name, "ffn", of.width] for of in curves[name]}
+        for of in curves[name]:
+            scaled[name, of.kind, of.width] *= scale
         advance()
-    return damage
+    return scaled
 
 
 @contextmanager

@@ -103,14 +103,12 @@ def calibration_set(
     return divided(taken, sizes, min(holdout, -(-total // 20)), mirror=mirror)
 
 
-def peeked(images: Iterable[Any] | CalibrationSet) -> tuple[Tensor, Iterable[Any] | CalibrationSet]:
+def peeked(images: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
     """The first image ``[1, C, H, W]``, and all images again: what can be read once is not read.
 
     Raises:
         DataError: No iterable, no images, or images of another kind.
     """
-    if isinstance(images, CalibrationSet):
-        return images.first(1)[0], images
     if isinstance(images, Iterator):
         begun = list(itertools.islice(images, 1))
         return _first(begun), itertools.chain(begun, images)

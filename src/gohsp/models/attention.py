@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +54,27 @@ class AttentionMaps:
     def linears(self) -> tuple[str, ...]:
         """Linear modules that queries, keys and values are made by."""
         return tuple(dict.fromkeys(weight.rpartition(".")[0] for weight, _ in self.places if "." in weight))
+
+
+def maps_at(
+    places: Sequence[Place],
+    readout: str,
+    *,
+    query_norm: str | None = None,
+    key_norm: str | None = None,
+    value_norm: str | None = None,
+) -> AttentionMaps:
+    """The same of the places of queries, keys and values."""
+    query, key, value = places
+    return AttentionMaps(
+        query=query,
+        key=key,
+        value=value,
+        readout=readout,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        value_norm=value_norm,
+    )
 
 
 class Attended(NamedTuple):

@@ -271,9 +271,9 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
     norms = [_norm_name(path, attn, norm) for norm in (maps.query_norm, maps.key_norm)]
     held: set[Kind] = set(layout.held)
     if any(norms):  # the norm sees a head's whole width: neither its size nor its basis may change
-        held |= {"qk"}
+        held.add("qk")
     if _norm_name(path, attn, maps.value_norm):  # likewise over all heads' values
-        held |= {"head", "vo"}
+        held.update(("head", "vo"))
     inside = _owned(f"{path}.", attn, layout.owned)
     sub = Attention(
         name=path,
@@ -283,9 +283,9 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
         tokens=reading.tokens if reading.order is None else len(reading.order),
         keys=reading.keys,
         overhead=0,
-        prunable=frozenset({"head", "qk", "vo"} - held),
+        prunable=frozenset(kind for kind in widths.kinds if kind not in held),
         removable=branch.removable,
-        rotatable=frozenset({"qk", "vo"} - held),
+        rotatable=frozenset(kind for kind in widths.unit_kinds if kind not in held),
         scale=_scale(layout, attn, widths),
         query=_map_rows(path, attn, maps, 0, 0),
         key=_map_rows(path, attn, maps, 1, widths.heads * widths.qk),

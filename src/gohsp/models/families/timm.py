@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, maps_at
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+
+Places = list[Place]
 
 
 def rotary(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
@@ -64,8 +66,10 @@ def module_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], 
     return Attended(q, k, F.pad(bias, [rel.prefix_tokens, 0, rel.prefix_tokens, 0]))
 
 
-PACKED: Place = ("qkv.weight", "qkv.bias")
-NORMED = {"query_norm": "q_norm", "key_norm": "k_norm"}
+PACKED: Places = [("qkv.weight", "qkv.bias")] * 3
+BIASES_APART: Places = [("qkv.weight", f"{x}_bias") for x in "qkv"]
+APART: Places = [(f"{x}_proj.weight", f"{x}_proj.bias") for x in "qkv"]
+
 ROTARY: dict[str, Any] = {
     "position": rotary,
     "keeps": ("num_prefix_tokens", "rotate_half"),
@@ -73,32 +77,30 @@ ROTARY: dict[str, Any] = {
     "readout_dropout": "proj_drop",
     "required": {"gate": None},
 }
-APART: dict[str, Place] = {x: (f"{x[0]}_proj.weight", f"{x[0]}_proj.bias") for x in ("query", "key", "value")}
-BIASES_APART: dict[str, Place] = {x: ("qkv.weight", f"{x[0]}_bias") for x in ("query", "key", "value")}
-WHOLE: dict[str, Place] = dict.fromkeys(("query", "key", "value"), PACKED)
 NATIVE = {"num_heads": "heads", "head_dim": "width", "attn_dim": "total", "scale": "scale"}
 
 
-def _maps(places: Mapping[str, Place], **norms: str) -> AttentionMaps:
-    return AttentionMaps(**places, readout="proj", **norms)  # type: ignore[arg-type]
+def _maps(places: Places, value_norm: str | None = None) -> AttentionMaps:
+    """With norms on queries and keys, where a class has them."""
+    return maps_at(places, "proj", query_norm="q_norm", key_norm="k_norm", value_norm=value_norm)
 
 
 ATTENTIONS: dict[str, tuple[AttentionLayout, ...]] = {
     "timm.layers.attention.Attention": (
         AttentionLayout(
-            maps=_maps(WHOLE, **NORMED, value_norm="norm"),
+            maps=_maps(PACKED, "norm"),
             readout_dropout="proj_drop",
             native=NATIVE,
             required={"gate": None},
         ),
     ),
     "timm.layers.attention.AttentionRope": (
-        AttentionLayout(maps=_maps(WHOLE, **NORMED, value_norm="norm"), **ROTARY),
-        AttentionLayout(maps=_maps(APART, **NORMED, value_norm="norm"), **ROTARY),
+        AttentionLayout(maps=_maps(PACKED, "norm"), **ROTARY),
+        AttentionLayout(maps=_maps(APART, "norm"), **ROTARY),
     ),
     "timm.models.eva.EvaAttention": (
-        AttentionLayout(maps=_maps(BIASES_APART, **NORMED, value_norm="norm"), **ROTARY),
-        AttentionLayout(maps=_maps(APART, **NORMED, value_norm="norm"), **ROTARY),
+        AttentionLayout(maps=_maps(BIASES_APART, "norm"), **ROTARY),
+        AttentionLayout(maps=_maps(APART, "norm"), **ROTARY),
     ),
     "timm.models.beit.Attention": (
         AttentionLayout(
@@ -111,7 +113,7 @@ ATTENTIONS: dict[str, tuple[AttentionLayout, ...]] = {
     ),
     "timm.models.vision_transformer_relpos.RelPosAttention": (
         AttentionLayout(
-            maps=_maps(WHOLE, **NORMED),
+            maps=_maps(PACKED),
             owned={"rel_pos.relative_position_bias_table": 1, "rel_pos.mlp.fc2.weight": 0, "rel_pos.mlp.fc2.bias": 0},
             position=module_of_positions,
             readout_dropout="proj_drop",
@@ -119,7 +121,7 @@ ATTENTIONS: dict[str, tuple[AttentionLayout, ...]] = {
     ),
     "timm.models.swin_transformer.WindowAttention": (
         AttentionLayout(
-            maps=_maps(WHOLE),
+            maps=_maps(PACKED),
             owned={"relative_position_bias_table": 1},
             position=windows,
             keeps=("relative_position_index",),

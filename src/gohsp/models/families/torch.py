@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place
+from gohsp.models.attention import Attended, AttentionLayout, maps_at
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
 
 
@@ -26,11 +26,10 @@ def masked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapp
     return Attended(q, k, bias)
 
 
-PACKED: Place = ("in_proj_weight", "in_proj_bias")
 ATTENTIONS = {
     "torch.nn.modules.activation.MultiheadAttention": (
         AttentionLayout(
-            maps=AttentionMaps(query=PACKED, key=PACKED, value=PACKED, readout="out_proj"),
+            maps=maps_at([("in_proj_weight", "in_proj_bias")] * 3, "out_proj"),
             scale=None,
             position=masked,
             dropout="dropout",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, unmasked
+from gohsp.models.attention import Attended, AttentionLayout, maps_at, unmasked
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
 
 
@@ -34,9 +34,8 @@ def windows(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappi
 
 def _attention(readout: str, scale: str, heads: str, *, native: bool = True, **more: Any) -> AttentionLayout:
     """Maps apart, as all of the library's attentions have them since 2026; ``native`` if it holds any equal widths."""
-    places: dict[str, Place] = {x: (f"{x[0]}_proj.weight", f"{x[0]}_proj.bias") for x in ("query", "key", "value")}
     return AttentionLayout(
-        maps=AttentionMaps(**places, readout=readout),
+        maps=maps_at([(f"{x}_proj.weight", f"{x}_proj.bias") for x in "qkv"], readout),
         heads=heads,
         scale=scale,
         returns_pair=True,
@@ -47,10 +46,7 @@ def _attention(readout: str, scale: str, heads: str, *, native: bool = True, **m
 
 VIT = _attention("o_proj", "scaling", "num_attention_heads", dropout="attention_dropout")
 VIT_4 = AttentionLayout(
-    maps=AttentionMaps(
-        **{x: (f"attention.{x}.weight", f"attention.{x}.bias") for x in ("query", "key", "value")},
-        readout="output.dense",
-    ),
+    maps=maps_at([(f"attention.{x}.weight", f"attention.{x}.bias") for x in ("query", "key", "value")], "output.dense"),
     heads="attention.num_attention_heads",
     scale="attention.scaling",
     position=unmasked,
