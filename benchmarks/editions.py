@@ -19,23 +19,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import gohsp
-from gohsp import data
-from gohsp.evaluation import evaluate
-from shared import RESULTS, asset, classes_of, machine, parameters, parser, read_results, say, versions, write_results
+from shared import (
+    RESULTS,
+    asset,
+    machine,
+    parameters,
+    parser,
+    read_results,
+    say,
+    scores_on_both,
+    versions,
+    write_results,
+)
 
 BUDGETS = ("params=4.0M", "params=3.06M")
-SETS = {"imagenet-1k-mini": None, "imagenet-1k-broad": 224 / 227}
-"""Where top-1 is measured, and the share of the side that is kept where it is not the model's own."""
-
 MAIN = "import sys; from gohsp.cli import main; sys.exit(main())"
 METHOD = {"first": ("--route", "oneshot"), "this": ("--method", "oneshot")}
 
@@ -57,32 +59,6 @@ def pruned(source: Path, edition: str, budget: str, seed: int, out: Path) -> tup
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def right(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Images told rightly, and all images, by set."""
-    found = {}
-    for name, kept in SETS.items():
-        preprocessing = data.Preprocessing.from_model(model)
-        if kept is not None:
-            preprocessing = replace(preprocessing, crop_pct=kept)
-        batches = data.loader(
-            data.open_split(data.DataSource(source=f"hfds/{asset(f'data/{name}')}"), "validation"),
-            transform=data.eval_transform(preprocessing),
-            batch_size=64,
-            shuffle=False,
-            num_classes=classes_of(model),
-        )
-        metrics = evaluate(model, batches, precision=torch.bfloat16)
-        found[name] = round(metrics.top1 * metrics.n / 100), metrics.n
-    return found
-
-
-def scores(model: nn.Module) -> dict[str, float]:
-    """Top-1 in percent, by set and of both together."""
-    counts = right(model)
-    counts["both"] = sum(count for count, _ in counts.values()), sum(n for _, n in counts.values())
-    return {name: round(100 * count / n, 2) for name, (count, n) in counts.items()}
-
-
 def row(source: Path, edition: str, budget: str, seed: int) -> dict[str, Any]:
     """Prune and score once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +69,7 @@ def row(source: Path, edition: str, budget: str, seed: int) -> dict[str, Any]:
     fidelity = report["fidelity"]
     return {
         "params": parameters(model),
-        "top1": scores(model),
+        "top1": scores_on_both(model, model),
         "divergence": fidelity.get("distance", fidelity.get("kl")),
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
@@ -116,7 +92,8 @@ def main() -> None:
     sources = {"first": options.first / "src", "this": Path(gohsp.__file__).parents[1]}
     weights = asset("models/deit_tiny_patch16_224.safetensors")
     if "dense" not in results:
-        results["dense"] = scores(gohsp.open_model("deit_tiny_patch16_224", weights=weights))
+        dense = gohsp.open_model("deit_tiny_patch16_224", weights=weights)
+        results["dense"] = scores_on_both(dense, dense)
     for budget, seed, edition in product(options.budgets, options.seeds, sources):
         key = f"{edition} {budget} seed={seed}"
         if key in results["runs"]:

@@ -656,6 +656,156 @@ def gpu() -> str:
     return "\n\n".join(text)
 
 
+# The second edition
+
+
+def editions() -> str | None:
+    """The first edition and this one, in turns on one machine."""
+    if (found := read("editions")) is None:
+        return None
+    runs, rows = found["runs"], []
+    for budget in dict.fromkeys(key.split(" ")[1] for key in runs):
+        for edition in ("first", "this"):
+            of = {key.split("seed=")[1]: run for key, run in runs.items() if key.startswith(f"{edition} {budget} ")}
+            if not of:
+                continue
+            times = [run["processor_seconds"] for run in of.values() if "processor_seconds" in run]
+            rows.append(
+                [
+                    f"`{budget}`",
+                    edition,
+                    ", ".join(f"{run['top1']['both']:.1f}" for run in of.values()),
+                    f"{mean(run['top1']['both'] for run in of.values()):.1f} %",
+                    f"{mean(run['top1']['imagenet-1k-mini'] for run in of.values()):.1f} %",
+                    f"{mean(run['divergence'] for run in of.values()):.2f}",
+                    f"{mean(times):.0f} s" if times else "",
+                ]
+            )
+    header = ["budget", "edition", "top-1, seed by seed", "mean", "mean on mini", "divergence", "processor time"]
+    return "\n\n".join(
+        [
+            "## This edition and the first, DeiT-Tiny",
+            "    GOHSP_ASSETS=../shared python benchmarks/editions.py --first ../first",
+            "One-shot, with curves of no other run. Top-1 on the validation images of imagenet-1k-mini and "
+            f"imagenet-1k-broad, 2,278 together (dense {found['dense']['both']:.1f} %; the standard error of a "
+            "difference of two rows is about 0.7 for a seed); divergence on each run's 50 held-out images, in nats. "
+            "Processor time is that of all threads.",
+            table(header, rows),
+        ]
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean."""
+    given = list(values)
+    return sum(given) / len(given)
+
+
+def saliency() -> str | None:
+    """A user's module with a backbone inside."""
+    if (found := read("saliency")) is None:
+        return None
+    rows = [
+        [f"`{key.split(' params=')[0]}`", f"params={key.split(' params=')[1]}", *saliency_cells(run)]
+        for key, run in found["runs"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## A module of somebody's own: saliency maps",
+            f"    {found['command']}",
+            f"A ViT-S/14 of DINOv2's layout with a decoder, {found['params']:,} parameters in all. How far the pruned "
+            "module's maps are from the dense one's on other photographs: mean absolute difference, and overlap "
+            "(intersection over union) of what is above a half. `tp`: Torch-Pruning by three criteria, on the backbone "
+            "alone; `uniform`: the same share of every width, by weight norms, without repair. Nothing is trained.",
+            table(["method", "budget", "parameters", "difference", "overlap", "time"], rows),
+        ]
+    )
+
+
+def saliency_cells(run: Json) -> list[str]:
+    """Size and distance of a row, or why there is none."""
+    if "failed" in run:
+        return [run["failed"], "", "", ""]
+    return [f"{run['params']:,}", f"{run['difference']:.4f}", f"{run['iou']:.3f}", f"{run['seconds']:.0f} s"]
+
+
+def depth() -> str | None:
+    """Budgets in time with and without absent sub-layers."""
+    if (found := read("depth")) is None:
+        return None
+    rows = [
+        [
+            f"`{key.split(' ')[0]}`",
+            key.partition(" ")[2],
+            f"{run['top1']:.1f} %",
+            f"{run['params']:,}",
+            f"{100 * (run['predicted'] - 1):+.0f} %",
+            f"{100 * (run['measured'] - 1):+.0f} %",
+            str(len(run["absent"])),
+            f"{run['fidelity']:.2f}",
+        ]
+        for key, run in found["runs"].items()
+    ]
+    header = ["budget", "", "top-1", "parameters", "time, predicted", "measured", "absent sub-layers", "divergence"]
+    return "\n\n".join(
+        [
+            "## Whole sub-layers, DeiT-Tiny at batch 1",
+            f"    {found['command']}",
+            "With and without `widths.depth`, one-shot; top-1 on the 1,000 validation images of imagenet-1k-mini "
+            "(standard error 1.5), times over the dense model's.",
+            table(header, rows),
+        ]
+    )
+
+
+def layouts() -> str | None:
+    """The same weights as several libraries hold them."""
+    if (found := read("layouts")) is None:
+        return None
+    rows = [
+        [
+            name,
+            f"{run['dense_difference']:.0e}",
+            f"{run['params']:,}",
+            f"{run['top1']['both']:.1f} %",
+            f"{run['top1']['imagenet-1k-mini']:.1f} %",
+            f"{run['divergence']:.3f}",
+        ]
+        for name, run in found["runs"].items()
+    ]
+    header = ["library", "dense models differ by", "parameters", "top-1 on both", "on mini", "divergence"]
+    return "\n\n".join(
+        [
+            "## The same DeiT-Tiny in other libraries",
+            "    GOHSP_ASSETS=../shared python benchmarks/layouts.py",
+            "The published weights renamed into each library's model, pruned one-shot to 4.0 M parameters.",
+            table(header, rows),
+        ]
+    )
+
+
+def families() -> str | None:
+    """How many models enter."""
+    if (found := read("families")) is None:
+        return None
+    verdicts = ["accepted", "refused", "crashed", "not made"]
+    rows = [[name, *(str(of.get(verdict, 0)) for verdict in verdicts)] for name, of in found["counts"].items()]
+    return "\n\n".join(
+        [
+            "## Which models enter",
+            "    python benchmarks/families.py",
+            f"Every name of timm {found['versions']['timm']}"
+            + (
+                f", and the vision models of transformers {found['versions']['transformers']} by default"
+                if "transformers" in found["versions"]
+                else ""
+            )
+            + ", described on the meta device. What is refused says why; *not made*: by the library itself.",
+            table(["", *verdicts], rows),
+        ]
+    )
+
+
 def measured_on(found: Json) -> str:
     """Machine and versions of a part of the GPU run, and what kept it from its end, if anything did."""
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
@@ -767,6 +917,13 @@ GPU_PARTS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
 
 
 SECTIONS: tuple[Callable[[], str | None], ...] = (
+    editions,
+    saliency,
+    depth,
+    layouts,
+    families,
+)
+FIRST_SECTIONS: tuple[Callable[[], str | None], ...] = (
     oneshot,
     polish,
     peers,
@@ -785,13 +942,24 @@ def page() -> str:
     intro = (
         "# Results\n\nMade from `benchmarks/results/*.json` by `python benchmarks/results_page.py`; every table names "
         "the command that measured it. What the figures mean, and what did not work, stands in [one-shot](oneshot.md), "
-        "[ADMM](admm.md) and [ranking](ranking.md).\n\nAll of it was measured with the code of the first edition, "
-        "before sub-layers and curves by gradients.\nRun today, the same commands may give other figures, and flags "
-        "that are gone are named as they were.\n\nWhere a table does not say otherwise, damage curves "
-        "were measured on 256 images, which was the default before 128 (`--data.allocation-images 256`), and ranking "
-        "compared attention rows of all images instead of every fourth: widths may differ by a few units today."
+        "[ADMM](admm.md) and [ranking](ranking.md)."
     )
-    return "\n\n".join([intro, *(text for section in SECTIONS if (text := section()))]) + "\n"
+    return "\n\n".join([intro, *written(SECTIONS), FIRST, *written(FIRST_SECTIONS)]) + "\n"
+
+
+def written(sections: Sequence[Callable[[], str | None]]) -> list[str]:
+    """Sections that have results."""
+    return [text for section in sections if (text := section())]
+
+
+FIRST = (
+    "# Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by gradients.\n"
+    "Run today, the same commands may give other figures, and flags that are gone are named as they were.\n\nWhere a "
+    "table does not say otherwise, damage curves were measured on 256 images, which was the default before 128 "
+    "(`--data.allocation-images 256`), and ranking compared attention rows of all images instead of every fourth: "
+    "widths may differ by a few units today."
+)
+"""What goes before the sections of the first edition."""
 
 
 def readme_table() -> str:

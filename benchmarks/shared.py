@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from gohsp.structure import AttentionWidths, FfnWidths, SublayerWidths, Widths
 RESULTS = Path("benchmarks/results")
 _MAIN = "import sys; from gohsp.cli import main; sys.exit(main())"
 _BATCH = 64
+
+SETS = {"imagenet-1k-mini": None, "imagenet-1k-broad": 224 / 227}
+"""Validation images of ImageNet, and the share of their side that is kept where it is not the model's own."""
 
 
 # Arguments and assets
@@ -118,6 +122,29 @@ def scored(model: nn.Module, source: str, split: str = "validation", count: int 
     if count is not None:
         batches = (batch for batch, _ in zip(batches, range(-(-count // min(count, _BATCH))), strict=False))
     return evaluate(model, batches)
+
+
+def scores_on_both(model: nn.Module, like: nn.Module) -> dict[str, float]:
+    """Top-1 in percent on the validation images of imagenet-1k-mini and imagenet-1k-broad, and on both together.
+
+    Args:
+        model: Returns logits of ImageNet's classes.
+        like: The model of timm's by whose configuration images are prepared.
+    """
+    right: dict[str, tuple[int, int]] = {}
+    for name, kept in SETS.items():
+        preprocessing = data.Preprocessing.from_model(like)
+        batches = data.loader(
+            data.open_split(data.DataSource(source=f"hfds/{asset(f'data/{name}')}"), "validation"),
+            transform=data.eval_transform(preprocessing if kept is None else replace(preprocessing, crop_pct=kept)),
+            batch_size=_BATCH,
+            shuffle=False,
+            num_classes=classes_of(like),
+        )
+        metrics = evaluate(model, batches, precision=torch.bfloat16)
+        right[name] = round(metrics.top1 * metrics.n / 100), metrics.n
+    right["both"] = sum(count for count, _ in right.values()), sum(n for _, n in right.values())
+    return {name: round(100 * count / n, 2) for name, (count, n) in right.items()}
 
 
 def example_of(model: nn.Module) -> Tensor:

@@ -187,7 +187,7 @@ def prune(
     if method is not None:
         config = replace(config, method=method)
     goal, unlabelled = parse_budget(budget), images if calibration is None else calibration
-    example, unlabelled = peeked(unlabelled)
+    example, unlabelled = _example(model, unlabelled)
     dense, network = _checked(model, example, goal, exclude, widths, config)
     _require_curves_of(network, curves, config)
     if config.trains:
@@ -199,8 +199,19 @@ def prune(
     return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
 
 
+def _example(model: nn.Module, images: Iterable[Any]) -> tuple[Tensor | None, Iterable[Any]]:
+    """An image to describe a model with, where it does not tell what size it takes, and all images again."""
+    models.blocks_of(model)  # what has none is refused before an image is read
+    return (None, images) if models.told_size(model) is not None else peeked(images)
+
+
 def _checked(
-    model: nn.Module, example: Tensor, goal: Budget, exclude: Sequence[str], widths: Widths | None, config: Config
+    model: nn.Module,
+    example: Tensor | None,
+    goal: Budget,
+    exclude: Sequence[str],
+    widths: Widths | None,
+    config: Config,
 ) -> tuple[nn.Module, Network]:
     """A copy of the model and its description, after all that can be known to fail has been tried."""
     dense = models.working_copy(model, example)
@@ -647,7 +658,7 @@ def cut(
     Raises:
         PlanError: ``widths`` do not fit the model.
     """
-    example, images = peeked(images)
+    example, images = _example(model, images)
     check_widths(models.describe(model, example), widths)
     session, dense, network = _open(model, images, (), objective, config, progress)
     work = copy.deepcopy(dense)
@@ -731,7 +742,7 @@ def _open(
     config: Config | None,
     progress: ProgressCallback | None,
 ) -> tuple[Session, nn.Module, Network]:
-    example, images = peeked(images)
+    example, images = _example(model, images)
     dense = models.working_copy(model, example)
     models.check_finite(dense)
     network = excluding(models.describe(dense, example), exclude)

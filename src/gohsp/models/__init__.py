@@ -10,6 +10,7 @@ from gohsp.models.description import (
     plain_attention,
     resize,
     resized,
+    told_size,
     working_copy,
 )
 from gohsp.models.labels import class_names, num_classes, require_classifier, set_class_names
@@ -53,5 +54,6 @@ __all__ = [
     "resized",
     "set_class_names",
     "specification",
+    "told_size",
     "working_copy",
 ]

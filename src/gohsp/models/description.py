@@ -90,17 +90,19 @@ def _unknown(name: str, module: nn.Module) -> UnsupportedModelError:
     )
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of an image, as the first convolution and the patch embedding tell them.
-
-    Where no module tells the size, timm's configuration does, and else it is 224 px.
-    """
-    modules = list(model.modules())
-    channels = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d)), 3)
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, *DEFAULT_SIZE))[1:]
-    given = (getattr(m, name, None) for m in modules for name in ("img_size", "image_size"))
+def told_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of an image, as a module or timm's configuration tells them; None if nothing does."""
+    given = (getattr(m, name, None) for m in model.modules() for name in ("img_size", "image_size"))
     sizes = ((s, s) if type(s) is int else s for s in given)
-    height, width = next((s for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
+    configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    known = None if configured is None else tuple(configured[1:])
+    return next((tuple(s) for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of an image: those of the first convolution, and what the model tells, or 224 px."""
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    height, width = told_size(model) or DEFAULT_SIZE
     return channels, height, width
 
 
@@ -198,6 +200,10 @@ def _passed_over(
         stream, call = taken(args, kwargs)
         if name in seen.readings:
             raise UnsupportedModelError(f"block '{name}' runs more than once for an image, which cannot be pruned")
+        if not isinstance(stream, Tensor):
+            raise UnsupportedModelError(
+                f"block '{name}' is given a {type(stream).__name__}, not a tensor of the stream"
+            )
         seen.shapes[name] = list(stream.shape)
         tokens = stream.shape[1:-1].numel()
         reading = Reading(tokens=tokens, keys=tokens)

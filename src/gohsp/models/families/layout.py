@@ -196,7 +196,7 @@ def _layout_of(name: str, block: nn.Module, path: str, known: Mapping[str, tuple
     if isinstance(module, PrunedAttention):
         return module.layout
     for layout in known.get(class_name(module), ()):
-        if not all(parameter_at(module, weight) is not None for weight in _weights(layout)):
+        if not all(_is_there(module, weight) for weight in _weights(layout)):
             continue
         for attribute, value in getattr(layout, "required", {}).items():
             if (found := getattr(module, attribute, None)) != value:
@@ -204,6 +204,12 @@ def _layout_of(name: str, block: nn.Module, path: str, known: Mapping[str, tuple
                 raise _unsupported(name, module, detail)
         return layout
     raise _unsupported(name, module)
+
+
+def _is_there(module: nn.Module, weight: str) -> bool:
+    """Whether a weight's module is there, whatever it has become, or the weight itself if it is the module's own."""
+    holder = weight.rpartition(".")[0]
+    return isinstance(_at(module, holder), nn.Module) if holder else parameter_at(module, weight) is not None
 
 
 def _weights(layout: AttentionLayout | FfnLayout) -> list[str]:
@@ -264,10 +270,10 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
     attn: Any = block.get_submodule(branch.module or "")
     if layout is None:
         return _absent(path, name, AttentionWidths(heads=0, qk=0, vo=0), attn)
-    maps, widths = layout.maps, attention_widths(path, layout, attn)
-    readout = attn.get_submodule(maps.readout)
+    maps = layout.maps
     for part in (*maps.linears, maps.readout):
         require_linear(f"{path}.{part}", attn.get_submodule(part))
+    widths, readout = attention_widths(path, layout, attn), attn.get_submodule(maps.readout)
     norms = [_norm_name(path, attn, norm) for norm in (maps.query_norm, maps.key_norm)]
     held: set[Kind] = set(layout.held)
     if any(norms):  # the norm sees a head's whole width: neither its size nor its basis may change
