@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("robustness")
     group.addoption("--mutations", type=int, default=300, help="spoilt model folders (in full: 20000)")
     group.addoption("--mutation", type=int, help="the number of one spoilt model folder, which alone is tried")
-    group.addoption("--kills", type=int, default=4, help="runs killed at random, and at renames (in full: 100)")
-    group.addoption("--damages", type=int, default=10, help="damaged files of runs (in full: 200)")
+    group.addoption("--kills", type=int, default=3, help="runs killed at random, and at renames (in full: 100)")
+    group.addoption("--damages", type=int, default=6, help="damaged files of runs (in full: 200)")
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

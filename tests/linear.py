@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.core.capture import rows_of
+from gohsp.structure import Attention, Rows
 
 
 def random_inputs(seed: int, width: int, count: int = 64) -> Tensor:
@@ -26,3 +30,14 @@ def weighted(x: Tensor, weights: Tensor) -> Tensor:
     rows = torch.cat([x.double(), torch.ones(*x.shape[:-1], 1)], dim=-1)
     share = weights.double() / (weights.double().sum() * len(x))
     return (rows * share.sqrt()[None, :, None]).flatten(0, 1)
+
+
+def queries_keys(model: nn.Module, sub: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[images, heads, tokens, qk]`` of an attention whose input is ``x``; norms applied."""
+    heads, qk = sub.widths.heads, sub.widths.qk
+
+    def of(rows: Rows, norm: str | None) -> Tensor:
+        split = F.linear(x, *rows_of(model, rows, heads * qk)).unflatten(-1, (heads, qk))
+        return (model.get_submodule(norm)(split) if norm else split).transpose(1, 2)
+
+    return of(sub.query, sub.query_norm), of(sub.key, sub.key_norm)

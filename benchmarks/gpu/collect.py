@@ -33,7 +33,6 @@ THERE = (
     "timm",
     "torch",
     "torchvision",
-    "transformers",
 )
 """What the machine has, with all that these depend on."""
 

@@ -94,7 +94,10 @@ def tuned(
 ) -> tuple[HealStep, ...]:
     """Heal bare blocks, with nothing before or behind them."""
     names, calls = tuple(map(str, range(len(student)))), (Call((), {}),) * len(student)
-    trunks = [Trunk(nn.ModuleList(blocks), names, calls) for blocks in (student, teacher)]
+    trunks = [
+        Trunk(nn.ModuleList(blocks), names, calls, (None,) * len(names), frozenset(), torch.zeros(1, 1))
+        for blocks in (student, teacher)
+    ]
     return heal(*trunks, stream, weights, settings, distance=iter(distance).__next__, **more)
 
 

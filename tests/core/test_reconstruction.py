@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import reconstruction, surgery
-from gohsp.core.capture import Trunk, observe_inputs, open_trunk, queries_keys
+from gohsp.core.capture import Trunk, observe_inputs, open_trunk
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.moments import collect_moments
 from gohsp.core.projection import HeadScores, RepairSettings, constrained, on_support, project, select
@@ -36,6 +36,7 @@ from gohsp.structure import (
     keep_none,
     kept_widths,
 )
+from linear import queries_keys
 
 FULL = (AttentionWidths(heads=4, qk=8, vo=8), FfnWidths(units=64))
 SMALL = (AttentionWidths(heads=3, qk=3, vo=5), FfnWidths(units=24))

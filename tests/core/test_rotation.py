@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gohsp.core.capture import attention_rows, observe_inputs, queries_keys
+from gohsp.core.capture import attention_rows, observe_inputs
 from gohsp.core.moments import AttentionMoments, InputFitter, collect_moments, tensors_of
 from gohsp.core.projection import RepairSettings, constrained, select
 from gohsp.core.rotation import balance_query_key, order_values, rotate, rotate_queries_keys, rotate_values
 from gohsp.models import describe
 from gohsp.structure import AttentionKept, AttentionWidths, Network
+from linear import queries_keys
 
 seeds = st.integers(0, 10**6)
 
