@@ -32,6 +32,8 @@ from gohsp.structure import (
     SublayerKept,
     cost_of,
     count_params,
+    keep_everything,
+    keep_none,
     kept_widths,
 )
 
@@ -166,6 +168,19 @@ def test_a_cut_model_computes_what_the_masked_one_does(family: Described, cut: s
     assert compaction.max_relative_difference <= EQUALITY_TOLERANCE
     assert relative_difference(family.model, compaction.model, family.images, output=tensor_in) > 1e-3
     assert all(torch.equal(value, before[name]) for name, value in family.opened.state_dict().items())
+    after = describe(compaction.model, family.images)
+    assert after.widths == kept_widths(kept)
+    assert count_params(after) == parameters(compaction.model) == cost_of(network, kept_widths(kept), PARAMS)
+
+
+def test_what_may_go_altogether_leaves_a_vector(family: Described) -> None:
+    network, kept = family.network, keep_everything(family.network)
+    gone = {type(sub): sub for sub in network.present if sub.removable}.values()  # the last of either type
+    if not gone:
+        pytest.skip("nothing of this family may go altogether")
+    kept |= {sub.name: keep_none(sub.widths) for sub in gone}
+    compaction = compact(family.opened, kept, family.images)
+    assert compaction.max_relative_difference <= EQUALITY_TOLERANCE
     after = describe(compaction.model, family.images)
     assert after.widths == kept_widths(kept)
     assert count_params(after) == parameters(compaction.model) == cost_of(network, kept_widths(kept), PARAMS)

@@ -80,6 +80,11 @@ def torchvision_vit() -> nn.Module:
     return TorchvisionViT(SIDE, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5)
 
 
+def open_clip_tower() -> nn.Module:
+    library: Any = importlib.import_module("open_clip.transformer")
+    return library.VisionTransformer(SIDE, 8, 32, 2, 4, 1.5, ls_init_value=0.5, output_dim=8)
+
+
 ZOO: dict[str, Entry] = {
     "timm eva02": of_timm("eva02_tiny_patch14_224", "qk"),
     "timm eva": of_timm("eva_giant_patch14_224", "qk"),
@@ -118,8 +123,18 @@ ZOO: dict[str, Entry] = {
         num_labels=5,
         **{**SWIN, "depths": [2, 2], "num_heads": [2, 4]},
     ),
+    "transformers dpt": of_transformers(
+        "DPTConfig",
+        "DPTForSemanticSegmentation",
+        num_labels=5,
+        num_hidden_layers=4,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+    ),
     "torchvision vit": Entry(torchvision_vit),
     "torch encoder layer": Entry(Encoder),
+    "open_clip tower": Entry(open_clip_tower, needs="open_clip"),
 }
 
 

@@ -44,9 +44,9 @@ from gohsp.structure import (
 
 SUPPORTED = (
     "timm's VisionTransformer (vit_*, deit_*, deit3_*; Mlp, GluMlp, SwiGLU), Eva, BEiT, relative positions, NaFlexVit "
-    "and Swin; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, SigLIP, BEiT and Swin; torchvision's "
-    "VisionTransformer; torch.nn.TransformerEncoderLayer with norm_first; open_clip; classes of your own by "
-    "gohsp.families.register"
+    "and Swin; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, Swin and DPT; "
+    "torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer with norm_first; open_clip; classes of your own "
+    "by gohsp.families.register"
 )
 """What can be pruned, in words."""
 
@@ -59,13 +59,11 @@ class FfnLayout:
         inputs: Linear maps that make hidden units; one named twice holds both halves of a gate, one after the other.
         readout: The second linear map.
         norm: The norm on hidden units, if any.
-        native: Attributes that tell the number of hidden units.
     """
 
     inputs: tuple[str, ...]
     readout: str
     norm: str | None = None
-    native: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +76,7 @@ class Branch:
         gain: The LayerScale vector behind it, if any.
         layout: What the block holds of it, where ``module`` is None.
         owned: Of an attention, parameters of the block of which each head owns an entry, and the axis along which.
+        looked_into: Whether the block reads attributes of the module, so that nothing else can stand in its place.
     """
 
     module: str | None
@@ -85,11 +84,13 @@ class Branch:
     gain: str | None = None
     layout: FfnLayout | None = None
     owned: Mapping[str, int] = field(default_factory=dict)
+    looked_into: bool = False
 
     @property
     def removable(self) -> bool:
         """Whether a vector can stand in its place: it is a module, and nothing of it lies in the block itself."""
-        return self.module is not None and not self.owned and (self.gain is None or "." in self.gain)
+        apart = self.module is not None and not self.looked_into and not self.owned
+        return apart and (self.gain is None or "." in self.gain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,11 +495,7 @@ def _remove(branch: Branch, block: nn.Module, readout: Any, *, pair: bool) -> No
 
 def _set(module: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
     parent, _, name = path.rpartition(".")
-    holder = module.get_submodule(parent)
-    if isinstance(holder, nn.Sequential | nn.ModuleList):
-        holder[int(name)] = value  # type: ignore[assignment]
-    else:
-        setattr(holder, name, value)
+    setattr(module.get_submodule(parent), name, value)
 
 
 def opened(family: Family, block: nn.Module) -> None:

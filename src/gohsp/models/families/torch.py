@@ -56,7 +56,7 @@ BLOCKS = {
     ),
     "torch.nn.modules.transformer.TransformerEncoderLayer": (
         Layout(
-            attention=Branch(module="self_attn", norm="norm1"),
+            attention=Branch(module="self_attn", norm="norm1", looked_into=True),
             ffn=Branch(module=None, norm="norm2", layout=FfnLayout(inputs=("linear1",), readout="linear2")),
             required={"norm_first": True},
         ),

@@ -90,6 +90,8 @@ LAYERS = {
     "SiglipEncoderLayer": "siglip",
     "Siglip2EncoderLayer": "siglip2",
     "SwinLayer": "swin",
+    "MetaClip2EncoderLayer": "metaclip_2",
+    "DPTViTLayer": "dpt",
 }
 """Where the library keeps a class of blocks."""
 
@@ -142,7 +144,10 @@ KINDS: dict[str, tuple[Layout, AttentionLayout]] = {
     "BeitLayer": (BEIT_BLOCK, VIT),
     **dict.fromkeys(("Dinov2Layer", "Dinov2WithRegistersLayer"), (DINO_BLOCK, VIT)),
     "DINOv3ViTLayer": (DINO_BLOCK, DINOV3),
-    **dict.fromkeys(("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"), (CLIP_BLOCK, CLIP)),
+    **dict.fromkeys(
+        ("CLIPEncoderLayer", "MetaClip2EncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer"), (CLIP_BLOCK, CLIP)
+    ),
+    "DPTViTLayer": (VIT_4_BLOCK, VIT_4),
     "SwinLayer": (SWIN_BLOCK, SWIN),
 }
 
