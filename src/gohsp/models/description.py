@@ -95,8 +95,8 @@ def told_size(model: nn.Module) -> tuple[int, int] | None:
     given = (getattr(m, name, None) for m in model.modules() for name in ("img_size", "image_size"))
     sizes = ((s, s) if type(s) is int else s for s in given)
     configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    known = None if configured is None else tuple(configured[1:])
-    return next((tuple(s) for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
+    known = None if configured is None else (configured[1], configured[2])
+    return next(((s[0], s[1]) for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
