@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/gohsp evaluate runs/demo --data digits --split test
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

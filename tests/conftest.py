@@ -24,10 +24,10 @@ TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much the harnesses of ``tests/robustness`` try; by default a sample."""
     group = parser.getgroup("robustness")
-    group.addoption("--mutations", type=int, default=300, help="spoilt model folders (in full: 20000)")
+    group.addoption("--mutations", type=int, default=200, help="spoilt model folders (in full: 20000)")
     group.addoption("--mutation", type=int, help="the number of one spoilt model folder, which alone is tried")
-    group.addoption("--kills", type=int, default=3, help="runs killed at random, and at renames (in full: 100)")
-    group.addoption("--damages", type=int, default=6, help="damaged files of runs (in full: 200)")
+    group.addoption("--kills", type=int, default=2, help="runs killed at random, and at renames (in full: 100)")
+    group.addoption("--damages", type=int, default=5, help="damaged files of runs (in full: 200)")
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

@@ -35,6 +35,7 @@ class Entry:
         budget: One that it can meet.
         side: Height and width of its images.
         needs: A package that it is skipped without.
+        same: Whether its classes are copies of another entry's, so that little of the contract says all of it.
     """
 
     make: Callable[[], nn.Module]
@@ -42,17 +43,18 @@ class Entry:
     budget: str = "params=-15%"
     side: int = SIDE
     needs: str | None = None
+    same: bool = False
 
 
-def of_timm(name: str, *held: str, **arguments: Any) -> Entry:
+def of_timm(name: str, *held: str, same: bool = False, **arguments: Any) -> Entry:
     side = arguments.pop("side", SIDE)
     budget = arguments.pop("budget", "params=-15%")
     given = {**SMALL, "mlp_ratio": 1.5, **arguments}
     given = {key: value for key, value in given.items() if value is not None}
-    return Entry(lambda: timm.create_model(name, **given), frozenset(held), budget, side)
+    return Entry(lambda: timm.create_model(name, **given), frozenset(held), budget, side, same=same)
 
 
-def of_transformers(config: str, model: str, *held: str, **arguments: Any) -> Entry:
+def of_transformers(config: str, model: str, *held: str, same: bool = False, **arguments: Any) -> Entry:
     given = arguments if config == "SwinConfig" else {**HF, **arguments}
     side = given["image_size"]
 
@@ -60,7 +62,7 @@ def of_transformers(config: str, model: str, *held: str, **arguments: Any) -> En
         transformers: Any = importlib.import_module("transformers")
         return getattr(transformers, model)(getattr(transformers, config)(**given))
 
-    return Entry(make, frozenset(held), side=side, needs="transformers")
+    return Entry(make, frozenset(held), side=side, needs="transformers", same=same)
 
 
 class Encoder(nn.Module):
@@ -89,9 +91,9 @@ ZOO: dict[str, Entry] = {
     "timm eva02": of_timm("eva02_tiny_patch14_224", "qk"),
     "timm eva": of_timm("eva_giant_patch14_224", "qk"),
     "timm dinov3": of_timm("vit_small_patch16_dinov3", "qk"),
-    "timm rope": of_timm("vit_small_patch16_rope_224", "qk"),
+    "timm rope": of_timm("vit_small_patch16_rope_224", "qk", same=True),
     "timm rope mixed": of_timm("vit_small_patch16_rope_mixed_224", "qk", "head", budget="params=-8%"),
-    "timm perception": of_timm("vit_pe_core_tiny_patch16_384", "qk"),
+    "timm perception": of_timm("vit_pe_core_tiny_patch16_384", "qk", same=True),
     "timm beit": of_timm("beit_base_patch16_224"),
     "timm relpos": of_timm("vit_relpos_small_patch16_224"),
     "timm relpos cls": of_timm("vit_relpos_medium_patch16_cls_224"),
@@ -100,18 +102,20 @@ ZOO: dict[str, Entry] = {
     "timm swin": of_timm("swin_tiny_patch4_window7_224", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
     "timm swin padded": of_timm("swin_tiny_patch4_window7_224", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
     "transformers vit": of_transformers("ViTConfig", "ViTForImageClassification", num_labels=5),
-    "transformers deit": of_transformers("DeiTConfig", "DeiTForImageClassification", num_labels=5),
-    "transformers ijepa": of_transformers("IJepaConfig", "IJepaModel"),
-    "transformers msn": of_transformers("ViTMSNConfig", "ViTMSNModel"),
+    "transformers deit": of_transformers("DeiTConfig", "DeiTForImageClassification", num_labels=5, same=True),
+    "transformers ijepa": of_transformers("IJepaConfig", "IJepaModel", same=True),
+    "transformers msn": of_transformers("ViTMSNConfig", "ViTMSNModel", same=True),
     "transformers dinov2": of_transformers("Dinov2Config", "Dinov2Model", mlp_ratio=2),
     "transformers dinov2 swiglu": of_transformers("Dinov2Config", "Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
     "transformers dinov2 registers": of_transformers(
-        "Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", mlp_ratio=2, num_labels=5
+        "Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", mlp_ratio=2, num_labels=5, same=True
     ),
     "transformers dinov3": of_transformers("DINOv3ViTConfig", "DINOv3ViTModel", "qk", num_register_tokens=2),
-    "transformers dinov3 gated": of_transformers("DINOv3ViTConfig", "DINOv3ViTModel", "qk", use_gated_mlp=True),
+    "transformers dinov3 gated": of_transformers(
+        "DINOv3ViTConfig", "DINOv3ViTModel", "qk", same=True, use_gated_mlp=True
+    ),
     "transformers clip": of_transformers("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
-    "transformers siglip": of_transformers("SiglipVisionConfig", "SiglipVisionModel"),
+    "transformers siglip": of_transformers("SiglipVisionConfig", "SiglipVisionModel", same=True),
     "transformers beit": of_transformers(
         "BeitConfig", "BeitForImageClassification", use_relative_position_bias=True, num_labels=5
     ),

@@ -472,8 +472,10 @@ class Finalized:
             work()
 
 
-@pytest.mark.parametrize(("end", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("how", ["__del__", "weakref", "generator"])
+@pytest.mark.parametrize(
+    ("how", "end", "status"),
+    [("__del__", signal.SIGTERM, 143), ("weakref", signal.SIGINT, 130), ("generator", signal.SIGTERM, 143)],
+)
 def test_no_interruption_is_lost_in_a_finalizer(
     tmp_path: Path,
     request: pytest.FixtureRequest,
