@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +239,63 @@ def test_admm_pulls_it_to_the_sparsity_set(name: str, of: Callable[[str], Descri
     kept = admm.finish(state)
     assert kept_widths(kept) == widths
     assert compact(work, kept, family.images).max_relative_difference <= EQUALITY_TOLERANCE
+
+
+# A family of one's own, as the page describes it
+
+
+class OwnAttention(nn.Module):
+    __module__, __qualname__ = "mine", "Attention"
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    __module__ = "mine"
+
+    def __init__(self, dim: int, units: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, units), nn.Linear(units, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Block(nn.Module):
+    __module__ = "mine"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), OwnAttention(dim, 4)
+        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.ff(self.norm2(x))
+
+
+def test_the_pages_example_describes_blocks_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gohsp.families, "_known", gohsp.families._known)  # forgotten after this test
+    patches = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2))
+    model = nn.Sequential(patches, Turned(), Block(32), Block(32), nn.Flatten(1), nn.Linear(32 * 16, 5)).eval()
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ran: dict[str, Any] = {"gohsp": gohsp, "model": model, "images": images_for("torch encoder layer", 24)}
+    exec(code, ran)
+    assert parameters(ran["result"].model) <= 0.6 * parameters(model)
+    assert ran["result"].equality <= EQUALITY_TOLERANCE
+
+
+class Turned(nn.Module):
+    """Channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
