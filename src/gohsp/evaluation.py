@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohsp.core.capture import autocast, device_of
+from gohsp.core.objective import tensor_in
 from gohsp.errors import DataError, NonFiniteError
 from gohsp.runtime import fast_attention
 
@@ -42,7 +43,7 @@ def evaluate(
     """Score a model.
 
     Args:
-        model: Takes images ``[B, C, H, W]``, returns logits ``[B, classes]``.
+        model: Takes images ``[B, C, H, W]``, returns logits ``[B, classes]`` or a model output that holds them.
         batches: Images and labels; empty batches are skipped.
         precision: Data type of the forward pass; below float32 by autocast.
         advance: Called after each batch, for progress.
@@ -60,8 +61,7 @@ def evaluate(
                 continue
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast(device, precision):
-                logits = model(images)
-            logits = logits.float()
+                logits = tensor_in(model(images)).float()
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()

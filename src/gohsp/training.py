@@ -22,6 +22,7 @@ from gohsp import files
 from gohsp.config import StageSettings, TrainingSettings
 from gohsp.core import admm
 from gohsp.core.capture import autocast, device_of
+from gohsp.core.objective import tensor_in
 from gohsp.errors import CheckpointError, ConfigError, NonFiniteError, nearest
 from gohsp.evaluation import Metrics
 from gohsp.runtime import ProgressCallback, fast_attention, telling, unheard
@@ -259,14 +260,13 @@ class _Run:
         if self.mixup and len(images) % 2 == 0:
             images, targets = self.mixup(images, labels)
         with autocast(self.device, self.precision):
-            logits = self.student(images)
-        logits = logits.float()
+            logits = tensor_in(self.student(images)).float()
         smoothing = 0.0 if targets.is_floating_point() else settings.label_smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is None:
             return loss
         with torch.no_grad(), autocast(self.device, self.precision):
-            soft = self.teacher(images)
+            soft = tensor_in(self.teacher(images))
         divergence = F.kl_div(
             logits.log_softmax(-1), soft.float().log_softmax(-1), reduction="batchmean", log_target=True
         )

@@ -19,9 +19,11 @@ from zoo import ZOO, images_for, made
 
 import gohsp
 from gohsp import AdmmSettings, Config, admm
+from gohsp.config import from_mapping
 from gohsp.core.capture import Call, attention_rows, open_trunk, rows_of, taken
 from gohsp.core.objective import tensor_in
 from gohsp.errors import UnsupportedModelError
+from gohsp.evaluation import evaluate
 from gohsp.models import EQUALITY_TOLERANCE, compact, describe, relative_difference, working_copy
 from gohsp.structure import (
     FIELDS,
@@ -239,6 +241,19 @@ def test_admm_pulls_it_to_the_sparsity_set(name: str, of: Callable[[str], Descri
     kept = admm.finish(state)
     assert kept_widths(kept) == widths
     assert compact(work, kept, family.images).max_relative_difference <= EQUALITY_TOLERANCE
+
+
+def test_a_classifier_that_returns_a_model_output_is_trained_and_scored(of: Callable[[str], Described]) -> None:
+    family = of("transformers vit")
+    images = images_for("transformers vit", 32)
+    labels = tensor_in(family.model(images)).argmax(-1).detach()
+    batches = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 32, 8)]
+    config = from_mapping({"finetune": {"epochs": 2}, "admm": {"epochs": 1}, "training": {"mixup": 0.0, "cutmix": 0.0}})
+    assert evaluate(family.model, batches).top1 == 100
+    for method in ("finetune", "gohsp"):
+        pruned = gohsp.prune(family.model, batches, "params=-15%", method=method, validation=batches, config=config)
+        assert [epoch.top1 is not None for epoch in pruned.finetune] == [True, True]
+        assert type(pruned.model) is type(family.model)
 
 
 # A family of one's own, as the page describes it
