@@ -283,11 +283,13 @@ def test_parts_leave_the_given_model_as_it_is(in_training: nn.Module, data: Tens
         gohsp.heal(small, in_training, [data], config=PLAIN)
 
 
-def test_half_precision_comes_out_as_float32(vit: nn.Module, data: Tensor):
-    half = copy.deepcopy(vit).bfloat16()
-    with untouched(half):
-        result = gohsp.prune(half, [data], BUDGET, config=PLAIN)
-    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_made_has_the_models_data_type(vit: nn.Module, data: Tensor, dtype: torch.dtype):
+    given = copy.deepcopy(vit).to(dtype)
+    with untouched(given):
+        result = gohsp.prune(given, [data], BUDGET, config=PLAIN)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
+    assert torch.isfinite(outputs(result.model, data[:2].to(dtype))).all()
 
 
 # Parts

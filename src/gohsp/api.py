@@ -160,8 +160,8 @@ def prune(
     """Prune a Vision Transformer, or a model with one inside, to a budget.
 
     Args:
-        model: The model, left as it is; what is made of it is float32 and has no frozen weights. It is pruned on the
-            device where it is.
+        model: The model, left as it is. It is pruned on the device where it is and in float32; what is made of it has
+            its data type again, and no frozen weights.
         images: Preprocessed images: a ``DataLoader``, or any iterable of tensors ``[C, H, W]`` or ``[B, C, H, W]``, of
             pairs that begin with one, or of mappings that hold one. The first thousand are read, and no label; methods
             that train take all of it, in pairs, anew in every epoch.
@@ -196,7 +196,9 @@ def prune(
         _require_rereadable("scores on validation images", config, validation)
     session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
-    return run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
+    pruned = run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
+    pruned.model.to(next(model.parameters()).dtype)
+    return pruned
 
 
 def _example(model: nn.Module, images: Iterable[Any]) -> tuple[Tensor | None, Iterable[Any]]:
