@@ -84,12 +84,14 @@ def family(request: pytest.FixtureRequest, of: Callable[[str], Described]) -> De
     return of(request.param)
 
 
-def drawn(network: Network, kinds: tuple[Kind, ...], seed: int) -> dict[str, SublayerKept]:
+def drawn(
+    network: Network, kinds: tuple[Kind, ...], seed: int, narrow: Mapping[Kind, int] = NARROW
+) -> dict[str, SublayerKept]:
     """A random cut of some kinds to odd widths, where they may be cut."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(have: int, kind: Kind, sub: Any) -> tuple[int, ...]:
-        want = min(NARROW[kind], have) if kind in kinds and kind in sub.prunable else have
+        want = min(narrow[kind], have) if kind in kinds and kind in sub.prunable else have
         return tuple(sorted(torch.randperm(have, generator=generator)[:want].tolist()))
 
     kept: dict[str, SublayerKept] = {}
@@ -180,6 +182,11 @@ def test_a_cut_model_computes_what_the_masked_one_does(name: str, cut: str, of: 
     after = describe(compaction.model, family.images)
     assert after.widths == kept_widths(kept)
     assert count_params(after) == parameters(compaction.model) == cost_of(network, kept_widths(kept), PARAMS)
+    if cut == "all":  # and once more, from our own attention
+        fewer = drawn(after, ("head", "vo", "ffn"), seed=1, narrow={"head": 1, "vo": 3, "ffn": 9})
+        again = compact(compaction.model, fewer, family.images)
+        assert again.max_relative_difference <= EQUALITY_TOLERANCE
+        assert describe(again.model, family.images).widths == kept_widths(fewer)
 
 
 def test_what_may_go_altogether_leaves_a_vector(family: Described) -> None:

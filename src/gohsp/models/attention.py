@@ -162,7 +162,7 @@ class PrunedAttention(nn.Module):
         super().__init__()
         self.layout, self.num_heads, self.qk_dim, self.vo_dim = layout, widths.heads, widths.qk, widths.vo
         self.scale = widths.qk**-0.5
-        self.dropout = _rate(old, layout.dropout)
+        self.dropout = old.dropout if isinstance(old, PrunedAttention) else _rate(old, layout.dropout)
         self.fused_attn = bool(getattr(old, "fused_attn", True))
         self._take_over(old)
         self._resize(old)
