@@ -81,7 +81,7 @@ class ModelConfig(_Level):
         format_version: Of this table.
         library: Whose model it is; None for a module of the user's own, which takes such a module to load.
         architecture: Its plain name there.
-        arguments: What differs from that name's defaults (:mod:`gohsp.models.arguments`).
+        arguments: What differs from that name's defaults (:mod:`gohsp.models.libraries.arguments`).
         preprocessing: For evaluation.
         widths: Of every sub-layer, by name.
         class_names: In the order of the classifier's outputs; None where they are not known.
