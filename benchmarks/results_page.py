@@ -686,10 +686,10 @@ def editions() -> str | None:
         [
             "## This edition and the first, DeiT-Tiny",
             "    GOHSP_ASSETS=../shared python benchmarks/editions.py --first ../first",
-            "One-shot, with curves of no other run. Top-1 on the validation images of imagenet-1k-mini and "
-            f"imagenet-1k-broad, 2,278 together (dense {found['dense']['both']:.1f} %; the standard error of a "
-            "difference of two rows is about 0.7 for a seed); divergence on each run's 50 held-out images, in nats. "
-            "Processor time is that of all threads.",
+            "One-shot, with curves of no other run. Top-1 is on the validation images of imagenet-1k-mini and "
+            f"imagenet-1k-broad, 2,278 together. The dense model has {found['dense']['both']:.1f} %. The standard "
+            "error of a difference of two runs is about 0.7. Divergence is on each run's 50 held-out images, in nats. "
+            "Processor time is that of all threads; the first runs did not record it.",
             table(header, rows),
         ]
     )

@@ -20,11 +20,11 @@ from zoo import ZOO, images_for, made
 import gohsp
 from gohsp import AdmmSettings, Config, admm
 from gohsp.config import from_mapping
-from gohsp.core.capture import Call, attention_rows, open_trunk, rows_of, taken
+from gohsp.core.capture import Call, attention_rows, branch, in_stream, open_trunk, rows_of, taken
 from gohsp.core.objective import tensor_in
-from gohsp.errors import UnsupportedModelError
+from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.evaluation import evaluate
-from gohsp.models import EQUALITY_TOLERANCE, compact, describe, relative_difference, working_copy
+from gohsp.models import EQUALITY_TOLERANCE, check_specification, compact, describe, relative_difference, working_copy
 from gohsp.structure import (
     FIELDS,
     PARAMS,
@@ -134,6 +134,20 @@ def test_blocks_run_alone_are_the_models_own(family: Described) -> None:
         for i, expected in enumerate(left):
             x = trunk.run(i, trunk.onto(i, x))
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_readouts_read_lies_where_the_stream_has_it(family: Described) -> None:
+    """The stream that enters a block and what its sub-layers add, token by token, is the stream that leaves it."""
+    trunk = open_trunk(family.opened, family.network, family.images)
+    with torch.no_grad():
+        x = trunk.enter(family.images)
+        for i, subs in enumerate(family.network.blocks.values()):
+            x = trunk.onto(i, x)
+            read = trunk.inputs(i, x, [sub.readout.module for sub in subs])
+            left = trunk.run(i, x)
+            for sub, z in zip(subs, read, strict=True):
+                x = x + branch(family.opened, sub, in_stream(sub, z, len(family.images))).view_as(x)
+            torch.testing.assert_close(x, left, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_seen_as_it_is(family: Described) -> None:
@@ -261,6 +275,26 @@ def test_a_classifier_that_returns_a_model_output_is_trained_and_scored(of: Call
         pruned = gohsp.prune(family.model, batches, "params=-15%", method=method, validation=batches, config=config)
         assert [epoch.top1 is not None for epoch in pruned.finetune] == [True, True]
         assert type(pruned.model) is type(family.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ViTModel", {"hidden_act": "../gelu"}),
+        ("ViTModel", {"image_size": "32"}),
+        ("ViTModel", {"auto_map": "code"}),
+        ("ViTModel", {"id2label": {"0": ["a"]}}),
+        ("BertModel", {}),
+        ("pipeline", {}),
+        ("os.system", {}),
+    ],
+)
+def test_a_file_names_no_other_class_and_no_text_that_is_no_setting(name: str, arguments: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    spec = {"library": "transformers", "architecture": name, "arguments": arguments}
+    with pytest.raises(CheckpointError):
+        check_specification(spec, "a file")
+    check_specification({**spec, "architecture": "ViTModel", "arguments": {"hidden_act": "relu"}}, "a file")
 
 
 # A family of one's own, as the page describes it
