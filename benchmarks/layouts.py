@@ -35,6 +35,7 @@ from shared import (
     read_results,
     say,
     scores_on_both,
+    sets_of_both,
     transform_of,
     versions,
     write_results,
@@ -211,7 +212,7 @@ def main() -> None:
             "params": parameters(pruned.model),
             "divergence": pruned.fidelity.distance,
             "seconds": round(time.perf_counter() - began, 1),
-            "top1": scores_on_both(Logits(pruned.model), reference),
+            "top1": scores_on_both(Logits(pruned.model), sets_of_both(reference)),
         }
         results["runs"][name] = found
         write_results(options.results, results)

@@ -124,23 +124,34 @@ def scored(model: nn.Module, source: str, split: str = "validation", count: int 
     return evaluate(model, batches)
 
 
-def scores_on_both(model: nn.Module, like: nn.Module) -> dict[str, float]:
-    """Top-1 in percent on the validation images of imagenet-1k-mini and imagenet-1k-broad, and on both together.
+def sets_of_both(like: nn.Module) -> dict[str, Iterable[Any]]:
+    """Batches of images and labels: the validation images of imagenet-1k-mini and of imagenet-1k-broad.
 
     Args:
-        model: Returns logits of ImageNet's classes.
         like: The model of timm's by whose configuration images are prepared.
     """
-    right: dict[str, tuple[int, int]] = {}
-    for name, kept in SETS.items():
-        preprocessing = data.Preprocessing.from_model(like)
-        batches = data.loader(
+    preprocessing = data.Preprocessing.from_model(like)
+    return {
+        name: data.loader(
             data.open_split(data.DataSource(source=f"hfds/{asset(f'data/{name}')}"), "validation"),
             transform=data.eval_transform(preprocessing if kept is None else replace(preprocessing, crop_pct=kept)),
             batch_size=_BATCH,
             shuffle=False,
             num_classes=classes_of(like),
         )
+        for name, kept in SETS.items()
+    }
+
+
+def scores_on_both(model: nn.Module, sets: Mapping[str, Iterable[Any]]) -> dict[str, float]:
+    """Top-1 in percent on each of two sets of images, and on both together.
+
+    Args:
+        model: Returns logits of ImageNet's classes.
+        sets: As of :func:`sets_of_both`; in memory where several models are scored.
+    """
+    right: dict[str, tuple[int, int]] = {}
+    for name, batches in sets.items():
         metrics = evaluate(model, batches, precision=torch.bfloat16)
         right[name] = round(metrics.top1 * metrics.n / 100), metrics.n
     right["both"] = sum(count for count, _ in right.values()), sum(n for _, n in right.values())

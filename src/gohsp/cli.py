@@ -131,10 +131,16 @@ class Rank:
         text = json.dumps(ranking.model_dump(mode="json"), indent=2) + "\n"
         files.write_atomic(out / "ranking.json", text)
         _draw_graph(ranking, drawn, out / "graph.png")
-        table = Table("attention", "heads, best first (score)", title=f"{escape(self.model)}: {ranking.method}")
+        table = Table(
+            "attention",
+            f"heads, best first (score{', last step' * (ranking.steps > 1)})",
+            title=f"{escape(self.model)}: {ranking.method}",
+        )
         for name, scores in ranking.scores.items():
             order = sorted(range(len(scores)), key=lambda h: -scores[h])
-            table.add_row(escape(name), "  ".join(f"{h} ({scores[h]:.4f})" for h in order))
+            steps = ranking.last_steps(name)
+            told = [f"{h} ({scores[h]:.4f}{f', {steps[h]}' if steps else ''})" for h in order]
+            table.add_row(escape(name), "  ".join(told))
         console.results.print(table)
         _say(f"wrote {out / 'ranking.json'} and {out / 'graph.png'}")
 
@@ -142,7 +148,8 @@ class Rank:
 def _draw_graph(ranking: report.Ranking, attention: str, path: Path) -> None:
     from gohsp.report import plots  # matplotlib takes a second to import
 
-    figure = plots.head_graph(ranking.transition[attention], ranking.scores[attention], title=attention)
+    chain, left_at = (ranking.transition[attention], ranking.scores[attention]), ranking.last_steps(attention)
+    figure = plots.head_graph(*chain, title=attention, left_at=left_at)
     with files.replacing(path) as picture:
         figure.savefig(picture, format="png", dpi=150)
 

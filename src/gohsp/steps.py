@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +16,10 @@ from gohsp.core import allocation, curves, healing, moments, projection, reconst
 from gohsp.core.allocation import Curves
 from gohsp.core.capture import open_trunk
 from gohsp.core.fisher import TokenWeightFitter, blended
-from gohsp.core.gradients import differentiated
+from gohsp.core.gradients import Gradients, differentiated
 from gohsp.core.moments import SublayerMoments
 from gohsp.core.objective import mean_distance
-from gohsp.core.ranking import HeadRanking, HeadStatisticsFitter, rank_by
+from gohsp.core.ranking import HeadRanking, HeadStatistics, HeadStatisticsFitter, rank_in_steps
 from gohsp.errors import BudgetError, NonFiniteError, PlanError
 from gohsp.runtime import fast_attention, telling
 from gohsp.session import Session
@@ -87,42 +87,55 @@ class Analysis:
 
 
 def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
-    """Rank heads and weigh tokens, in one pass."""
-    settings, seed = session.config.ranking, session.config.seed
-    heads = HeadStatisticsFitter(
-        model,
-        network,
-        scope=settings.scope,
-        edge=settings.edge,
-        wanted=settings.wanted,
-        precision=session.precision,
-    )
-    tokens = TokenWeightFitter()
+    """Rank heads and weigh tokens; the first ranking's pass serves both."""
+    settings, tokens = session.config.ranking, TokenWeightFitter()
+
+    def gather(silenced: nn.Module) -> HeadStatistics:
+        fitter = HeadStatisticsFitter(
+            silenced,
+            network,
+            scope=settings.scope,
+            edge=settings.edge,
+            wanted=settings.wanted,
+            precision=session.precision,
+        )
+        whole, gradients_wanted = silenced is model, settings.needs_gradients
+        # Tokens are weighed by draws; heads where the objective has no confidence.
+        draws = whole or (gradients_wanted and session.objective.confidence is None)
+        for gradients in _passes(session, silenced, network, draws=int(draws), confidence=gradients_wanted):
+            fitter.update(gradients)
+            if whole:
+                tokens.update(gradients)
+        advance()
+        return fitter.statistics
+
+    with telling(session.progress, "rankings of heads", settings.rankings) as advance:
+        ranking = rank_in_steps(model, network, gather, settings, seed=session.config.seed)
+    return Analysis(ranking, {name: tuple(of.tolist()) for name, of in tokens.weights.items()})
+
+
+def _passes(
+    session: Session, model: nn.Module, network: Network, *, draws: int = 1, confidence: bool = False
+) -> Iterator[Gradients]:
+    """The passes that heads are ranked and tokens weighed by."""
     with fast_attention(session.precision, model):
-        for gradients in differentiated(
+        yield from differentiated(
             model,
             network,
             session.objective,
             session.calibration.first(ANALYSIS_IMAGES),
-            confidence=settings.needs_gradients,
-            seed=seed,
+            draws=draws,
+            confidence=confidence,
+            seed=session.config.seed,
             precision=session.precision,
-        ):
-            heads.update(gradients)
-            tokens.update(gradients)
-    ranking = rank_by(heads.statistics, model, network, settings, seed=seed)
-    return Analysis(ranking, {name: tuple(of.tolist()) for name, of in tokens.weights.items()})
+        )
 
 
 def token_analysis(session: Session, model: nn.Module, network: Network, ranking: HeadRanking) -> Analysis:
     """The analysis of a network that was cut already, whose heads keep their scores."""
     tokens = TokenWeightFitter()
-    images = session.calibration.first(ANALYSIS_IMAGES)
-    with fast_attention(session.precision, model):
-        for gradients in differentiated(
-            model, network, session.objective, images, seed=session.config.seed, precision=session.precision
-        ):
-            tokens.update(gradients)
+    for gradients in _passes(session, model, network):
+        tokens.update(gradients)
     return Analysis(ranking, {name: tuple(of.tolist()) for name, of in tokens.weights.items()})
 
 

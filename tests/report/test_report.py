@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,8 @@ def make_content(blocks: int = 12, heads: int = 3, units: int = 768, seed: int =
             "residual": 3.1e-11,
             "images": 1000,
             "notes": [],
+            "steps": 2,
+            "left_at": {name: [1 + head % 2 for head in range(len(of))] for name, of in scores.items()},
         },
         "admm": {
             "status": "converged",
@@ -888,12 +891,14 @@ def test_nothing_overlaps_where_names_are_long_and_sublayers_absent() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 8, 9, 12, 16, 24])
 @pytest.mark.parametrize("key", [True, False])
-def test_graph_labels_do_not_overlap(heads: int, key: bool) -> None:
+@pytest.mark.parametrize("left_at", [(), range(3, 27)])
+def test_graph_labels_do_not_overlap(heads: int, key: bool, left_at: Sequence[int]) -> None:
     rng = np.random.default_rng(heads)
-    figure = plots.head_graph(
-        rng.dirichlet(np.ones(heads), heads), rng.dirichlet(np.ones(heads)), {0}, "block 0", key=key
-    )
+    chain, left_at = (rng.dirichlet(np.ones(heads), heads), rng.dirichlet(np.ones(heads))), left_at[:heads]
+    figure = plots.head_graph(*chain, {0}, "block 0", key=key, left_at=left_at)
     assert_texts_apart(figure)
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert all(str(step) in label.split("\n")[-1] for step, label in zip(left_at, labels, strict=False))
 
 
 def test_axes_are_named(tiny: Report) -> None:
@@ -938,6 +943,7 @@ def test_heat_map_of_blocks_with_different_head_counts(small: dict[str, Any]) ->
     plan["dense"][name]["heads"], plan["pruned"][name]["heads"] = 1, 1
     plan["kept"][name] |= {key: plan["kept"][name][key][:1] for key in ("qk", "vo")} | {"heads": [0]}
     content["ranking"]["scores"][name], content["ranking"]["transition"][name] = [1.0], [[1.0]]
+    content["ranking"]["left_at"][name] = [2]
     report = parse(content)
     drawn = plots.head_importance(report).axes[0].collections[0].get_array()
     np.testing.assert_array_equal(np.ma.getmaskarray(drawn)[0], [False, True, True])

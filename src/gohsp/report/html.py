@@ -110,7 +110,8 @@ def _graphs(report: Report) -> list[str]:
     ranking, graphs = report.ranking, []
     for index, (name, label) in enumerate(zip(ranking.scores, plots.attention_labels(report), strict=True)):
         kept, title = report.plan.kept_heads(name), f"block {plots.elided(label)}"
-        figure = plots.head_graph(ranking.transition[name], ranking.scores[name], kept, title=title, key=False)
+        chain, left_at = (ranking.transition[name], ranking.scores[name]), ranking.last_steps(name)
+        figure = plots.head_graph(*chain, kept, title=title, key=False, left_at=left_at)
         graphs.append(_svg(figure, f"graph{index}", f"Markov chain on the heads of block {label}"))
     return graphs
 

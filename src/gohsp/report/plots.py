@@ -105,6 +105,7 @@ def head_graph(
     kept: Collection[int] | None = None,
     title: str = "",
     key: bool = True,
+    left_at: Sequence[int] = (),
 ) -> Figure:
     """Draw the Markov chain on the heads of one attention, heads on a circle.
 
@@ -118,6 +119,7 @@ def head_graph(
         kept: Indices of the heads that stay, drawn filled, the others hollow and crossed; None for all.
         title: Text above the picture, shown as it is.
         key: Write below the picture what its sizes mean.
+        left_at: [H], the last step that each head was ranked in, written beside it; empty for a ranking made once.
 
     Returns:
         A figure.
@@ -140,7 +142,7 @@ def head_graph(
     largest = min(16.0, 0.8 * ring * np.sin(np.pi / max(count, 2)))  # neighbours must not touch
 
     # Data units are points, so that nodes, gaps and labels can be laid out without touching.
-    label = 28.0 if few else 14.0
+    label = (28.0 if few else 14.0) + (12.0 if left_at else 0.0)
     low, high = place[:, 1].min() - largest - label, place[:, 1].max() + largest + label
     width, above, below = 200.0, 20.0, 42.0 if key else 2.0
     total = above + high - low + below
@@ -175,11 +177,13 @@ def head_graph(
         _node(axes, place[head], radius[head], stays[head])
         across, up = direction[head].round(6)
         x, y = place[head] + direction[head] * (radius[head] + 4)
+        told = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
+        told += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
         axes.text(
             x,
             y,
-            f"head {head}\n{score[head]:.3f}" if few else str(head),
-            size=9 if few else 10,
+            "\n".join(told),
+            size=9 if few else 6 if left_at else 10,
             color=INK if stays[head] else REMOVED,
             linespacing=1.05,
             ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
@@ -188,6 +192,8 @@ def head_graph(
     if key:
         edges = "edge: transition probability" + ("" if few else f" ({STRONGEST_EDGES} likeliest a head)")
         lines = ["node area: stationary probability", edges]
+        if left_at:
+            lines.append(("step" if few else "in brackets") + ": the last in which a head was ranked")
         if kept is not None:
             lines.append("filled: kept; hollow and crossed: removed")
         figure.text(0.5, 5 / total, "\n".join(lines), size=7, color=MUTED, ha="center", va="bottom")

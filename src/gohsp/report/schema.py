@@ -281,12 +281,18 @@ class Ranking(_Level):
     residual: NonNegative
     images: Count
     notes: Many[str] = ()
+    steps: Count = 1
+    left_at: Annotated[dict[str, Many[Count]], Field(strict=False)] = {}
 
     @classmethod
     def of(cls, ranking: Any) -> Self:
         """From a head ranking: a dataclass with these fields, of which ``settings`` holds those that were asked for."""
         content = dataclasses.asdict(ranking)
         return cls(**content.pop("settings"), **content)
+
+    def last_steps(self, attention: str) -> Many[int]:
+        """The last step that each of its heads was ranked in; empty where all heads were ranked once."""
+        return self.left_at[attention] if self.steps > 1 else ()
 
     @model_validator(mode="after")
     def _is_chain(self) -> Self:
@@ -296,6 +302,8 @@ class Ranking(_Level):
             matrix, heads = self.transition[name], len(scores)
             if len(matrix) != heads or any(len(row) != heads for row in matrix):
                 raise ValueError(f"transition['{name}'] is not {heads} x {heads}, as its {heads} scores ask")
+            if name in self.left_at and len(self.left_at[name]) != heads:
+                raise ValueError(f"left_at['{name}'] is not of {heads} heads, as its {heads} scores are")
             for head, row in enumerate(matrix):
                 if abs(sum(row) - 1) > _ROW_SUM_TOLERANCE:
                     raise ValueError(f"transition['{name}'][{head}] sums to {sum(row):.6g}, must be 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -14,13 +15,21 @@ from torch import Tensor, nn
 
 from gohsp.core.gradients import differentiated
 from gohsp.core.objective import Objective, classification, features
-from gohsp.core.ranking import HeadRanking, HeadStatistics, HeadStatisticsFitter, RankingSettings, rank, rank_by
+from gohsp.core.ranking import (
+    HeadRanking,
+    HeadStatistics,
+    HeadStatisticsFitter,
+    RankingSettings,
+    rank,
+    rank_by,
+    rank_in_steps,
+)
 from gohsp.core.ranking.graph import stationary_distribution, transition_matrix
 from gohsp.core.ranking.ranking import TELEPORTS, Teleport, head_values, weight_norms
-from gohsp.core.ranking.statistics import EDGES, SCOPES, Edge, Scope
+from gohsp.core.ranking.statistics import EDGES, SCOPES, STATISTICS, Edge, Scope
 from gohsp.errors import ConfigError
-from gohsp.models import describe, resize
-from gohsp.structure import Network, absent
+from gohsp.models import compact, describe, resize
+from gohsp.structure import AttentionKept, Network, absent, keep_all
 
 HEADS, WIDTH, DIM = 4, 8, 32
 FIRST, SECOND = "blocks.0.attn", "blocks.1.attn"
@@ -361,3 +370,116 @@ def test_a_sublayer_that_is_gone_has_no_scores(model: Any, images: Tensor) -> No
         ranking = rank_heads(model, describe(model), [images], RankingSettings(method=method))
         assert list(ranking.scores) == [SECOND] == list(ranking.transition)
         assert sum(ranking.scores[SECOND]) == pytest.approx(1)
+
+
+# In steps
+
+HEADS_OF = {FIRST: range(HEADS), SECOND: range(HEADS)}
+
+
+def in_steps(model: nn.Module, network: Network, images: Tensor, settings: RankingSettings) -> HeadRanking:
+    def gathered(silenced: nn.Module) -> HeadStatistics:
+        return gather(silenced, network, [images], settings)
+
+    return rank_in_steps(model, network, gathered, settings)
+
+
+def without(model: nn.Module, network: Network, gone: set[tuple[str, int]], images: Tensor) -> nn.Module:
+    """A copy with some heads really cut out."""
+    kept = {name: keep_all(of) for name, of in network.widths.items()}
+    for name in HEADS_OF:
+        of: Any = kept[name]
+        left = [h for h in of.heads if (name, h) not in gone]
+        kept[name] = AttentionKept(
+            heads=tuple(left), qk=tuple(of.qk[h] for h in left), vo=tuple(of.vo[h] for h in left)
+        )
+    return compact(copy.deepcopy(model), kept, images[:2]).model
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("teleport", ["taylor", "weight_norm"])
+def test_every_step_ranks_what_a_model_without_the_heads_that_went_holds(
+    model: nn.Module, network: Network, images: Tensor, scope: Scope, teleport: Any
+) -> None:
+    settings = RankingSettings(steps=4, damping=0.5, scope=scope, teleport=teleport)
+    ranking = in_steps(model, network, images, settings)
+    gone: set[tuple[str, int]] = set()
+    for step in range(1, 4):  # two heads a step
+        small = without(model, network, gone, images)
+        again = rank_heads(small, describe(small), [images], settings)
+        scores = {
+            (name, head): score
+            for name, of in again.scores.items()
+            for head, score in zip([h for h in HEADS_OF[name] if (name, h) not in gone], of, strict=True)
+        }
+        weakest = set(sorted(scores, key=scores.__getitem__)[:2])
+        assert weakest == {
+            (name, head) for name, of in ranking.left_at.items() for head, at in enumerate(of) if at == step
+        }
+        gone |= weakest
+
+
+def test_heads_that_go_later_score_higher_and_scores_stay_a_distribution(
+    model: nn.Module, network: Network, images: Tensor
+) -> None:
+    ranking = in_steps(model, network, images, RankingSettings(steps=4))
+    scores, left_at = flat(ranking.scores), flat(ranking.left_at)
+    assert sorted(left_at.tolist()) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert scores.sum() == pytest.approx(1)
+    for step in (1, 2, 3):
+        assert scores[left_at == step].max() <= scores[left_at == step + 1].min()
+
+
+def test_one_step_is_the_ranking_made_once(model: nn.Module, network: Network, images: Tensor) -> None:
+    settings = RankingSettings()
+    assert in_steps(model, network, images, settings) == rank_heads(model, network, [images], settings)
+
+
+def test_of_two_heads_that_stand_in_for_each_other_one_stays(
+    make_model: Callable[..., nn.Module], images: Tensor
+) -> None:
+    """Each of them alone can go at little cost, both together cannot: only a second look tells."""
+    model: Any = make_model(mlp_ratio=2)
+    attn = model.blocks[0].attn
+    with torch.no_grad():
+        for rows in (attn.qkv.weight, attn.qkv.bias):
+            by_head = rows.view(3, HEADS, WIDTH, -1)
+            by_head[:, 1] = by_head[:, 0]
+        columns = attn.proj.weight.view(-1, HEADS, WIDTH)
+        columns[:, 0] *= 0.6  # each does half of what would be more than any other head does
+        columns[:, 1] = columns[:, 0]
+    once, steps = (in_steps(model, describe(model), images, RankingSettings(steps=n)) for n in (1, 2 * HEADS))
+
+    def place(ranking: HeadRanking) -> list[int]:
+        order = flat(ranking.scores).argsort().tolist()
+        return sorted((order.index(0), order.index(1)))
+
+    assert place(once)[1] < place(steps)[1]
+
+
+def test_random_scores_know_nothing_of_other_heads(model: nn.Module, network: Network, images: Tensor) -> None:
+    settings = RankingSettings(method="random", steps=4)
+    assert in_steps(model, network, images, settings) == rank_heads(model, network, [images], settings)
+
+
+def test_the_model_is_left_as_it_is(model: nn.Module, network: Network, images: Tensor) -> None:
+    before = copy.deepcopy(model.state_dict())
+    in_steps(model, network, images, RankingSettings(steps=3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_statistics_among_some_heads_leave_out_what_has_none(
+    model: nn.Module, network: Network, images: Tensor
+) -> None:
+    for scope in SCOPES:
+        whole = gather(model, network, [images], RankingSettings(scope=scope, teleport="contribution"))
+        kept = torch.tensor([False] * HEADS + [True, False, True, True])
+        few = whole.among(kept)
+        assert few.heads == {SECOND: 3}
+        assert len(few.edges) == 1
+        of_second = whole.edges[-1][-HEADS:, -HEADS:]
+        assert torch.equal(few.edges[0], of_second[[0, 2, 3]][:, [0, 2, 3]])
+        assert few.contribution is not None
+        assert whole.contribution is not None
+        assert torch.equal(few.contribution, whole.contribution[kept])
+        assert all(getattr(few, name) is None for name in STATISTICS if name != "contribution")

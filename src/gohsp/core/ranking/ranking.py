@@ -19,7 +19,7 @@ from gohsp.core.ranking.graph import (
     transition_matrix,
 )
 from gohsp.core.ranking.statistics import GRADIENT_STATISTICS, STATISTICS, Edge, HeadStatistics, Scope, Statistic
-from gohsp.settings import SHARE, require_settings
+from gohsp.settings import SHARE, require_settings, whole
 from gohsp.structure import Network
 
 Teleport = Literal["uniform", "weight_norm", "contribution", "fisher", "fisher_residual", "taylor"]
@@ -42,6 +42,8 @@ class RankingSettings:
         damping: Share of the chain: 1 walks the graph alone, 0 ranks by the teleport alone.
         teleport: Where the walk lands when it leaves the graph: on each head alike, or in proportion to its
             weight norm, its contribution, or a gradient statistic.
+        steps: Rankings, one after the other: behind each an equal share of the heads, the weakest, is silenced, and the
+            next one is of those that are left. A head that goes later ranks higher.
     """
 
     method: Method = "chain"
@@ -49,14 +51,20 @@ class RankingSettings:
     scope: Scope = "global"
     damping: float = 0.3
     teleport: Teleport = "taylor"
+    steps: int = 1
 
     def __post_init__(self) -> None:
-        require_settings(self, "ranking", damping=SHARE)
+        require_settings(self, "ranking", damping=SHARE, steps=whole(1))
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:
         """What has to be gathered of the heads beside the edges."""
         return tuple(name for name in STATISTICS if self.method == "chain" and self.teleport == name)
+
+    @property
+    def rankings(self) -> int:
+        """How often heads are ranked: random scores know nothing of other heads, so once is enough."""
+        return self.steps if self.method == "chain" else 1
 
     @property
     def needs_gradients(self) -> bool:
@@ -77,6 +85,7 @@ class HeadRanking:
         settings: What was asked for.
         images: Images seen.
         notes: What a reader should know: chains that did not converge or are reducible, isolated heads, ties.
+        left_at: For each head of an attention, the last step that it was ranked in, counted from 1.
     """
 
     scores: Mapping[str, tuple[float, ...]]
@@ -86,6 +95,7 @@ class HeadRanking:
     settings: RankingSettings
     images: int
     notes: tuple[str, ...]
+    left_at: Mapping[str, tuple[int, ...]]
 
     def order(self, attention: str) -> list[int]:
         """Heads of an attention, the one to keep longest first; ties by index."""
@@ -117,6 +127,7 @@ def rank_by(
             settings=settings,
             images=statistics.images,
             notes=("no heads are left to rank",),
+            left_at={},
         )
     if settings.method == "chain":
         return rank(statistics, head_values(model, network, statistics, settings.teleport), settings)
@@ -262,4 +273,5 @@ def _ranking(
         settings=settings,
         images=statistics.images,
         notes=tuple(notes),
+        left_at={name: (1,) * count for name, count in heads.items()},
     )

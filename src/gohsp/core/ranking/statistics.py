@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -72,6 +72,22 @@ class HeadStatistics:
     fisher: Tensor | None
     taylor: Tensor | None
     fisher_residual: Tensor | None
+
+    def among(self, kept: Tensor) -> HeadStatistics:
+        """The statistics of some heads alone, as if there were no others.
+
+        Args:
+            kept: Which heads ``[nodes]``, boolean, at least one. An attention or a graph without any is left out.
+        """
+        counts = [int(of.sum()) for of in kept.split(list(self.heads.values()))]
+        graphs = zip(self.edges, kept.split([len(edges) for edges in self.edges]), strict=True)
+        values = {name: getattr(self, name) for name in STATISTICS}
+        return replace(
+            self,
+            heads={name: count for name, count in zip(self.heads, counts, strict=True) if count},
+            edges=tuple(edges[of][:, of] for edges, of in graphs if of.any()),
+            **{name: None if of is None else of[kept] for name, of in values.items()},
+        )
 
 
 class HeadStatisticsFitter:

@@ -1,0 +1,160 @@
+"""DeiT-Tiny without 25, 50 and 75 % of its heads, taken out in the order of a ranking made once or in steps.
+
+    GOHSP_ASSETS=../shared python benchmarks/head_steps.py
+
+Each ranking reads 256 training images of imagenet-1k-mini, without labels. The weakest heads of the whole model go.
+``zeroed``: what readouts take of them is 0, and nothing is repaired; ``repaired``: they are cut and the others refitted
+on 500 images (``gohsp.cut``). A row tells the distance from the dense model's predictions on 250 other training images,
+by which settings are chosen, and top-1 on the validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278
+together. A row that stands in the results is not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gohsp
+from gohsp import Config, Network, structure
+from gohsp.config import RankingSettings
+from gohsp.structure import Widths
+from shared import (
+    RESULTS,
+    asset,
+    drawn,
+    machine,
+    parser,
+    read_results,
+    say,
+    scores_on_both,
+    sets_of_both,
+    transform_of,
+    versions,
+    write_results,
+)
+
+SHARES = (0.25, 0.5, 0.75)
+STEPS = (1, 12)
+REPAIRED_ON, OTHERS = 500, 250
+"""Training images; the first 256 rank."""
+
+Head = tuple[str, int]
+
+
+def rankings() -> dict[str, RankingSettings]:
+    """Rankings by name; what is drawn at random is drawn anew with every seed."""
+    made = {}
+    for steps in STEPS:
+        how = "once" if steps == 1 else f"in {steps} steps"
+        for damping in (0.0, 0.3, 0.5, 0.85):
+            name = f"graph, d = {damping}" if damping else "gradients"
+            made[f"{name}, {how}"] = RankingSettings(steps=steps, damping=damping)
+        for edge in ("kl", "similarity", "cosine"):
+            made[f"graph, {edge}, {how}"] = RankingSettings(steps=steps, edge=edge)
+        made[f"least-squares residual, {how}"] = RankingSettings(steps=steps, damping=0.0, teleport="fisher_residual")
+    made["magnitude"] = RankingSettings(damping=0.0, teleport="weight_norm")
+    return made | {f"random {seed}": RankingSettings(method="random") for seed in range(5)}
+
+
+def gone(ranking: gohsp.HeadRanking, share: float) -> set[Head]:
+    """The weakest heads of the model."""
+    scores = {(name, head): score for name, of in ranking.scores.items() for head, score in enumerate(of)}
+    return set(sorted(scores, key=scores.__getitem__)[: round(share * len(scores))])
+
+
+def zeroed(dense: nn.Module, network: Network, heads: set[Head]) -> nn.Module:
+    """A copy whose readouts take nothing of some heads."""
+    model = copy.deepcopy(dense)
+    for sub in network.attentions:
+        columns = model.get_parameter(sub.readout.columns.parameter).data.unflatten(1, (sub.widths.heads, -1))
+        columns[:, [head for name, head in heads if name == sub.name]] = 0
+    return model
+
+
+def widths_without(network: Network, heads: set[Head]) -> Widths:
+    """Widths of a network without some heads; an attention without any is gone."""
+    widths = dict(network.widths)
+    for sub in network.attentions:
+        left = sub.widths.heads - sum(name == sub.name for name, _ in heads)
+        widths[sub.name] = replace(sub.widths, heads=left) if left else structure.absent(sub.widths)
+    return widths
+
+
+def repaired(dense: nn.Module, widths: Widths, images: Sequence[Tensor], config: Config) -> nn.Module:
+    """Those heads cut that the ranking names, and the others refitted."""
+    alone = replace(config, repair=replace(config.repair, guidance=1.0))
+    made = gohsp.cut(dense, images, widths, config=alone)
+    return gohsp.compact(made.model, made.kept, images[0][:2]).model
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities."""
+    return torch.cat([model.eval()(batch).log_softmax(-1) for batch in images])
+
+
+def row(
+    dense: nn.Module, settings: RankingSettings, seed: int, train: Mapping[str, Any], sets: Mapping[str, Iterable[Any]]
+) -> dict[str, Any]:
+    """Rank once, and take heads out to every share."""
+    network, config = gohsp.describe(dense), Config(ranking=settings, seed=seed)
+    held = -(-REPAIRED_ON // 20)
+    config = replace(config, calibration=replace(config.calibration, images=REPAIRED_ON - held, holdout=held))
+    began = time.process_time()
+    ranking = gohsp.rank(dense, train["images"], config=config)
+    found: dict[str, Any] = {"processor_seconds": round(time.process_time() - began, 1)}
+    expected = predictions(dense, train["others"])
+    for share in SHARES:
+        heads = gone(ranking, share)
+        models = {
+            "zeroed": zeroed(dense, network, heads),
+            "repaired": repaired(dense, widths_without(network, heads), train["images"], config),
+        }
+        for how, model in models.items():
+            other = predictions(model, train["others"])
+            distance = functional.kl_div(other, expected, log_target=True, reduction="batchmean")
+            found[f"{how} {share}"] = {
+                "distance": round(float(distance), 4),
+                "top1": scores_on_both(model, sets)["both"],
+            }
+    return found
+
+
+def main() -> None:
+    """Make all rows, writing the results after each."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rankings", nargs="+", choices=tuple(rankings()), default=tuple(rankings()))
+    arguments.add_argument("--results", type=Path, default=RESULTS / "head_steps.json")
+    options = arguments.parse_args()
+    dense = gohsp.open_model("deit_tiny_patch16_224", weights=asset("models/deit_tiny_patch16_224.safetensors"))
+    header = {"machine": machine(), "versions": versions()}
+    results = read_results(options.results, {**header, "runs": {}})
+    if {name: results[name] for name in header} != header:
+        sys.exit(f"{options.results} is of another machine or version; give another file with --results")
+    source, transform = f"hfds/{asset('data/imagenet-1k-mini')}", transform_of(dense)
+    train = {
+        "images": drawn(source, REPAIRED_ON, transform),
+        "others": drawn(source, OTHERS, transform, skip=REPAIRED_ON),
+    }
+    sets = {name: list(batches) for name, batches in sets_of_both(dense).items()}
+    results.setdefault("dense", scores_on_both(dense, sets)["both"])
+    for name in options.rankings:
+        if name in results["runs"]:
+            continue
+        seed = int(name.rpartition(" ")[2]) if name.startswith("random") else 0
+        results["runs"][name] = row(dense, rankings()[name], seed, train, sets)
+        write_results(options.results, results)
+        say(f"{name}: {results['runs'][name]}")
+
+
+if __name__ == "__main__":
+    main()
