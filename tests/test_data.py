@@ -656,8 +656,8 @@ def test_crop_mode_is_honoured():
         assert torch.equal(transform(marked), transform(half_dark)) != seen
 
 
-def test_preprocessing_needs_a_timm_model():
-    with pytest.raises(DataError, match="Linear has no timm pretrained_cfg"):
+def test_preprocessing_needs_a_model_that_tells_it():
+    with pytest.raises(DataError, match="Linear does not say what it does with an image"):
         Preprocessing.from_model(torch.nn.Linear(1, 1))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gohsp import models
 from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError
 from gohsp.files import save_tensors, write_atomic
+from gohsp.models.libraries.processor import ImageProcessor
 from gohsp.structure import (
     Kept,
     Network,
@@ -51,7 +52,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 COUNTING = ("I64", "I32", "BOOL")
 """Further types in a module of the user's own: BatchNorm counts batches."""
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 
 
 class _Level(BaseModel):
@@ -61,13 +62,17 @@ class _Level(BaseModel):
 
 
 class Preprocessing(_Level):
-    """What evaluation does with an image, in the words of timm's ``pretrained_cfg``; what is left out is timm's."""
+    """What evaluation does with an image, in the words of timm's ``pretrained_cfg``; what is left out is timm's.
+
+    ``image_size`` is there where a model takes any, and its image processor names one.
+    """
 
     mean: list[float] | None = Field(default=None, min_length=1, max_length=3)
     std: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1, max_length=3)
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
+    image_size: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(min_length=2, max_length=2)] | None = None
 
 
 Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
@@ -160,11 +165,21 @@ def save(
         "made_by": dict(made_by or {}),
         "metrics": dict(metrics or {}),
     }
-    text = _as_text(config)
-    _parsed(text, folder / CONFIG)  # what is written can be read
+    text, processor = _as_text(config), _processor_text(model, folder / PROCESSOR)
+    _checked(_decoded(text, folder / CONFIG), folder / CONFIG)  # what is written can be read
     # Weights first: a folder whose config is the new one always has the new weights too.
     save_tensors(folder / WEIGHTS, model.state_dict())
+    if processor is None:
+        (folder / PROCESSOR).unlink(missing_ok=True)  # of a model that stood there before
+    else:
+        write_atomic(folder / PROCESSOR, processor)
     write_atomic(folder / CONFIG, text)
+
+
+def _processor_text(model: nn.Module, path: Path) -> str | None:
+    """What transformers does with an image for this model, for its users; gohsp keeps its own record."""
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("image_processor")
+    return None if known is None else _as_text(_processor_in(known, path).model_dump(exclude_none=True))
 
 
 def _as_text(config: Mapping[str, Any]) -> str:
@@ -184,6 +199,36 @@ def _preprocessing_of(model: nn.Module) -> dict[str, Any]:
     return {key: known[key] for key in Preprocessing.model_fields if known.get(key) is not None}
 
 
+def preprocessing_in(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a configuration of somebody else's says of preprocessing, checked; everything else in it is left out.
+
+    Raises:
+        CheckpointError: A value that is not allowed.
+    """
+    known = {key: content[key] for key in Preprocessing.model_fields if content.get(key) is not None}
+    try:
+        return Preprocessing.model_validate(known).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: {_problem(error)}") from error
+
+
+def read_processor(folder: Path) -> ImageProcessor | None:
+    """What the image processor of a folder of transformers does, or None where there is none.
+
+    Raises:
+        CheckpointError: It is damaged, or a value is not allowed.
+    """
+    path = folder / PROCESSOR
+    return _processor_in(read_json(path), path) if path.exists() else None
+
+
+def _processor_in(content: Any, path: Path) -> ImageProcessor:
+    try:
+        return ImageProcessor.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"'{path}': {_problem(error)}; give what an image processor saves") from error
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Read and check ``config.json``.
 
@@ -192,6 +237,15 @@ def read_config(folder: Path) -> ModelConfig:
             not write.
     """
     path = folder / CONFIG
+    return _checked(read_json(path), path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of limited size.
+
+    Raises:
+        CheckpointError: It is missing, too large, or no JSON.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES or not path.is_file():
             raise CheckpointError(
@@ -199,19 +253,22 @@ def read_config(folder: Path) -> ModelConfig:
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise CheckpointError(f"'{folder}' holds no {CONFIG}; give a folder that gohsp wrote") from error
+        raise CheckpointError(f"'{path.parent}' holds no {path.name}; give a folder that gohsp wrote") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"'{path}' cannot be read ({error}); it is damaged") from error
-    return _parsed(text, path)
+    return _decoded(text, path)
 
 
-def _parsed(text: str, path: Path) -> ModelConfig:
+def _decoded(text: str, path: Path) -> Any:
     if text.count("[") + text.count("{") > MAX_CONFIG_TABLES:
         raise CheckpointError(f"'{path}' holds more than {MAX_CONFIG_TABLES} lists and tables; gohsp writes fewer")
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' cannot be read as JSON ({error}); it is damaged or truncated") from error
+
+
+def _checked(content: Any, path: Path) -> ModelConfig:
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int:
         raise CheckpointError(f"'{path}' has no format_version; it was not written by gohsp")
@@ -362,9 +419,12 @@ def _cut_down(into: nn.Module, widths: Mapping[str, SublayerWidths], folder: Pat
 def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None:
     """What evaluation does with an image, and the names of classes, where the model has a place for them."""
     known = config.preprocessing.model_dump(exclude_none=True)
-    if config.library != "timm":
+    if processor := read_processor(folder):
+        known["image_processor"] = processor.model_dump(exclude_none=True)
+    if config.library is None or (config.library != "timm" and not known and config.class_names is None):
         return
-    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **known}  # type: ignore[dict-item]
+    before = getattr(model, "pretrained_cfg", None) or {}
+    model.pretrained_cfg = {**before, **known, "label_names": None}  # type: ignore[assignment]
     try:
         models.set_class_names(model, config.class_names)
     except DataError as error:
@@ -393,7 +453,7 @@ def _local_folder(folder_or_hub_id: str | Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[CONFIG, WEIGHTS, PROCESSOR]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"'{folder_or_hub_id}' is neither a local folder nor a hub repository that can be reached: {error}"

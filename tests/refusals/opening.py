@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ TITLE = "Opening a model"
 
 NAME = "vit_tiny_patch16_224"
 TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+VIT = {"architectures": ["ViTModel"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+       "intermediate_size": 32, "image_size": 32}  # fmt: skip
+BATCHED = {"norm.weight": torch.ones(2)}
 Act = Callable[[Path], object]
 
 
@@ -68,6 +72,27 @@ def with_file(name: str, content: bytes | None) -> Act:
         if content is not None:
             (folder / name).write_bytes(content)
         gohsp.open_model(NAME, weights=folder / name, arguments=TINY)
+
+    return act
+
+
+def with_pickle(content: Any) -> Act:
+    """Open a tiny model with a weights file that ``torch.save`` wrote."""
+
+    def act(folder: Path) -> None:
+        torch.save(content, folder / "w.pth")
+        gohsp.open_model(NAME, weights=folder / "w.pth", arguments=TINY)
+
+    return act
+
+
+def foreign(config: dict[str, Any], file: str = "model.safetensors", content: str = "") -> Act:
+    """Open a folder with this config and one file more."""
+
+    def act(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / file).write_text(content)
+        gohsp.open_model(folder)
 
     return act
 
@@ -141,7 +166,24 @@ CASES = (
     Refusal("a folder that gohsp did not write", lambda f: gohsp.open_model(f), CheckpointError, "config.json"),
     Refusal("the hub's id of timm's weights", opened(f"timm/{NAME}.augreg_in21k", pretrained=True),
             CheckpointError, f"write '{NAME}.augreg_in21k'"),
-    Refusal("timm's local-dir: names", opened("local-dir:finetuned"), CheckpointError, "neither a model folder nor"),
+    Refusal("timm's local-dir: names", opened("local-dir:finetuned"), CheckpointError, "give the folder's own name"),
+    Refusal("a folder of another library", foreign({"model_type": "vit"}), CheckpointError, "no 'architectures'"),
+    Refusal("a folder of transformers of a class that is not made here", foreign({"architectures": ["BertModel"]}),
+            CheckpointError, "'BertModel'"),
+    Refusal("a folder of transformers with its weights as a pickle", foreign(VIT, "pytorch_model.bin"),
+            CheckpointError, "pytorch_model.bin"),
+    Refusal("a folder of transformers with sizes that are texts", foreign({**VIT, "hidden_size": "16"}),
+            CheckpointError, "'hidden_size'"),
+    Refusal("a folder of transformers with weights split in files elsewhere",
+            foreign(VIT, "model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}'),
+            CheckpointError, "beside it"),
+    Refusal("an image processor that is not known here",
+            foreign(VIT, "preprocessor_config.json", '{"size": [16]}'), CheckpointError, "image processor"),
+    Refusal("a hub's repository without asking for its weights", opened("me/vit"), CheckpointError, "are asked for"),
+    Refusal("a hub's repository without a network", offline("me/vit"), CheckpointError, "cannot be fetched from the hub"),
+    Refusal("a misspelt name of torchvision", opened("torchvision:vit_b16"), CheckpointError, "'vit_b_16'"),
+    Refusal("a misspelt argument of torchvision's", opened("torchvision:vit_b_16", arguments={"img_size": 8}),
+            CheckpointError, "'image_size'"),
     Refusal("a tag of weights that timm does not have", opened(f"{NAME}.best", pretrained=True),
             CheckpointError, f"'{NAME}.augreg_in21k'"),
     Refusal("pretrained weights that timm does not have", opened("vit_giant_patch14_224", pretrained=True),
@@ -165,7 +207,14 @@ CASES = (
     Refusal("an image smaller than a patch", with_arguments(img_size=8), UnsupportedModelError, "cannot compute"),
     Refusal("weights and pretrained weights", opened(NAME, weights="w.safetensors", pretrained=True),
             CheckpointError, "not both"),
-    Refusal("a pickled weights file", with_file("w.pth", b""), CheckpointError, "Convert it once"),
+    Refusal("a weights file of an unknown kind", with_file("w.npz", b""), CheckpointError, "in one of"),
+    Refusal("a pickled weights file that holds a module", with_pickle(nn.Linear(2, 2)), CheckpointError, "it holds obj"),
+    Refusal("a pickled weights file that calls a function", with_file("w.pth", b"cos\nsystem\n(S'true'\ntR."),
+            CheckpointError, "plain values alone"),
+    Refusal("a pickled weights file that is empty", with_file("w.pth", b""), CheckpointError, "is damaged"),
+    Refusal("a pickled weights file without weights", with_pickle({"epoch": 3}), CheckpointError, "no table of names"),
+    Refusal("a pickled weights file with several models", with_pickle({"model": BATCHED, "ema": dict(BATCHED)}),
+            CheckpointError, "['model', 'ema']"),
     Refusal("a missing weights file", with_file("w.safetensors", None), CheckpointError, "is missing"),
     Refusal("an empty weights file", with_file("w.safetensors", b""), CheckpointError, "damaged, truncated or no"),
     Refusal("a weights file that is none", with_file("w.safetensors", b"\xff" * 99), CheckpointError, "damaged"),

@@ -64,23 +64,24 @@ class Preprocessing:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Preprocessing:
-        """Read the preprocessing off a timm model.
+        """Read the preprocessing off a model: what timm, or :func:`gohsp.open_model` from an image processor, put there.
 
         The size and the channels are those of the model as built, not those of its pretrained weights: a
         ``deit_tiny_patch16_224`` created with ``img_size=112`` evaluates at 112 px. A one-channel model gets
         the averages of the pretrained mean and std.
 
         Args:
-            model: A model made by ``timm.create_model``.
+            model: A model with a ``pretrained_cfg`` that has ``mean`` and ``std`` at least.
 
         Raises:
-            DataError: The model carries no timm configuration.
+            DataError: It has none.
         """
-        if not getattr(model, "pretrained_cfg", None):
+        if not (getattr(model, "pretrained_cfg", None) or {}).get("mean"):
             raise DataError(
-                f"{type(model).__name__} has no timm pretrained_cfg to read mean, std and crop from; set one, such as "
-                "model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}, or prune "
-                "in memory, on images that are preprocessed: gohsp.prune(model, images, budget)"
+                f"{type(model).__name__} does not say what it does with an image; give a model of transformers by its "
+                "folder, with its preprocessor_config.json, or set model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), "
+                "'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9, 'interpolation': 'bicubic'}, or prune in memory, on images "
+                "that are preprocessed: gohsp.prune(model, images, budget)"
             )
         config: dict[str, Any] = resolve_model_data_config(model)
         channels, height, width = models.input_size(model)

@@ -91,12 +91,19 @@ def _unknown(name: str, module: nn.Module) -> UnsupportedModelError:
 
 
 def told_size(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of an image, as a module or timm's configuration tells them; None if nothing does."""
+    """Height and width of an image; None if nothing tells them.
+
+    ``pretrained_cfg["image_size"]`` goes first, where a model takes any size and its image processor names one. Then
+    a module tells it, and last timm's configuration.
+    """
+    known = getattr(model, "pretrained_cfg", None) or {}
+    if chosen := known.get("image_size"):
+        return chosen[0], chosen[1]
     given = (getattr(m, name, None) for m in model.modules() for name in ("img_size", "image_size"))
     sizes = ((s, s) if type(s) is int else s for s in given)
-    configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    known = None if configured is None else (configured[1], configured[2])
-    return next(((s[0], s[1]) for s in sizes if isinstance(s, tuple | list) and len(s) == 2), known)
+    configured = known.get("input_size")
+    last = None if configured is None else (configured[1], configured[2])
+    return next(((s[0], s[1]) for s in sizes if isinstance(s, tuple | list) and len(s) == 2), last)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

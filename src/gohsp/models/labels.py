@@ -10,20 +10,26 @@ import torch
 from torch import nn
 
 from gohsp.core.capture import evaluating
+from gohsp.core.objective import tensor_in
 from gohsp.errors import DataError, UnsupportedModelError
 from gohsp.models.description import example_image
 
 
+CLASSIFIERS = ("head", "classifier", "heads.head")
+"""Where timm, transformers and torchvision have theirs."""
+
+
 def num_classes(model: nn.Module) -> int:
     """Classes that the model's classifier tells apart; 0 without a classifier."""
-    head = getattr(model, "head", None)
-    return head.out_features if isinstance(head, nn.Linear) else 0
+    named = dict(model.named_modules())
+    heads = (named.get(name) for name in CLASSIFIERS)
+    return next((head.out_features for head in heads if isinstance(head, nn.Linear)), 0)
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """The names of a model's classes in the order of its outputs; None where it has none, or not one for each.
 
-    They stand in timm's place for them, ``model.pretrained_cfg["label_names"]``.
+    They stand in ``model.pretrained_cfg["label_names"]``, timm's place for them.
     """
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return tuple(names) if _are_names(names, num_classes(model)) else None
@@ -65,9 +71,9 @@ def require_classifier(model: nn.Module) -> None:
         UnsupportedModelError: Features, a single logit, one output a token, or anything else.
     """
     with torch.no_grad(), evaluating(model):
-        output = model(example_image(model))
-    shape = list(getattr(output, "shape", ()))
-    needed = f"the model's output for an image is {shape or type(output)}, where class logits [1, classes] are needed"
+        output = tensor_in(model(example_image(model)))
+    shape = list(output.shape)
+    needed = f"the model's output for an image is {shape}, where class logits [1, classes] are needed"
     if len(shape) != 2:
         raise UnsupportedModelError(f"{needed}: pool its tokens, by global_pool='token' or 'avg' in timm.create_model")
     if num_classes(model) == 0:

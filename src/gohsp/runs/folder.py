@@ -27,8 +27,9 @@ from gohsp.errors import RunError
 logger = logging.getLogger(__name__)
 
 REQUEST, STATE, LOG, LAST = "request.json", "state", "run.log", "report.json"
-RESULTS = (LAST, "report.html", "config.json", "model.safetensors", "plan.json", "ranking.json", "settings.toml", LOG)
-DENSE = ("dense/config.json", "dense/model.safetensors")
+MODEL = ("config.json", "model.safetensors", "preprocessor_config.json")
+RESULTS = (LAST, "report.html", *MODEL, "plan.json", "ranking.json", "settings.toml", LOG)
+DENSE = tuple(f"dense/{name}" for name in MODEL)
 """What a run writes besides, where it trains the dense model."""
 
 _LOCK, _SPOOL, _TIMINGS = "lock", ".spool", "timings"

@@ -194,13 +194,17 @@ def _open(
             raise CheckpointError("a model that is given as a module brings its own weights; give no others")
         return models.working_copy(model)
     arguments = dict(config.model_arguments)
-    if opening.is_folder(model):
-        return opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
+    if opening.brings_arguments(model):
+        opened = opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
+        return models.working_copy(opened)
     trains = config.dense.epochs > 0
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1
     torch.manual_seed(config.seed)
-    return opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains)
+    opened = opening.open_model(
+        model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains
+    )
+    return models.working_copy(opened)
 
 
 def _labels(dense: nn.Module, splits: Sequence[data.Split], config: Config) -> list[np.ndarray]:

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gohsp.errors import CheckpointError, nearest
 from gohsp.models.libraries.arguments import Allowed, count_from, epsilon, rejected
 
 CLASS = "torchvision.models.vision_transformer.VisionTransformer"
+
+NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
+"""What torchvision calls those of this class that it has weights of."""
 
 ARGUMENTS: Mapping[str, Allowed] = {
     "image_size": count_from(1, 4096),
@@ -74,3 +78,43 @@ def make(_name: str, arguments: Mapping[str, Any]) -> nn.Module:
     norm = partial(nn.LayerNorm, eps=given.pop("norm_eps"))
     made: Any = importlib.import_module("torchvision.models.vision_transformer")
     return made.VisionTransformer(**given, mlp_dim=4 * given["hidden_dim"], norm_layer=norm)
+
+
+def arguments_of(name: str, where: str, *, with_weights: bool) -> dict[str, Any]:
+    """The arguments that make a model which torchvision has a name for, or the one that its own weights fit.
+
+    Raises:
+        CheckpointError: None of :data:`NAMES`.
+    """
+    if name not in NAMES:
+        raise CheckpointError(f"{where}: torchvision has no '{name}' that is made here; {nearest(name, NAMES)}")
+    with torch.device("meta"):
+        arguments = architecture_arguments(_models().get_model(name))
+    if with_weights:
+        meta = _weights(name).meta
+        arguments |= {"image_size": meta["min_size"][0], "num_classes": len(meta["categories"])}
+    return arguments
+
+
+def fetch(name: str) -> Mapping[str, Tensor]:
+    """The tensors of torchvision's own weights, fetched or from its cache; nothing else of the file is read."""
+    return _weights(name).get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+
+
+def preprocessing(name: str) -> dict[str, Any]:
+    """What torchvision does with an image for its own weights, in the words of timm's ``pretrained_cfg``."""
+    does = _weights(name).transforms()
+    return {
+        "mean": tuple(does.mean),
+        "std": tuple(does.std),
+        "crop_pct": does.crop_size[0] / does.resize_size[0],
+        "interpolation": does.interpolation.value,
+    }
+
+
+def _weights(name: str) -> Any:
+    return _models().get_model_weights(name).DEFAULT
+
+
+def _models() -> Any:
+    return importlib.import_module("torchvision.models")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gohsp.errors import CheckpointError, nearest
 
@@ -117,7 +120,75 @@ def _class(name: str, where: str) -> Any:
 def make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The model, with new weights."""
     cls = _class(name, "the specification")
+    return cls(_configuration(cls, arguments))
+
+
+def _configuration(cls: Any, arguments: Mapping[str, Any]) -> Any:
     given = dict(arguments)
     if "id2label" in given:
         given["id2label"] = {int(number): label for number, label in given["id2label"].items()}
-    return cls(cls.config_class(**given))
+    return cls.config_class(**given)
+
+
+def settings_in(content: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The class and the settings that a ``config.json`` of this library tells, where they are not the class's own.
+
+    What no configuration of the class has is left out, as the library does.
+
+    Raises:
+        CheckpointError: Not one class, or what :func:`check` refuses.
+    """
+    names = content.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(f"{where}: 'architectures' must be a list with the name of one class")
+    usual = _class(names[0], where).config_class().to_dict()
+    given = {k: v for k, v in content.items() if k in usual and k not in LEFT_OUT and v != usual[k]}
+    check(names[0], given, where)
+    return names[0], given
+
+
+def with_weights(
+    name: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[nn.Module, list[str], list[str]]:
+    """The model with weights under the names that this or an earlier version of the library writes.
+
+    Args:
+        name: The class.
+        arguments: Of its configuration.
+        state: Tensors. Whole numbers are left out: earlier versions kept those of positions.
+
+    Returns:
+        The model, of the weights' data type; what is missing or of another shape, a sentence each; names of tensors
+        that are no part of it.
+    """
+    cls = _class(name, "the specification")
+    floating = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
+    types = [tensor.dtype for tensor in floating.values()] or [torch.float32]
+    with _silenced():
+        model, report = cls.from_pretrained(
+            None,
+            config=_configuration(cls, arguments),
+            state_dict=floating,
+            dtype=functools.reduce(torch.promote_types, types),
+            ignore_mismatched_sizes=True,  # the report has them
+            output_loading_info=True,
+        )
+    others = {found[0] if isinstance(found, tuple) else found for found in report["mismatched_keys"]}
+    problems = [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
+    problems += [f"'{key}' is of another shape" for key in sorted(others)]
+    return model, problems, sorted(report["unexpected_keys"])
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """The library's own report and progress bar are left out: what is wrong is said once, by an error."""
+    logs: Any = importlib.import_module("transformers.utils.logging")
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()

@@ -1,0 +1,108 @@
+"""How a model gets in: what the command line calls MODEL, and other people's weights files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from gohsp import checkpoint, models
+from gohsp.errors import CheckpointError
+from gohsp.opening import timm, torchvision, transformers, weights
+from gohsp.opening.outline import one_line
+
+FILES = (checkpoint.CONFIG, checkpoint.PROCESSOR, weights.INDEX, "model*.safetensors")
+"""What is fetched of a repository on the hub."""
+
+
+def brings_arguments(name: object) -> bool:
+    """Whether a model's name is that of a folder or of a repository on the hub, which hold its arguments."""
+    return isinstance(name, str | os.PathLike) and (os.path.isdir(name) or _is_hub_id(os.fspath(name)))
+
+
+def _is_hub_id(name: str | bytes) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def open_model(
+    name: str | os.PathLike[str],
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    new_classifier: bool = False,
+) -> nn.Module:
+    """Open what the command line calls MODEL: a folder of gohsp, timm or transformers, or a name.
+
+    A model that is not of a folder of ours is first made without memory, so that a name, an argument or a weights file
+    that does not fit is refused before anything large is.
+
+    Args:
+        name: A folder with a ``config.json`` and a ``model.safetensors`` that gohsp, timm or transformers wrote;
+            ``OWNER/NAME``, a repository of the Hugging Face hub with the same files; the name of a timm ViT
+            (``deit_tiny_patch16_224``, or with a tag of pretrained weights ``vit_tiny_patch16_224.augreg_in21k``);
+            ``hf-hub:OWNER/NAME``, what timm reads from the hub; or ``torchvision:vit_b_16``.
+        weights: A ``.safetensors`` file, or one that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``), of which tensors
+            and plain values alone are read. Its table of tensors may lie deeper in it (``state_dict``, ``model``), its
+            names may have a prefix (``module.``, ``backbone.``). For timm's models position embeddings are resampled,
+            and weights for RGB images are adapted to other channels. The log says so.
+        pretrained: Whether to fetch the weights that timm, torchvision or the hub has.
+        arguments: Arguments of the architecture, such as ``img_size``, for a name of timm's or torchvision's.
+        new_classifier: Whether the classifier may be new, where its shape differs from that of the weights.
+
+    Returns:
+        The model, in evaluation mode. Where its library tells, ``pretrained_cfg`` holds what it does with an image.
+
+    Raises:
+        CheckpointError: Nothing fits ``name``; an argument that is not allowed; weights that are given twice, cannot be
+            fetched or read, or do not fit.
+        UnsupportedModelError: The architecture cannot be pruned.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    if weights and pretrained:
+        raise CheckpointError("give either a weights file or pretrained weights, not both")
+    file, given = None if weights is None else Path(weights), arguments or {}
+    if isinstance(name, str | os.PathLike) and os.path.isdir(name):
+        model = _from_folder(Path(name), file, pretrained, given)
+    elif pretrained and _is_hub_id(str(name)) and not str(name).startswith("timm/"):
+        model = _from_folder(_fetched(str(name)), None, False, given)
+    elif str(name).startswith(torchvision.MARK):
+        model = torchvision.from_name(str(name), file, pretrained, given, new_classifier)
+    else:
+        model = timm.from_name(str(name), file, pretrained, given, new_classifier)
+    models.check_finite(model)
+    return model.eval()
+
+
+def _from_folder(folder: Path, file: Path | None, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model from a folder, by what its ``config.json`` is."""
+    content = checkpoint.read_json(folder / checkpoint.CONFIG)
+    keys = set(content) if isinstance(content, dict) else set()
+    ours = "format_version" in keys
+    if pretrained or arguments or (file and ours):
+        raise CheckpointError(f"'{folder}' is a model folder and brings its own weights and arguments; give no others")
+    if ours:
+        return checkpoint.load(folder)
+    if "architectures" in keys:
+        return transformers.from_folder(folder, content, file)
+    if "architecture" in keys:
+        return timm.from_folder(folder, content, file)
+    raise CheckpointError(
+        f"'{folder / checkpoint.CONFIG}' has no 'format_version', as gohsp writes it, no 'architectures', as "
+        "transformers does, and no 'architecture', as timm does; give a folder that one of these wrote"
+    )
+
+
+def _fetched(identifier: str) -> Path:
+    """The folder of a hub's repository, in the hub's cache."""
+    try:
+        return Path(snapshot_download(identifier, allow_patterns=list(FILES)))
+    except Exception as error:  # errors of the hub's client and its HTTP library have no base class in common
+        raise CheckpointError(
+            f"'{identifier}' is no local folder, and cannot be fetched from the hub: {one_line(error)}"
+        ) from error
