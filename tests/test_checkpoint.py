@@ -458,7 +458,7 @@ def test_a_hub_id_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     assert gohsp.load("someone/small-vit").num_classes == 3
-    assert asked == [("someone/small-vit", ["config.json", "model.safetensors"])]
+    assert asked == [("someone/small-vit", ["config.json", "model.safetensors", "preprocessor_config.json"])]
 
 
 def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPatch):

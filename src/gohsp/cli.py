@@ -81,9 +81,9 @@ class ModelOptions:
     """Which model."""
 
     weights: Path | None = None
-    """A .safetensors file with timm's tensor names, with a prefix or without, for a timm name."""
+    """A .safetensors, .pth, .pt or .bin file for a name, or in place of a folder's own; tensors alone are read of it."""
     pretrained: bool = False
-    """Fetch the weights that timm, or the hub, has under the name."""
+    """Fetch the weights that timm, torchvision or the hub has under the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Rank:
     """Rank attention heads on their graph; print the table, write ranking.json and a picture of the graph."""
 
     model: Positional[str]
-    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
+    """A folder of gohsp, transformers or timm, a timm name, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     split: str = "train"
@@ -163,7 +163,7 @@ class Prune:
     """
 
     model: Positional[str]
-    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
+    """A folder of gohsp, transformers or timm, a timm name, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
@@ -211,7 +211,7 @@ class Evaluate:
     """Score a model on a labelled split."""
 
     model: Positional[str]
-    """A folder that gohsp wrote, a timm name, or hf-hub:OWNER/NAME."""
+    """A folder of gohsp, transformers or timm, a timm name, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     split: str = "validation"

@@ -64,7 +64,7 @@ class Preprocessing:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Preprocessing:
-        """Read the preprocessing off a model: what timm, or :func:`gohsp.open_model` from an image processor, put there.
+        """Read the preprocessing off a model, where timm or :func:`gohsp.open_model` put it: its ``pretrained_cfg``.
 
         The size and the channels are those of the model as built, not those of its pretrained weights: a
         ``deit_tiny_patch16_224`` created with ``img_size=112`` evaluates at 112 px. A one-channel model gets

@@ -14,7 +14,6 @@ from gohsp.core.objective import tensor_in
 from gohsp.errors import DataError, UnsupportedModelError
 from gohsp.models.description import example_image
 
-
 CLASSIFIERS = ("head", "classifier", "heads.head")
 """Where timm, transformers and torchvision have theirs."""
 

@@ -22,10 +22,14 @@ FILES = (checkpoint.CONFIG, checkpoint.PROCESSOR, weights.INDEX, "model*.safeten
 
 def brings_arguments(name: object) -> bool:
     """Whether a model's name is that of a folder or of a repository on the hub, which hold its arguments."""
-    return isinstance(name, str | os.PathLike) and (os.path.isdir(name) or _is_hub_id(os.fspath(name)))
+    return _is_folder(name) or _is_hub_id(name)
 
 
-def _is_hub_id(name: str | bytes) -> bool:
+def _is_folder(name: object) -> bool:
+    return isinstance(name, str | os.PathLike) and os.path.isdir(name)
+
+
+def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
@@ -47,10 +51,10 @@ def open_model(
             ``OWNER/NAME``, a repository of the Hugging Face hub with the same files; the name of a timm ViT
             (``deit_tiny_patch16_224``, or with a tag of pretrained weights ``vit_tiny_patch16_224.augreg_in21k``);
             ``hf-hub:OWNER/NAME``, what timm reads from the hub; or ``torchvision:vit_b_16``.
-        weights: A ``.safetensors`` file, or one that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``), of which tensors
-            and plain values alone are read. Its table of tensors may lie deeper in it (``state_dict``, ``model``), its
-            names may have a prefix (``module.``, ``backbone.``). For timm's models position embeddings are resampled,
-            and weights for RGB images are adapted to other channels. The log says so.
+        weights: A ``.safetensors`` file, or one that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``), of which
+            tensors and plain values alone are read. Its table of tensors may lie deeper in it (``state_dict``,
+            ``model``), its names may have a prefix (``module.``, ``backbone.``). For timm's models position embeddings
+            are resampled, and weights for RGB images are adapted to other channels. The log says so.
         pretrained: Whether to fetch the weights that timm, torchvision or the hub has.
         arguments: Arguments of the architecture, such as ``img_size``, for a name of timm's or torchvision's.
         new_classifier: Whether the classifier may be new, where its shape differs from that of the weights.
@@ -67,9 +71,9 @@ def open_model(
     if weights and pretrained:
         raise CheckpointError("give either a weights file or pretrained weights, not both")
     file, given = None if weights is None else Path(weights), arguments or {}
-    if isinstance(name, str | os.PathLike) and os.path.isdir(name):
+    if _is_folder(name):
         model = _from_folder(Path(name), file, pretrained, given)
-    elif pretrained and _is_hub_id(str(name)) and not str(name).startswith("timm/"):
+    elif pretrained and _is_hub_id(name):
         model = _from_folder(_fetched(str(name)), None, False, given)
     elif str(name).startswith(torchvision.MARK):
         model = torchvision.from_name(str(name), file, pretrained, given, new_classifier)

@@ -67,7 +67,10 @@ def from_folder(folder: Path, content: Mapping[str, Any], file: Path | None) -> 
     told = content.get("pretrained_cfg", content)
     if not isinstance(name, str) or not isinstance(told, dict):
         raise CheckpointError(f"{where}: 'architecture' must be a name, and 'pretrained_cfg' a table")
-    arguments = {**_sizes(told | content), **check_arguments(content.get("model_args") or {}, f"{where}: model_args")}
+    arguments = {
+        **_sizes({**told, **content}),
+        **check_arguments(content.get("model_args") or {}, f"{where}: model_args"),
+    }
     models.check_specification({"library": "timm", "architecture": name, "arguments": arguments}, where)
     kept = checkpoint.preprocessing_in(told, where)
     outline = outline_of(lambda: _created(name, arguments), _label(name, arguments))
@@ -167,7 +170,7 @@ def _fitting(given: Mapping[str, Tensor], outline: nn.Module, path: Path, new_cl
 def _filtered(given: Mapping[str, Tensor], outline: nn.Module, path: Path) -> dict[str, Tensor]:
     """What timm makes of weights of several origins, resampled to the model's input."""
     module = importlib.import_module(type(outline).__module__)
-    convert = getattr(module, "checkpoint_filter_fn", plain.checkpoint_filter_fn)
+    convert: Any = getattr(module, "checkpoint_filter_fn", plain.checkpoint_filter_fn)
     try:
         return dict(convert(dict(given), outline))
     except Exception as error:  # timm converts before anything is checked, and each conversion fails in its own way

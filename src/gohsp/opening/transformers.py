@@ -50,8 +50,8 @@ def from_folder(folder: Path, content: Mapping[str, Any], file: Path | None) -> 
         models.describe(model)  # at the size that the processor gives it
     except (ValueError, UnsupportedModelError) as error:
         raise CheckpointError(
-            f"'{folder / checkpoint.PROCESSOR}' cannot be followed: {one_line(error)}; mend it, or take it away and set "
-            "model.pretrained_cfg"
+            f"'{folder / checkpoint.PROCESSOR}' cannot be followed: {one_line(error)}; mend it, or take it away and "
+            "set model.pretrained_cfg"
         ) from error
     return model
 

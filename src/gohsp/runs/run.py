@@ -94,15 +94,16 @@ def run(
     """Prune a Vision Transformer on a data source, and write a run folder.
 
     Args:
-        model: A timm model, or a name as :func:`gohsp.open_model` takes it: a folder that gohsp wrote or a timm name.
-            A given module is left as it is; what is made of it is float32 and has no frozen weights.
+        model: A model that says what it does with an image (``pretrained_cfg``, as timm's do), or a folder or name as
+            :func:`gohsp.open_model` takes it. A given module is left as it is; what is made of it is float32 and has
+            no frozen weights.
         source: Where the images are.
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on this device.
         out: The run's folder; it will hold the model, the plan, the report and the settings.
         config: All settings; None for the defaults.
-        weights: A safetensors file, for a model given by name.
-        pretrained: Whether to fetch timm's pretrained weights, for a model given by name.
+        weights: A weights file, for a model given by name; see :func:`gohsp.open_model`.
+        pretrained: Whether to fetch its library's or the hub's weights, for a model given by name.
         exclude: What to leave alone: names of sub-layers or of modules that hold some, or kinds of unit.
         widths: Widths to use instead of allocating them (an edited ``plan.json``).
         resume: Go on with an interrupted run in ``out``; of a finished one the result is returned.
