@@ -81,7 +81,7 @@ class ModelOptions:
     """Which model."""
 
     weights: Path | None = None
-    """A .safetensors, .pth, .pt or .bin file for a name, or in place of a folder's own; tensors alone are read of it."""
+    """A .safetensors, .pth, .pt or .bin file, for a name or in place of a folder's; tensors alone are read of it."""
     pretrained: bool = False
     """Fetch the weights that timm, torchvision or the hub has under the name."""
 
