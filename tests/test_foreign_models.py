@@ -307,6 +307,7 @@ def test_a_run_prunes_trains_and_scores_a_folder_of_transformers(vit: Path, tmp_
         {
             "device": "cpu",
             "method": "finetune",
+            "precision": "no",
             "finetune": {"epochs": 0},
             "widths": {"choice": "uniform"},
             "calibration": {"images": 32, "holdout": 8},

@@ -431,9 +431,16 @@ def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None
         raise CheckpointError(f"'{folder / CONFIG}': class_names: {error}") from error
 
 
+def _block_of(sublayer: str) -> str:
+    """The block that holds a sub-layer: its name up to its number, or without its last part where none has one."""
+    parts = sublayer.split(".")
+    numbered = [place for place, part in enumerate(parts[:-1], 1) if part.isdecimal()]
+    return ".".join(parts[: numbered[-1] if numbered else -1])
+
+
 def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weights: Path) -> None:
     """The same blocks in the tensors as in the config, so that an architecture is not deeper than its weights."""
-    given = {name.rpartition(".")[0] for name in config.widths}
+    given = {_block_of(name) for name in config.widths}
     containers = tuple({f"{name.rpartition('.')[0]}." for name in given})
     stored = {
         f"{container}{name.removeprefix(container).partition('.')[0]}"
