@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gohsp.core.ranking import HeadRanking
     from gohsp.data.sources import DataSource
     from gohsp.errors import GohspError
-    from gohsp.models import Compaction, compact, describe, families
+    from gohsp.models import Compaction, compact, describe, families, save_plain
     from gohsp.opening import open_model
     from gohsp.runs import RunResult, run
     from gohsp.runtime import Progress
@@ -53,7 +53,7 @@ _HOMES = {
     "core.ranking": ("HeadRanking",),
     "data.sources": ("DataSource",),
     "errors": ("GohspError",),
-    "models": ("Compaction", "compact", "describe", "families"),
+    "models": ("Compaction", "compact", "describe", "families", "save_plain"),
     "opening": ("open_model",),
     "runs": ("RunResult", "run"),
     "runtime": ("Progress",),
@@ -112,6 +112,7 @@ __all__ = [
     "rank",
     "run",
     "save",
+    "save_plain",
 ]
 
 

@@ -148,6 +148,7 @@ def prune(
     budget: str,
     *,
     method: Method | None = None,
+    uniform: bool | None = None,
     objective: ObjectiveLike = None,
     exclude: Sequence[str] = (),
     widths: Widths | None = None,
@@ -168,6 +169,9 @@ def prune(
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on its device.
         method: ``oneshot``, ``finetune`` or ``gohsp``; None takes the configuration's, by default ``oneshot``.
+        uniform: Whether all blocks get one width of each kind, so that the model's library makes the result by its own
+            settings, and loads it without gohsp (:func:`gohsp.save_plain`). What the settings cannot say is not cut,
+            and a warning names it. None takes the configuration's, by default False.
         objective: What the output is for; None infers it (:func:`gohsp.core.objective.resolve_objective`).
         exclude: What to leave alone: names of sub-layers or of modules that hold some, or kinds of unit.
         widths: Widths to use instead of choosing them.
@@ -186,10 +190,11 @@ def prune(
     config = config or Config()
     if method is not None:
         config = replace(config, method=method)
+    if uniform is not None:
+        config = replace(config, uniform=uniform)
     goal, unlabelled = parse_budget(budget), images if calibration is None else calibration
     example, unlabelled = _example(model, unlabelled)
-    dense, network = _checked(model, example, goal, exclude, widths, config)
-    _require_curves_of(network, curves, config)
+    dense, network = _checked(model, example, goal, exclude, widths, curves, config)
     if config.trains:
         require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
@@ -213,27 +218,41 @@ def _checked(
     goal: Budget,
     exclude: Sequence[str],
     widths: Widths | None,
+    curves: Curves | None,
     config: Config,
 ) -> tuple[nn.Module, Network]:
     """A copy of the model and its description, after all that can be known to fail has been tried."""
     dense = models.working_copy(model, example)
     models.check_finite(dense)
     network = excluding(models.describe(dense, example), exclude)
+    _require_curves_of(network, curves, config)
+    network = to_cut(dense, network, config)
     require_possible(network, goal, widths, config)
     return dense, network
+
+
+def to_cut(model: nn.Module, network: Network, config: Config) -> Network:
+    """What may be cut of a network: all of it, or with ``uniform`` what settings of the model's library can say.
+
+    Raises:
+        UnsupportedModelError: They can say nothing of it.
+    """
+    return models.sayable(model, network, config.widths) if config.uniform else network
 
 
 def require_possible(network: Network, goal: Budget, widths: Widths | None, config: Config) -> None:
     """Check that a budget can be met by widths that are allowed, or that are given.
 
     Raises:
-        PlanError: Given widths do not fit the network or the budget.
+        PlanError: Given widths do not fit the network or the budget, or are given though they are to be uniform.
         BudgetError: No allowed widths meet the budget.
         ConfigError: Floors or steps of widths are above what the network has.
     """
     if not any(sub.prunable or sub.removable for sub in network.present):
         raise PlanError("nothing of this model may be cut: all of its sub-layers are excluded, or gone already")
     if widths is not None:
+        if config.uniform:
+            raise PlanError("uniform chooses the widths of all blocks, and widths are given; leave one of them out")
         check_widths(network, widths)
     else:
         allocation.require_fitting(network, config.widths)
@@ -247,10 +266,8 @@ def require_possible(network: Network, goal: Budget, widths: Widths | None, conf
                 f"the given plan costs {amount(kind, bound.of(network, widths))}, the budget allows "
                 f"{amount(kind, bound.limit)}; cut more"
             )
-    elif config.widths.choice == "uniform":
-        allocation.uniform(network, bound, config.widths)
     else:
-        allocation.require_feasible(network, bound, config.widths)
+        allocation.require_feasible(network, bound, config.widths, uniform=config.uniform)
 
 
 def open_session(
@@ -403,7 +420,7 @@ def run_steps(
     if config.trains and labelled is not None and config.finetune.epochs > 0:
         tuned = do("finetune", Trained, lambda: train_stage(session, "finetune", small, dense, labelled), small).curve
     return Pruned(
-        model=small.eval(),
+        model=(models.remade(small) if config.uniform else small).eval(),
         network=network,
         widths=widths,
         kept=made.kept,
@@ -595,25 +612,26 @@ def allocate(
 
     Args:
         model: The model that the curves are of, or its description.
-        curves: What :func:`measure_curves` gave; not read, and so possibly empty, where widths are uniform.
+        curves: What :func:`measure_curves` gave.
         budget: Such as ``params=-40%``.
         exclude: As of :func:`prune`.
-        config: Of which ``widths`` counts.
+        config: Of which ``widths`` and ``uniform`` count. With ``uniform`` a model is cut in what settings of its
+            library can say; a description alone, in all that may be cut.
 
     Raises:
         BudgetError: No allowed widths meet the budget.
         ConfigError: It is one of latency, which has to be measured on the way (:func:`prune` does).
         PlanError: The curves are not of this model.
     """
+    config = config or Config()
     network = excluding(model if isinstance(model, Network) else models.describe(model), exclude)
-    goal, settings = parse_budget(budget), (config or Config()).widths
+    goal = parse_budget(budget)
     if goal.kind == "latency":
         raise ConfigError("a latency budget is met by measuring on the way; use gohsp.prune, which takes curves, too")
-    bound = bound_for(network, goal)
-    if settings.choice == "uniform":
-        return allocation.uniform(network, bound, settings)
-    _require_curves_of(network, curves, config or Config())
-    return allocation.allocate(network, curves, bound, settings)
+    _require_curves_of(network, curves, config)
+    if isinstance(model, nn.Module):
+        network = to_cut(model, network, config)
+    return allocation.allocate(network, curves, bound_for(network, goal), config.widths, uniform=config.uniform)
 
 
 def _require_curves_of(network: Network, curves: Curves | None, config: Config) -> None:

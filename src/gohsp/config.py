@@ -211,6 +211,8 @@ class Config:
     Attributes:
         method: ``oneshot`` ranks, allocates, cuts and repairs: a thousand unlabelled images, minutes. ``finetune``
             trains the result, with labels. ``gohsp``, the paper's, trains with ADMM's pull before the cut, too.
+        uniform: Whether all blocks get one width of each kind, as far as settings of the model's library can say it, so
+            that the library makes the pruned model without gohsp; what they cannot say is not cut.
         seed: Of everything that is drawn; 0 to 4,294,967,295.
         device: Of a run; ``cpu`` to stay off an accelerator that is there.
         precision: Mixed precision of passes; auto takes bf16 where the device has units for it.
@@ -230,6 +232,7 @@ class Config:
     """
 
     method: Method = "oneshot"
+    uniform: bool = False
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -261,6 +264,10 @@ class Config:
                 f'method = "oneshot" trains no dense model, but dense.epochs is {self.dense.epochs}; give a trained '
                 'model and epochs = 0, or take method = "finetune"'
             )
+        if self.uniform and self.widths.depth:
+            raise ConfigError(
+                "uniform = true keeps every sub-layer, and widths.depth lets whole ones go; set one of them to false"
+            )
         if self.data.resident and self.training.augment == "strong":
             raise ConfigError(
                 'data.resident images are augmented on the device, which knows training.augment = "none" and "light", '
@@ -279,7 +286,7 @@ class Config:
 
 MOVED = {
     "route": 'method: "oneshot", "finetune" or "gohsp"',
-    "allocation": "widths.choice",
+    "allocation": "nothing: widths are chosen by damage curves, and alike in all blocks where uniform is true",
     "allocation_stages": "widths.stages",
     "retrain_dense": "compare_dense",
     "polish": "heal",

@@ -244,11 +244,8 @@ def _choice(
     bound: Bound,
     measured: Curves | None,
 ) -> _Choice:
-    """Uniform widths, or those by damage curves, which are measured anew on the way to a deep cut."""
+    """Widths by damage curves, which are measured anew on the way to a deep cut."""
     settings = session.config.widths
-    if settings.choice == "uniform":
-        least = cost_of(network, allocation.narrowest(network, settings), bound.cost)
-        return _Choice(least, lambda bound: allocation.uniform(network, bound, settings), lambda _: None, None)
     measured = measured or measure_curves(session, dense, network, analysis)
     choice = _by_curves(session, network, measured, bound.cost, 0.0)
     whole = cost_of(network, network.widths, bound.cost)
@@ -270,10 +267,10 @@ def _stages_to(network: Network, widths: Widths) -> int:
 
 
 def _by_curves(session: Session, network: Network, measured: Curves, cost: Cost, so_far: float) -> _Choice:
-    settings = session.config.widths
+    settings, uniform = session.config.widths, session.config.uniform
     return _Choice(
-        cost_of(network, allocation.smallest(network, settings), cost),
-        lambda bound: allocation.allocate(network, measured, bound, settings),
+        cost_of(network, allocation.smallest(network, settings, uniform=uniform), cost),
+        lambda bound: allocation.allocate(network, measured, bound, settings, uniform=uniform),
         lambda widths: so_far + allocation.predicted_damage(network, measured, widths),
         1,
     )
@@ -301,7 +298,8 @@ def _with_limits(left: Network, before: Network, session: Session) -> Network:
             return sub
         sub = replace(sub, prunable=origin.prunable, removable=origin.removable)
         if isinstance(sub, Ffn) and isinstance(origin, Ffn):
-            return replace(sub, floor=math.ceil(session.config.widths.min_ffn * origin.widths.units))
+            floor = math.ceil(session.config.widths.min_ffn * origin.widths.units)
+            return replace(sub, floor=floor, step=origin.step)
         return sub
 
     return replace(left, sublayers=tuple(limited(sub) for sub in left.sublayers))
@@ -328,7 +326,7 @@ def _within_time(
         _require_fast(session, dense, budget, given)
         return Allocation(dict(given), None)
     bound = bound_for(network, budget, _times(session, dense, network))
-    allocation.require_feasible(network, bound, session.config.widths)
+    allocation.require_feasible(network, bound, session.config.widths, uniform=session.config.uniform)
     choice = _choice(session, dense, network, analysis, bound, measured)
     widths = _within_latency(session, dense, budget, choice, bound)
     return Allocation(widths, None, choice.predicted(widths), choice.stages)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise, product
-from typing import Literal
 
 from gohsp.errors import BudgetError, ConfigError
 from gohsp.settings import SHARE, require_settings, whole
 from gohsp.structure import (
     FIELDS,
+    KINDS,
     Absent,
     AttentionWidths,
     Bound,
     Cost,
+    Ffn,
     FfnWidths,
     Kind,
     Network,
@@ -29,7 +31,6 @@ from gohsp.structure import (
     Widths,
     absent,
     amount,
-    cost_of,
     is_absent,
     narrowed,
     width,
@@ -41,7 +42,6 @@ class WidthSettings:
     """Which widths are allowed, and how they are chosen.
 
     Attributes:
-        choice: ``measured``: damage curves and a knapsack; ``uniform``: the same share everywhere.
         stages: How often damage curves are measured on the way to the budget, each time on the network as cut and
             repaired so far; each costs about as much as the first and a cut. None takes one for every 27 % of the
             parameters that go: 1 for a cut by a third, 2 by a half, 3 by 60 %.
@@ -52,7 +52,6 @@ class WidthSettings:
         min_ffn: Smallest share of the hidden units of an FFN that stays.
     """
 
-    choice: Literal["measured", "uniform"] = "measured"
     stages: int | None = None
     depth: bool = False
     multiple: int = 8
@@ -63,11 +62,6 @@ class WidthSettings:
     def __post_init__(self) -> None:
         counts = {"multiple": whole(), "min_width": whole(), "min_heads": whole()}
         require_settings(self, "widths", stages=whole(1, 100), min_ffn=SHARE, **counts)
-        if self.choice == "uniform" and (self.stages or 1) > 1:
-            raise ConfigError(
-                f'widths.stages is {self.stages} with widths.choice = "uniform", which takes one; leave it out, or '
-                'take choice = "measured"'
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +113,19 @@ def allowed_widths(sub: PresentSublayer, kind: Kind, settings: WidthSettings) ->
         return (*gone, have)
     if kind == "head":
         return (*gone, *range(min(settings.min_heads, have), have + 1))
-    step = settings.multiple
+    step = math.lcm(settings.multiple, getattr(sub, "step", 1))
     floor = settings.min_width if kind in ("qk", "vo") else max(settings.min_ffn * have, getattr(sub, "floor", 0))
     first = max(step, math.ceil(floor / step) * step)
     return (*gone, *range(first, have, step), have)
 
 
-def smallest(network: Network, settings: WidthSettings) -> dict[str, SublayerWidths]:
-    """The smallest allowed widths of every sub-layer; absent where they may go."""
+def smallest(network: Network, settings: WidthSettings, *, uniform: bool = False) -> dict[str, SublayerWidths]:
+    """The smallest allowed widths of every sub-layer, absent where they may go; ``uniform`` as of :func:`allocate`."""
+    if uniform:
+        return {
+            **network.widths,
+            **{name: of for subs in _alike(network) for name, of in _shapes(subs, settings)[0].items()},
+        }
     return {sub.name: smallest_of(sub, settings) for sub in network.sublayers}
 
 
@@ -147,7 +146,9 @@ class _Option:
     damage: float
 
 
-def allocate(network: Network, curves: Curves, bound: Bound, settings: WidthSettings) -> dict[str, SublayerWidths]:
+def allocate(
+    network: Network, curves: Curves, bound: Bound, settings: WidthSettings, *, uniform: bool = False
+) -> dict[str, SublayerWidths]:
     """Minimise the summed damage subject to a bound: a multiple-choice knapsack, by Lagrangian bisection.
 
     A bisection finds the smallest price per parameter (or MAC) at which the cheapest choices fit; what room is
@@ -159,10 +160,14 @@ def allocate(network: Network, curves: Curves, bound: Bound, settings: WidthSett
             with narrower ones.
         bound: Upper bound on the whole network's cost.
         settings: Allowed widths.
+        uniform: Whether all attentions get the same heads, of one width, and all FFNs the same hidden units (over the
+            stream's width, where that differs between stages). A kind that may be cut nowhere stays as it is.
 
     Raises:
         BudgetError: Even the smallest allowed widths cost more than the bound.
     """
+    if uniform:
+        return _allocate_uniformly(network, curves, bound, settings)
     groups = [_options(sub, curves.get(sub.name, {}), bound.cost, settings) for sub in network.sublayers]
     fixed = bound.cost.fixed(network)
     _require_within(bound, fixed + sum(min(o.cost for o in group) for group in groups))
@@ -199,13 +204,14 @@ def _damage(have: SublayerWidths, curves: Mapping[Kind, DamageCurve], want: Subl
     return of("head") + (of("qk") + of("vo")) * want.heads / have.heads
 
 
-def require_feasible(network: Network, bound: Bound, settings: WidthSettings) -> None:
+def require_feasible(network: Network, bound: Bound, settings: WidthSettings, *, uniform: bool = False) -> None:
     """Check that the smallest allowed widths keep a bound, before anything is measured.
 
     Raises:
         BudgetError: They do not; the message says what the smallest possible model costs.
     """
-    _require_within(bound, bound.of(network, smallest(network, settings)))
+    least = bound.of(network, smallest(network, settings, uniform=uniform))
+    _require_within(bound, least, network if uniform else None)
 
 
 def require_fitting(network: Network, settings: WidthSettings) -> None:
@@ -229,14 +235,19 @@ def require_fitting(network: Network, settings: WidthSettings) -> None:
             )
 
 
-def _require_within(bound: Bound, least: float) -> None:
-    if least > bound.limit:
-        kind = bound.cost.kind
-        raise BudgetError(
-            f"no plan meets {amount(kind, bound.limit)}: the smallest possible model has {amount(kind, least)}; raise "
-            "the budget, exclude less, lower the floors (widths.min_heads, min_width, min_ffn) or the step "
-            "(widths.multiple), or let whole sub-layers go (widths.depth)"
-        )
+def _require_within(bound: Bound, least: float, uniform: Network | None = None) -> None:
+    """Check a bound against the least cost; ``uniform`` is the network, where all of its blocks are to be alike."""
+    if least <= bound.limit:
+        return
+    kind, model, last = bound.cost.kind, "model", "let whole sub-layers go (widths.depth)"
+    if uniform is not None:
+        cut = [FIELDS[k] for k in KINDS if any(k in sub.prunable for sub in uniform.present)]
+        model, last = f"uniform model ({', '.join(cut)} cut)", "let blocks differ (uniform = false)"
+    raise BudgetError(
+        f"no plan meets {amount(kind, bound.limit)}: the smallest possible {model} has {amount(kind, least)}; raise "
+        "the budget, exclude less, lower the floors (widths.min_heads, min_width, min_ffn) or the step "
+        f"(widths.multiple), or {last}"
+    )
 
 
 def _options(sub: Sublayer, curves: Mapping[Kind, DamageCurve], cost: Cost, settings: WidthSettings) -> list[_Option]:
@@ -273,52 +284,70 @@ def _fill(choice: list[_Option], groups: Sequence[Sequence[_Option]], limit: flo
         choice[i] = option
 
 
-def uniform(network: Network, bound: Bound, settings: WidthSettings) -> dict[str, SublayerWidths]:
-    """The same share of every width in every sub-layer, all heads kept: the plain way, for comparison.
-
-    Room that rounding leaves is given to FFNs, last one first.
-
-    Raises:
-        BudgetError: Even the smallest allowed widths with all heads kept cost more than the bound.
-    """
-    require_feasible(network, bound, settings)
-    settings = replace(settings, depth=False)
-
-    def at(share: float) -> dict[str, SublayerWidths]:
-        return {sub.name: _shrunk(sub, share, settings) for sub in network.sublayers}
-
-    if (least := bound.of(network, narrowest(network, settings))) > bound.limit:
-        raise BudgetError(
-            f"uniform widths with all heads kept cost at least {amount(bound.cost.kind, least)}, the budget allows "
-            f'{amount(bound.cost.kind, bound.limit)}; use widths.choice = "measured"'
-        )
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if bound.met(network, at(middle)) else (low, middle)
-    widths = at(low)
-    for sub in reversed(network.present):
-        if "ffn" not in sub.widths.kinds:
-            continue
-        for units in allowed_widths(sub, "ffn", settings):
-            trial = widths | {sub.name: FfnWidths(units=max(units, width(widths[sub.name], "ffn")))}
-            if bound.met(network, trial):
-                widths = trial
-        if cost_of(network, widths, bound.cost) > 0.995 * bound.limit:
-            break
-    return widths
+# All blocks alike
 
 
-def narrowest(network: Network, settings: WidthSettings) -> dict[str, SublayerWidths]:
-    """The smallest widths that :func:`uniform` may give: all sub-layers and heads stay."""
-    return {sub.name: _shrunk(sub, 0.0, replace(settings, depth=False)) for sub in network.sublayers}
+def _allocate_uniformly(
+    network: Network, curves: Curves, bound: Bound, settings: WidthSettings
+) -> dict[str, SublayerWidths]:
+    """The least summed damage of all uniform shapes within the bound, and of equal ones the one that costs most."""
+    measured = replace(network, sublayers=tuple(_as_measured(sub, curves) for sub in network.sublayers))
+    fixed = bound.cost.fixed(network) + sum(
+        bound.cost.sublayer(sub, sub.widths) for sub in network.sublayers if isinstance(sub, Absent)
+    )
+
+    def option(subs: Sequence[PresentSublayer], shape: dict[str, SublayerWidths]) -> tuple[float, float, Widths]:
+        damage = sum(_damage(sub.widths, curves.get(sub.name, {}), shape[sub.name]) for sub in subs)
+        return damage, -sum(bound.cost.sublayer(sub, shape[sub.name]) for sub in subs), shape
+
+    attentions, ffns = ([option(subs, shape) for shape in _shapes(subs, settings)] for subs in _alike(measured))
+    pairs = [(a[0] + f[0], a[1] + f[1], i, j) for i, a in enumerate(attentions) for j, f in enumerate(ffns)]
+    _require_within(bound, fixed + min(-saved for _, saved, *_ in pairs), measured)
+    *_, i, j = min(pair for pair in pairs if fixed - pair[1] <= bound.limit)
+    return {**network.widths, **attentions[i][2], **ffns[j][2]}
 
 
-def _shrunk(sub: Sublayer, share: float, settings: WidthSettings) -> SublayerWidths:
-    """Every width at the largest allowed value not above its share; heads stay."""
-    shrunk = sub.widths
-    for kind in sub.widths.kinds:
-        if kind != "head" and not isinstance(sub, Absent):
-            allowed, most = allowed_widths(sub, kind, settings), share * width(sub.widths, kind)
-            shrunk = narrowed(shrunk, kind, max((w for w in allowed if w <= most), default=allowed[0]))
-    return shrunk
+def _as_measured(sub: Sublayer, curves: Curves) -> Sublayer:
+    """A sub-layer of which kinds without a curve stay as they are."""
+    return sub if isinstance(sub, Absent) else replace(sub, prunable=sub.prunable & curves.get(sub.name, {}).keys())
+
+
+def _alike(network: Network) -> tuple[Sequence[PresentSublayer], Sequence[PresentSublayer]]:
+    """Sub-layers that are to be alike: attentions, and FFNs."""
+    return network.attentions, [sub for sub in network.present if isinstance(sub, Ffn)]
+
+
+def _shapes(subs: Sequence[PresentSublayer], settings: WidthSettings) -> list[dict[str, SublayerWidths]]:
+    """Every shape that sub-layers of one type may have alike, the smallest first; one of none where there are none."""
+    kinds = subs[0].widths.kinds if subs else ()
+    tied = [of for of in TIED if of[0] in kinds]
+    shapes = []
+    for levels in product(*(_levels(subs, of, settings) for of in tied)):
+        shape = {sub.name: sub.widths for sub in subs}
+        for of, level in zip(tied, levels, strict=True):
+            for sub, kind in product(subs, of if level is not None else ()):
+                shape[sub.name] = narrowed(shape[sub.name], kind, int(level * _unit(sub, kind)))
+        shapes.append(shape)
+    return shapes
+
+
+TIED: tuple[tuple[Kind, ...], ...] = (("head",), ("qk", "vo"), ("ffn",))
+"""Kinds of one width in uniform shapes."""
+
+
+def _levels(
+    subs: Sequence[PresentSublayer], kinds: Sequence[Kind], settings: WidthSettings
+) -> list[Fraction] | list[None]:
+    """Widths that all sub-layers may have, ascending; None for the present ones, where nothing may be cut alike."""
+    if not any(kind in sub.prunable for sub in subs for kind in kinds):
+        return [None]
+    allowed = (
+        {Fraction(count, _unit(sub, kind)) for count in allowed_widths(sub, kind, replace(settings, depth=False))}
+        for sub, kind in product(subs, kinds)
+    )
+    return sorted(set.intersection(*allowed)) or [None]
+
+
+def _unit(sub: PresentSublayer, kind: Kind) -> int:
+    """What a uniform width is counted in: hidden units go by the width of their stream, which stages may differ in."""
+    return sub.readout.size if kind == "ffn" else 1

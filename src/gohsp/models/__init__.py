@@ -26,6 +26,7 @@ from gohsp.models.libraries import (
     require_remakeable,
     specification,
 )
+from gohsp.models.plain import remade, save_plain, sayable
 
 __all__ = [
     "EQUALITY_TOLERANCE",
@@ -48,10 +49,13 @@ __all__ = [
     "num_classes",
     "plain_attention",
     "relative_difference",
+    "remade",
     "require_classifier",
     "require_remakeable",
     "resize",
     "resized",
+    "save_plain",
+    "sayable",
     "set_class_names",
     "specification",
     "told_size",

@@ -31,6 +31,8 @@ MODEL = ("config.json", "model.safetensors", "preprocessor_config.json")
 RESULTS = (LAST, "report.html", *MODEL, "plan.json", "ranking.json", "settings.toml", LOG)
 DENSE = tuple(f"dense/{name}" for name in MODEL)
 """What a run writes besides, where it trains the dense model."""
+PLAIN = ("plain/config.json", "plain/model.safetensors")
+"""What a run writes besides, where it is a uniform one of a library's model."""
 
 _LOCK, _SPOOL, _TIMINGS = "lock", ".spool", "timings"
 _PATIENCE = 6.0
@@ -299,17 +301,18 @@ def _refuse_inside(path: Path, inputs: Mapping[str, str | Path | None]) -> None:
 
 def _written(request: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the files that a run writes into its folder, its state and its request aside; the last one first."""
-    stage = request["config"].get("dense")
+    stage, uniform = (request["config"].get(key) for key in ("dense", "uniform"))
     trains_dense = isinstance(stage, dict) and bool(stage.get("epochs"))
-    return (*RESULTS, *DENSE) if trains_dense else RESULTS
+    return RESULTS + DENSE * trains_dense + PLAIN * bool(uniform)
 
 
 def _remove(folder: RunFolder, request: Mapping[str, Any]) -> None:
     for name in _written(request):
         (folder.path / name).unlink(missing_ok=True)
     folder.forget()
-    with suppress(OSError):  # something of the user's lies there, too
-        (folder.path / DENSE[0]).parent.rmdir()
+    for name in (DENSE[0], PLAIN[0]):
+        with suppress(OSError):  # something of the user's lies there, too
+            (folder.path / name).parent.rmdir()
 
 
 def _require_same(path: Path, before: Mapping[str, Any], request: Mapping[str, Any]) -> None:

@@ -133,7 +133,7 @@ def run(
     )
     splits = _open_splits(source, config)
     dense = _open(model, weights, pretrained, config, splits[0])
-    network = excluding(models.describe(dense), exclude)
+    network = api.to_cut(dense, excluding(models.describe(dense), exclude), config)
     models.check_finite(dense)
     data.Preprocessing.from_model(dense)  # refuses a model that does not say what it does with an image
     if models.is_library_model(dense):
@@ -282,6 +282,8 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
         made_by={"gohsp": made.gohsp, "versions": made.versions, "budget": task.goal.requested},
         metrics=dataclasses.asdict(measured),
     )
+    if config.uniform and models.is_library_model(pruned.model):
+        models.save_plain(pruned.model, folder.path / "plain")
     report.write(made, folder.path)
     folder.clear_state()
     return RunResult(pruned.model, made, folder.path)

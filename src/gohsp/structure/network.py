@@ -161,6 +161,7 @@ class Ffn:
         inputs: What makes hidden units: one map, or both halves of a gated FFN.
         readout: The second linear map.
         floor: Fewest hidden units that an allocation may leave, whatever share its settings allow.
+        step: What an allocation leaves is a multiple of this, whatever its settings allow.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Ffn:
     inputs: tuple[Rows, ...]
     readout: Readout
     floor: int = 0
+    step: int = 1
 
     def slices(self, _kind: Kind = "ffn") -> tuple[UnitSlice, ...]:
         """Every parameter slice that a hidden unit couples."""

@@ -1,7 +1,9 @@
 """Making a dense model again: what a library calls it, and the arguments that tell it from others of that name.
 
-Only saving and loading ask this; describing, cutting and checking a model do not. A library is a module here with
-``recognises``, ``architecture_name``, ``architecture_arguments``, ``check`` and ``make``.
+Only saving, loading and uniform pruning ask this; describing, cutting and checking a model do not. A library is a
+module here with ``recognises``, ``architecture_name``, ``architecture_arguments``, ``check`` and ``make``; and for
+models whose blocks are all alike, which it makes and loads without gohsp, with ``units_step``, ``plain_settings``,
+``make_plain`` and ``save_plain``.
 """
 
 from __future__ import annotations
@@ -135,12 +137,7 @@ def require_remakeable(model: nn.Module) -> dict[str, Any]:
     if not differences:
         again.load_state_dict(state, strict=True, assign=True)
         fill_buffers(again, spec, network.widths)
-        difference = _difference_in_evaluation(model, again.requires_grad_(False))
-        # What is computed in half precision differs by the order of its sums.
-        tolerance = EQUALITY_TOLERANCE if _dtype(model) in (torch.float32, torch.float64) else 1e-2
-        if not difference <= tolerance:
-            differences = [f"its outputs differ by {difference:.1e} of their scale (allowed {tolerance:.0e})"]
-            differences += _other_modules(again, model)
+        differences = output_problems(model, again.requires_grad_(False))
     if differences:
         raise UnsupportedModelError(
             f"a '{spec['architecture']}' made again with {spec['arguments']} is another model than this one: "
@@ -193,13 +190,15 @@ def _other_modules(again: nn.Module, model: nn.Module) -> list[str]:
     ]
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
-def _difference_in_evaluation(model: nn.Module, again: nn.Module) -> float:
-    """Relative difference of the outputs on one image of noise."""
-    image = example_image(model)
+def output_problems(model: nn.Module, again: nn.Module) -> list[str]:
+    """How the outputs of a model made again, with the same weights, differ from the model's on an image of noise."""
+    image, dtype = example_image(model), next(model.parameters()).dtype
     with torch.no_grad(), evaluating(model):
         require_finite("the model's output", tensor_in(model(image)))
-        return relative_difference(model, again.eval(), image, output=tensor_in)
+        difference = relative_difference(model, again.eval(), image, output=tensor_in)
+    # What is computed in half precision differs by the order of its sums.
+    tolerance = EQUALITY_TOLERANCE if dtype in (torch.float32, torch.float64) else 1e-2
+    if difference <= tolerance:
+        return []
+    differs = f"its outputs differ by {difference:.1e} of their scale (allowed {tolerance:.0e})"
+    return [differs, *_other_modules(again, model)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from timm.layers import GluMlp, LayerScale, get_act_layer, get_norm_layer
-from timm.models import is_model_in_modules
+from timm.models import is_model_in_modules, save_for_hf
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -17,6 +20,7 @@ from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.attention import PrunedAttention
 from gohsp.models.labels import num_classes
 from gohsp.models.libraries.arguments import check_arguments
+from gohsp.models.libraries.shape import Shape
 from gohsp.models.modules import Constant
 
 MODULES = (
@@ -205,3 +209,44 @@ def make(name: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -
             if hasattr(module, "eps") and hasattr(module, "normalized_shape"):
                 module.eps = eps  # type: ignore[assignment]
     return model
+
+
+# Without gohsp
+
+
+def units_step(_model: nn.Module) -> int:
+    """Hidden units that settings can say are multiples of this."""
+    return 1
+
+
+def plain_settings(model: nn.Module, shape: Shape) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for a model like this one, with blocks of a shape.
+
+    No architecture of timm's takes a width of heads: it is the stream's over the number of heads.
+
+    Raises:
+        ValueError: No argument says an epsilon.
+    """
+    settings = architecture_arguments(model)
+    if "norm_eps" in settings:
+        raise ValueError(f"no argument of timm's says the norms' eps of {settings['norm_eps']}")
+    packed = any(isinstance(module, GluMlp) for module in model.modules()) and not isinstance(
+        model, Eva
+    )  # which doubles
+    said = {"mlp_ratio": shape.mlp_ratio(Fraction(2 if packed else 1))}
+    if hasattr(model, "blocks"):  # elsewhere each stage has a number of its own
+        said["num_heads"] = shape.heads
+    return settings | {name: value for name, value in said.items() if value is not None}
+
+
+def make_plain(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """A model like this one, by its name and arguments, with new weights."""
+    made = timm.create_model(architecture_name(model), **settings)
+    made.pretrained_cfg = made.default_cfg = model.pretrained_cfg  # type: ignore[assignment]
+    return made
+
+
+def save_plain(made: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
+    """Write a model for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+    native = {"pretrained_cfg": {"custom_load": False}}  # whatever the dense weights came as
+    save_for_hf(made, str(folder), model_config=native, model_args=dict(settings), safe_serialization=True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gohsp import files
 from gohsp.errors import CheckpointError, nearest
 from gohsp.models.libraries.arguments import Allowed, count_from, epsilon, rejected
+from gohsp.models.libraries.shape import Shape
 
 CLASS = "torchvision.models.vision_transformer.VisionTransformer"
 
@@ -118,3 +122,39 @@ def _weights(name: str) -> Any:
 
 def _models() -> Any:
     return importlib.import_module("torchvision.models")
+
+
+# Without gohsp
+
+PLAIN_EPS = 1e-6
+"""Of the norms, where the constructor is not given a norm."""
+
+
+def units_step(_model: nn.Module) -> int:
+    """Hidden units that settings can say are multiples of this."""
+    return 1
+
+
+def plain_settings(model: nn.Module, shape: Shape) -> dict[str, Any]:
+    """Arguments of the constructor for a model like this one, with blocks of a shape; heads have the stream's width.
+
+    Raises:
+        ValueError: No plain argument says an epsilon.
+    """
+    settings = architecture_arguments(model)
+    if (eps := settings.pop("norm_eps")) != PLAIN_EPS:
+        raise ValueError(f"no plain argument of torchvision's says the norms' eps of {eps}")
+    said = {"num_heads": shape.heads, "mlp_dim": shape.units}
+    return settings | {name: value for name, value in said.items() if value is not None}
+
+
+def make_plain(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """A model like this one, by its constructor, with new weights."""
+    return type(model)(**settings)
+
+
+def save_plain(made: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
+    """Write the constructor's arguments and the weights; torchvision has no folder of its own."""
+    files.save_tensors(folder / "model.safetensors", made.state_dict())
+    table = {"architecture": CLASS, "arguments": dict(settings)}
+    files.write_atomic(folder / "config.json", json.dumps(table, indent=2) + "\n")

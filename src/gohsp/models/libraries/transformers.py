@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gohsp.errors import CheckpointError, nearest
+from gohsp.models.libraries.shape import Shape
 
 FOLDERS = (
     "beit",
@@ -192,3 +197,63 @@ def _silenced() -> Iterator[None]:
         logs.set_verbosity(level)
         if bars:
             logs.enable_progress_bar()
+
+    return cls(cls.config_class(**given))
+
+
+# Without gohsp
+
+
+def units_step(model: nn.Module) -> int:
+    """Hidden units that settings can say are multiples of this: DINOv2 takes whole ratios alone, since version 5."""
+    config = _of_blocks(model.config)
+    return int(config.hidden_size / _rows_per_unit(config)) if _takes_whole_ratios(config) else 1
+
+
+def _takes_whole_ratios(config: Any) -> bool:
+    types = {field.name: field.type for field in fields(config)} if is_dataclass(config) else {}
+    return types.get("mlp_ratio") in (int, "int")
+
+
+def plain_settings(model: nn.Module, shape: Shape) -> Any:
+    """A configuration for a model like this one, with blocks of a shape.
+
+    ``head_dim`` is no declared setting, but ViT and its kin look for it since version 5; all other heads have the
+    stream's width. Where whole ratios alone are taken it is the nearest one.
+    """
+    config: Any = copy.deepcopy(model.config)
+    of = _of_blocks(config)
+    if hasattr(of, "mlp_ratio"):
+        ratio = shape.mlp_ratio(_rows_per_unit(of))
+        said = {"mlp_ratio": round(ratio) if ratio is not None and _takes_whole_ratios(of) else ratio}
+    else:
+        said = {"intermediate_size": shape.units}
+    if isinstance(of.num_attention_heads, int):  # elsewhere each stage has a number of its own
+        said["num_attention_heads"] = shape.heads
+        if shape.heads is not None and shape.heads * (shape.head_dim or 0) != shape.dim:
+            said["head_dim"] = shape.head_dim
+    for name, value in said.items():
+        if value is not None:
+            setattr(of, name, value)
+    return config
+
+
+def _of_blocks(config: Any) -> Any:
+    """The part of a configuration that is of the blocks: CLIP's has one for each tower."""
+    return getattr(config, "vision_config", config)
+
+
+def _rows_per_unit(config: Any) -> Fraction:
+    """What a ratio counts for each hidden unit: DINOv2's gated FFN has two thirds of it."""
+    return Fraction(3, 2) if getattr(config, "use_swiglu_ffn", False) else Fraction(1)
+
+
+def make_plain(model: nn.Module, settings: Any) -> nn.Module:
+    """A model like this one, of its class and a configuration, with new weights."""
+    return type(model)(settings)
+
+
+def save_plain(made: nn.Module, _settings: Any, folder: Path) -> None:
+    """Write a model for ``from_pretrained(FOLDER)``."""
+    of: Any = made
+    of.save_pretrained(folder)
