@@ -7,8 +7,8 @@ Every arm starts from the same dense model and gets the same epochs:
 - ``gohsp``: the recipe as it stands; it also trains the dense model for as many epochs (``dense_retrained``);
 - ``random``: the same with the ranking replaced by a random one;
 - ``oneshot``: method ``finetune``, all of ADMM's epochs given to fine-tuning;
-- ``uniform``: the recipe with uniform widths;
-- ``plain``: the recipe with uniform widths and ADMM in the metric of weight norms, which repairs nothing.
+- ``uniform``: the recipe with the same share of every width;
+- ``plain``: the same, and ADMM in the metric of weight norms, which repairs nothing.
 
 A finished arm is not run again; an interrupted one goes on after its last epoch. What measured widths and repairs are
 worth to method ``gohsp`` at two budgets, from the dense model of a run before (one line):
@@ -30,7 +30,8 @@ import gohsp
 from gohsp import Config
 from gohsp import config as configs
 from gohsp.report import Report, read
-from shared import RESULTS, data_name, parser, read_results, say, write_results
+from gohsp.structure import Widths
+from shared import RESULTS, data_name, even_widths, parser, read_results, say, write_results
 
 ARMS = ("gohsp", "random", "oneshot", "uniform", "plain")
 
@@ -47,8 +48,14 @@ def arm_config(config: Config, arm: str, *, trained: bool) -> Config:
     if arm == "oneshot":
         total = config.admm.epochs + config.finetune.epochs
         return replace(config, method="finetune", finetune=replace(config.finetune, epochs=total))
-    config = replace(config, widths=replace(config.widths, choice="uniform"))
     return replace(config, admm=replace(config.admm, metric="norm")) if arm == "plain" else config
+
+
+def widths_of(options: argparse.Namespace, config: Config, arm: str, model: str | Path) -> Widths | None:
+    """Even widths for the arms that do without measured ones."""
+    if arm not in ("uniform", "plain"):
+        return None
+    return even_widths(gohsp.describe(gohsp.open_model(model)), options.budget, config.widths)
 
 
 def run_arm(options: argparse.Namespace, config: Config, arm: str, folder: Path) -> Report:
@@ -57,13 +64,15 @@ def run_arm(options: argparse.Namespace, config: Config, arm: str, folder: Path)
     if (out / "report.json").exists():
         return read(out)
     first = arm == "gohsp" and options.dense is None
+    model = options.model if first else options.dense or folder / "gohsp" / "dense"
     return gohsp.run(
-        options.model if first else options.dense or folder / "gohsp" / "dense",
+        model,
         options.data,
         options.budget,
         out,
         config=arm_config(config, arm, trained=not first),
         weights=options.weights if first else None,
+        widths=widths_of(options, config, arm, model),
         resume=out.exists(),
         command=["benchmarks/imagewoof.py", "--arms", arm, "--seeds", str(config.seed)],
     ).report

@@ -35,6 +35,7 @@ from shared import (
     RESULTS,
     data_name,
     drawn,
+    even_widths,
     parser,
     plan_of,
     read_results,
@@ -129,9 +130,7 @@ def healed(setting: Setting, cut: nn.Module) -> nn.Module:
 
 def lines(setting: Setting, budget: str, widths: Widths) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Every line's name and what makes its model; ``widths`` are the measured ones."""
-    config = setting.session.config
-    uniform = replace(config, widths=replace(config.widths, choice="uniform"))
-    even = gohsp.allocate(setting.network, {}, budget, config=uniform)
+    even = even_widths(setting.network, budget, setting.session.config.widths)
     yield "magnitude, uniform widths", lambda: masked(setting, even, "norm")
     yield "+ OBS selection", lambda: masked(setting, even, "data")
     yield "+ refit", lambda: masked(setting, even, "data", refitted=True)

@@ -37,7 +37,19 @@ import gohsp
 from gohsp import Config, data
 from gohsp.structure import bound_for, parse_budget
 from peers import SEARCH_STEPS, attentions
-from shared import RESULTS, asset, drawn, machine, parameters, parser, read_results, say, versions, write_results
+from shared import (
+    RESULTS,
+    asset,
+    drawn,
+    even_widths,
+    machine,
+    parameters,
+    parser,
+    read_results,
+    say,
+    versions,
+    write_results,
+)
 
 BUDGETS = ("params=-30%", "params=-50%")
 CRITERIA = ("l2", "fpgm", "taylor")
@@ -87,14 +99,13 @@ def by_gohsp(dense: nn.Module, images: Sequence[Tensor], budget: str) -> nn.Modu
 
 
 def by_norms(dense: nn.Module, images: Sequence[Tensor], budget: str) -> nn.Module:
-    """Uniform widths, the units of least weight norm gone, nothing repaired."""
-    work, config = copy.deepcopy(dense), Config()
-    config = replace(config, widths=replace(config.widths, choice="uniform"), repair=replace(config.repair, guidance=0))
+    """Even widths, the units of least weight norm gone, nothing repaired."""
+    work, repair = copy.deepcopy(dense), replace(Config().repair, guidance=0)
     network = gohsp.describe(work, images[0][:1])
-    widths = gohsp.allocate(network, {}, budget, config=config)
+    widths = even_widths(network, budget)
     settings = gohsp.AdmmSettings(metric="norm")
     moments = gohsp.collect_moments(work, network, [images[0][:2]])  # which norms do not read
-    state = gohsp.admm.start(work, network, widths, moments, None, settings, repair=config.repair)
+    state = gohsp.admm.start(work, network, widths, moments, None, settings, repair=repair)
     return gohsp.compact(work, gohsp.admm.finish(state), images[0][:2]).model
 
 

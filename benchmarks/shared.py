@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp
 from gohsp import data, structure
+from gohsp.core.allocation import WidthSettings, allowed_widths
 from gohsp.evaluation import Metrics, evaluate
 from gohsp.structure import AttentionWidths, FfnWidths, SublayerWidths, Widths
 
@@ -173,6 +174,50 @@ def changed(widths: Widths, change: Callable[[str, int], int]) -> dict[str, Subl
         name: type(of)(**{field: change(field, count) for field, count in table.items()})
         for (name, of), table in zip(widths.items(), structure.widths_to_json(widths).values(), strict=True)
     }
+
+
+def even_widths(
+    network: structure.Network, budget: str, settings: WidthSettings | None = None
+) -> dict[str, SublayerWidths]:
+    """The plain way to compare with: the same share of every width, all heads kept, nothing measured.
+
+    Room that rounding leaves is given to FFNs, last one first.
+
+    Args:
+        network: The network.
+        budget: Of parameters or MACs; a script that asks for less than all heads allow ends.
+        settings: Allowed widths; None for the defaults.
+    """
+    settings = settings or WidthSettings()
+    bound = structure.bound_for(network, structure.parse_budget(budget))
+
+    def allowed(sub: structure.PresentSublayer, kind: structure.Kind) -> tuple[int, ...]:
+        have = structure.width(sub.widths, kind)
+        return (have,) if kind == "head" else allowed_widths(sub, kind, settings)
+
+    def at(share: float) -> dict[str, SublayerWidths]:
+        widths = network.widths
+        for sub in network.present:
+            for kind in sub.widths.kinds:
+                counts, most = allowed(sub, kind), share * structure.width(sub.widths, kind)
+                fits = max((count for count in counts if count <= most), default=counts[0])
+                widths[sub.name] = structure.narrowed(widths[sub.name], kind, fits)
+        return widths
+
+    if not bound.met(network, at(0.0)):
+        sys.exit(f"no even widths with all heads meet {budget}")
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bound.met(network, at(middle)) else (low, middle)
+    widths = at(low)
+    for sub in reversed([sub for sub in network.present if isinstance(sub, structure.Ffn)]):
+        for units in allowed(sub, "ffn"):
+            trial = widths | {sub.name: FfnWidths(units=max(units, structure.width(widths[sub.name], "ffn")))}
+            widths = trial if bound.met(network, trial) else widths
+        if bound.of(network, widths) > 0.995 * bound.limit:
+            break
+    return widths
 
 
 def resized(model: nn.Module, widths: Widths, images: Tensor) -> nn.Module:

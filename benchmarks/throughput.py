@@ -19,7 +19,6 @@ import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gohsp
-from gohsp import Config, latency, structure
+from gohsp import latency, structure
+from gohsp.core.allocation import WidthSettings
 from gohsp.structure import AttentionWidths, SublayerWidths, parse_budget
-from shared import RESULTS, changed, example_of, machine, parser, read_results, resized, say, write_results
+from shared import RESULTS, changed, even_widths, example_of, machine, parser, read_results, resized, say, write_results
 
 Case = tuple[str, int, bool]
 """Data type, batch size and whether compiled."""
@@ -52,12 +52,12 @@ def contestants(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
         sys.exit("give a budget in params or macs: its promise is what is measured here")
     network = gohsp.describe(dense)
     bound = structure.bound_for(network, goal)
-    widths = replace(Config().widths, choice="uniform", multiple=options.multiple, min_width=options.min_width)
+    widths = WidthSettings(multiple=options.multiple, min_width=options.min_width)
     images = example_of(dense)
     few = dense
     if options.heads:
         few = resized(dense, changed(network.widths, lambda f, now: options.heads if f == "heads" else now), images)
-    chosen = gohsp.allocate(few, {}, f"{goal.kind}={int(bound.limit)}", config=Config(widths=widths))
+    chosen = even_widths(gohsp.describe(few), f"{goal.kind}={int(bound.limit)}", widths)
     return dense, resized(few, chosen, images)
 
 

@@ -325,8 +325,9 @@ def _shapes(subs: Sequence[PresentSublayer], settings: WidthSettings) -> list[di
     for levels in product(*(_levels(subs, of, settings) for of in tied)):
         shape = {sub.name: sub.widths for sub in subs}
         for of, level in zip(tied, levels, strict=True):
-            for sub, kind in product(subs, of if level is not None else ()):
-                shape[sub.name] = narrowed(shape[sub.name], kind, int(level * _unit(sub, kind)))
+            if level is not None:
+                for sub, kind in product(subs, of):
+                    shape[sub.name] = narrowed(shape[sub.name], kind, int(level * _unit(sub, kind)))
         shapes.append(shape)
     return shapes
 
