@@ -22,10 +22,10 @@ SETTINGS = """
 method = "finetune"
 compare_dense = false
 precision = "no"
+uniform = true
 [calibration]
 images = 48
 [widths]
-choice = "uniform"
 multiple = 2
 min_width = 2
 [finetune]
@@ -66,8 +66,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: str, settings: str) -> 
 def test_flags_go_before_the_file_and_the_file_before_the_defaults(run: Path):
     written = config.read(run / "settings.toml")
     assert (written.finetune.epochs, written.heal.learning_rate) == (0, 0.5)
-    assert (written.training.batch_size, written.widths.choice, written.compare_dense) == (48, "uniform", False)
+    assert (written.training.batch_size, written.uniform, written.compare_dense) == (48, True, False)
     assert written.training.optimizer == Config().training.optimizer
+    assert sorted(file.name for file in (run / "plain").iterdir()) == ["config.json", "model.safetensors"]
     content = json.loads((run / "report.json").read_text())
     assert content["command"][:2] == ["gohsp", "prune"]
     assert "--finetune.epochs" in content["command"]

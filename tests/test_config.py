@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 CHANGED: dict[str, Any] = {
     "method": "gohsp",
+    "uniform": True,
     "seed": 7,
     "device": "cpu",
     "precision": "bf16",
@@ -26,7 +27,7 @@ CHANGED: dict[str, Any] = {
     "calibration": {"images": 3, "mirror": False},
     "data": {"train_split": "train[:90%]", "image_key": "img", "strict": True},
     "ranking": {"method": "random", "damping": 0.25},
-    "widths": {"choice": "uniform", "multiple": 4, "min_ffn": 0.5, "depth": False},
+    "widths": {"stages": 2, "multiple": 4, "min_ffn": 0.5, "depth": False},
     "repair": {"guidance": 0.0, "ridge": 0.5},
     "latency": {"batch_size": 4},
     "dense": {"epochs": 2, "learning_rate": 0.125},
@@ -109,7 +110,7 @@ def test_a_key_close_to_none_gets_the_whole_list():
         ("device", "tpu"),
         ("method", "two-shot"),
         ("precision", "fp8"),
-        ("widths.choice", "even"),
+        ("uniform", "yes"),
         ("model_arguments", [1]),
         ("data.strict", "perhaps"),
         ("data.train_split", 3),
@@ -249,7 +250,7 @@ def test_a_file_of_the_first_edition_is_refused(tmp_path: Path):
         ({"data": {"resident": True}, "training": {"augment": "strong"}}, r'not "strong"'),
         ({"admm": {"rho_start": 0.5, "rho_end": 0.1}}, "rho_start must be at most"),
         ({"admm": {"rho_end": 2.0}}, "at most 1; got 2.0"),
-        ({"widths": {"choice": "uniform", "stages": 2}}, 'choice = "uniform", which takes one'),
+        ({"uniform": True, "widths": {"depth": True}}, r"keeps every sub-layer, and widths\.depth lets whole ones go"),
         ({"data": {"train_split": " "}}, r"data\.train_split must name a split"),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -92,7 +92,7 @@ def prune(
     widths: Mapping[str, SublayerWidths] | None = None,
     images: Tensor | None = None,
     budget: str = "params=-30%",
-    choice: str = "measured",
+    uniform: bool = False,
     metric: Metric = "data",
     ranking: RankingSettings | None = None,
     fisher: float = 0.5,
@@ -114,8 +114,8 @@ def prune(
         moments = rotate(work, network, moments)
     curves = measure_curves(work, network, OBJECTIVE, batches, moments, scores, ANY_WIDTH, REPAIR)
     if widths is None:
-        allowed = replace(ANY_WIDTH, choice=choice)
-        widths = allocate(network, curves, bound_for(network, parse_budget(budget)), allowed)
+        bound = bound_for(network, parse_budget(budget))
+        widths = allocate(network, curves, bound, ANY_WIDTH, uniform=uniform)
     if metric == "data":
         trunk = open_trunk(model, network, batches[0])
         with torch.no_grad():
@@ -332,7 +332,7 @@ def scaled(part: str, which: str, rows: tuple[int, int], factor: float) -> Injur
     arguments=st.sampled_from(list(MODELS.values())),
     done=injuries,
     seed=st.integers(0, 3),
-    choice=st.sampled_from(["measured", "uniform"]),
+    uniform=st.booleans(),
     metric=st.sampled_from(["data", "data", "activation", "norm"]),
     edge=st.sampled_from(["jsd", "kl", "similarity", "cosine", "cka"]),
     scope=st.sampled_from(["global", "layer"]),
@@ -344,7 +344,7 @@ def test_any_cut_of_degenerate_units_ends_sound(
     arguments: dict[str, Any],
     done: list[tuple[str, str, tuple[int, int], float]],
     seed: int,
-    choice: str,
+    uniform: bool,
     metric: Metric,
     edge: Any,
     scope: Any,
@@ -355,7 +355,7 @@ def test_any_cut_of_degenerate_units_ends_sound(
     ranking = RankingSettings(edge=edge, scope=scope, teleport=teleport)
     dense = tiny(*(scaled(*one) for one in done), seed=seed, **arguments)
     shown = photographs(images)
-    require_sound(dense, prune(dense, images=shown, choice=choice, metric=metric, ranking=ranking, fisher=fisher))
+    require_sound(dense, prune(dense, images=shown, uniform=uniform, metric=metric, ranking=ranking, fisher=fisher))
 
 
 def test_admm_on_dead_units() -> None:

@@ -28,7 +28,7 @@ from gohsp.structure import keep_everything
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
-CALIBRATION = {"device": "cpu", "widths": {"choice": "uniform"}, "calibration": {"images": 32, "holdout": 8}}
+CALIBRATION = {"device": "cpu", "calibration": {"images": 32, "holdout": 8}}
 ONESHOT = from_mapping(CALIBRATION)
 
 

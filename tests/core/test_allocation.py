@@ -22,7 +22,6 @@ from gohsp.core.allocation import (
     require_feasible,
     require_fitting,
     smallest,
-    uniform,
 )
 from gohsp.errors import BudgetError, ConfigError
 from gohsp.models import describe
@@ -140,20 +139,6 @@ def test_any_budget_is_met_from_above_within_one_percent(
             assert of.units == 768 or (of.units % multiple == 0 and 76.8 <= of.units < 768)
 
 
-@settings(max_examples=10, deadline=None)
-@given(kind=budget_kinds, percent=st.integers(30, 95))
-def test_uniform_widths_meet_the_budget_likewise(kind: BudgetKind, percent: int) -> None:
-    network, bound = deit_tiny(), share_of(deit_tiny(), COUNTED[kind], percent)
-    widths = uniform(network, bound, WidthSettings())
-    assert 0.99 * bound.limit < bound.of(network, widths) <= bound.limit
-    attentions = [of for of in widths.values() if isinstance(of, AttentionWidths)]
-    units = [of.units for of in widths.values() if isinstance(of, FfnWidths)]
-    assert {of.heads for of in attentions} == {3}
-    assert len({(of.qk, of.vo) for of in attentions}) == 1
-    assert all(w % 8 == 0 for w in [*units, *(w for of in attentions for w in (of.qk, of.vo))])
-    assert sorted(units) == units  # what rounding leaves goes to the last FFNs
-
-
 FREE = WidthSettings(multiple=1, min_width=1, min_ffn=0.0, depth=True)
 
 
@@ -257,7 +242,8 @@ def test_what_is_absent_stays_absent() -> None:
     curves = random_curves(network, how, 0)
     assert "b0.attn" not in curves
     bound = share_of(network, PARAMS, 60)
-    for widths in (allocate(network, curves, bound, how), uniform(network, bound, how), smallest(network, how)):
+    alike = allocate(network, curves, bound, replace(how, depth=False), uniform=True)
+    for widths in (allocate(network, curves, bound, how), alike, smallest(network, how)):
         assert widths["b0.attn"] == AttentionWidths(heads=0, qk=0, vo=0)
         check_widths(network, widths)
         assert bound.met(network, widths)
@@ -290,13 +276,14 @@ def test_a_kind_without_a_curve_or_permission_is_not_cut() -> None:
     for of in allocate(network, ffn_only, bound, how).values():
         assert of == whole if isinstance(of, AttentionWidths) else of.units < 16
     fixed = excluding(network, ["head", "qk"])
-    for widths in (allocate(fixed, random_curves(fixed, how, 0), bound, how), uniform(fixed, bound, how)):
+    for uniform in (False, True):
+        widths = allocate(fixed, random_curves(fixed, how, 0), bound, how, uniform=uniform)
         assert all((of.heads, of.qk) == (2, 8) for of in widths.values() if isinstance(of, AttentionWidths))
     held = excluding(network, ["b0"])
-    for widths in (allocate(held, random_curves(held, how, 0), bound, how), uniform(held, bound, how)):
-        assert {n: of for n, of in widths.items() if n.startswith("b0")} == {
-            n: of for n, of in network.widths.items() if n.startswith("b0")
-        }
+    widths = allocate(held, random_curves(held, how, 0), bound, how)
+    assert {n: of for n, of in widths.items() if n.startswith("b0")} == {
+        n: of for n, of in network.widths.items() if n.startswith("b0")
+    }
 
 
 @pytest.mark.parametrize("depth", [False, True])
@@ -310,7 +297,6 @@ def test_a_budget_out_of_reach_names_the_smallest_possible(depth: bool) -> None:
     for ask in (
         lambda: allocate(network, curves, below, how),
         lambda: require_feasible(network, below, how),
-        lambda: uniform(network, below, how),
     ):
         with pytest.raises(BudgetError, match=message):
             ask()
@@ -330,18 +316,6 @@ def test_a_budget_that_the_measured_kinds_cannot_reach() -> None:
     assert allocate(network, curves, Bound(PARAMS, floor), how) == widths
     with pytest.raises(BudgetError, match=rf"no plan meets {floor - 1:,} parameters: .* {floor:,}"):
         allocate(network, curves, Bound(PARAMS, floor - 1), how)
-
-
-def test_uniform_without_room_for_all_heads_says_what_else_would_do() -> None:
-    network, how = deit_tiny(), WidthSettings()
-    narrow = {
-        n: FfnWidths(units=40) if isinstance(of, FfnWidths) else AttentionWidths(heads=3, qk=8, vo=8)
-        for n, of in network.widths.items()
-    }
-    all_heads = cost_of(network, narrow, PARAMS)
-    with pytest.raises(BudgetError, match=rf"all heads kept cost at least {all_heads:,} parameters.*measured"):
-        uniform(network, Bound(PARAMS, all_heads - 1), how)
-    assert uniform(network, Bound(PARAMS, all_heads), how) == narrow
 
 
 @pytest.mark.parametrize(
@@ -452,9 +426,89 @@ def test_width_settings_out_of_range_are_refused(setting: dict[str, Any]) -> Non
         WidthSettings(**setting)
 
 
-def test_uniform_widths_take_one_stage() -> None:
-    WidthSettings(choice="uniform", stages=1)
-    with pytest.raises(ConfigError, match=r'widths\.stages is 2 with widths\.choice = "uniform", which takes one'):
-        WidthSettings(choice="uniform", stages=2)
-    with pytest.raises(ConfigError, match="choice"):
-        WidthSettings(choice="best")  # type: ignore[arg-type]
+# All blocks alike
+
+
+ROOMY = WidthSettings(multiple=2, min_width=2, min_ffn=0.2)
+
+
+def attention_of(widths: Widths) -> set[SublayerWidths]:
+    return {of for of in widths.values() if isinstance(of, AttentionWidths)}
+
+
+def every_uniform_plan(network: Network) -> list[dict[str, SublayerWidths]]:
+    """Of 2 blocks of 3 heads of 8 and 6 dimensions and 10 hidden units, the second with 2 heads."""
+    grid = product((1, 2), (2, 4, 6), (2, 4, 6, 8, 10))
+    return [
+        {
+            name: FfnWidths(units=u) if isinstance(of, FfnWidths) else AttentionWidths(heads=h, qk=w, vo=w)
+            for name, of in network.widths.items()
+        }
+        for h, w, u in grid
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, kind=budget_kinds, percent=st.integers(25, 95))
+def test_uniform_widths_are_the_best_of_all(seed: int, kind: BudgetKind, percent: int) -> None:
+    first, second = toys.stack(1, heads=3, qk=8, vo=6, units=10), toys.stack(2, heads=2, qk=8, vo=6, units=10)
+    network = toys.network(*first.sublayers, *second.sublayers[2:])
+    curves, bound = random_curves(network, ROOMY, seed), share_of(network, COUNTED[kind], percent)
+    plans = [widths for widths in every_uniform_plan(network) if bound.met(network, widths)]
+    least = min(bound.of(network, widths) for widths in every_uniform_plan(network))
+    assert cost_of(network, smallest(network, ROOMY, uniform=True), bound.cost) == least
+    if not plans:
+        with pytest.raises(
+            BudgetError, match=rf"uniform model \(heads, qk, vo, units cut\) has {least:,} .*uniform = false"
+        ):
+            allocate(network, curves, bound, ROOMY, uniform=True)
+        with pytest.raises(BudgetError, match="uniform model"):
+            require_feasible(network, bound, ROOMY, uniform=True)
+        return
+    require_feasible(network, bound, ROOMY, uniform=True)
+    best = min(damage(network, curves, widths) for widths in plans)
+    chosen = allocate(network, curves, bound, ROOMY, uniform=True)
+    assert chosen in plans
+    assert damage(network, curves, chosen) == pytest.approx(best, rel=1e-12)
+
+
+def test_of_equal_uniform_widths_the_widest_are_taken() -> None:
+    network = toys.stack(2, heads=2, qk=8, vo=8, units=16)
+    flat = {
+        sub.name: {k: convex(width(sub.widths, k), 1, 0.0, allowed_widths(sub, k, ROOMY)) for k in sub.widths.kinds}
+        for sub in network.present
+    }
+    bound = share_of(network, PARAMS, 70)
+    costs = [bound.of(network, widths) for widths in every_uniform_plan(network) if bound.met(network, widths)]
+    assert bound.of(network, allocate(network, flat, bound, ROOMY, uniform=True)) >= max(costs)
+
+
+def test_what_is_held_somewhere_is_held_everywhere_where_blocks_are_alike() -> None:
+    network = toys.stack(2, heads=2, qk=8, vo=8, units=16)
+    held, bound = excluding(network, ["b0.attn"]), share_of(network, PARAMS, 80)
+    chosen = allocate(held, random_curves(held, ROOMY, 0), bound, ROOMY, uniform=True)
+    assert attention_of(chosen) == {AttentionWidths(heads=2, qk=8, vo=8)}
+    narrow = excluding(network, ["qk"])  # and so the heads' one width
+    chosen = allocate(narrow, random_curves(narrow, ROOMY, 0), bound, ROOMY, uniform=True)
+    assert {(of.qk, of.vo) for of in attention_of(chosen)} == {(8, 8)}  # type: ignore[union-attr]
+    with pytest.raises(BudgetError, match=r"uniform model \(units cut\)"):
+        require_feasible(excluding(network, ["head", "qk", "vo"]), share_of(network, PARAMS, 30), ROOMY, uniform=True)
+
+
+def test_hidden_units_go_by_the_width_of_their_stream() -> None:
+    """Stages of a Swin: one ratio for both."""
+    narrow, wide = (
+        toys.stack(1, heads=2, qk=4, vo=4, units=16, dim=8),
+        toys.stack(2, heads=4, qk=4, vo=4, units=32, dim=16),
+    )
+    network = excluding(toys.network(*narrow.sublayers, *wide.sublayers[2:]), ["head", "qk", "vo"])
+    curves, bound = random_curves(network, ROOMY, 0), share_of(network, PARAMS, 80)
+    chosen = allocate(network, curves, bound, ROOMY, uniform=True)
+    assert bound.met(network, chosen)
+    assert 2 * width(chosen["b0.mlp"], "ffn") == width(chosen["b1.mlp"], "ffn") < 32
+    assert [chosen[name] for name in ("b0.attn", "b1.attn")] == [network.widths[n] for n in ("b0.attn", "b1.attn")]
+
+
+def test_an_ffn_may_have_a_step_of_its_own() -> None:
+    how = WidthSettings(multiple=16, min_ffn=0.1)
+    assert allowed_widths(replace(toys.ffn("b0", 100), step=24), "ffn", how) == (48, 96, 100)

@@ -107,6 +107,12 @@ def _own(folder: Path) -> None:
     gohsp.load(folder / "model")
 
 
+def _differing(folder: Path) -> None:
+    model = tiny()
+    gohsp.models.resize(model, {**gohsp.describe(model).widths, "blocks.0.mlp": gohsp.FfnWidths(units=8)})
+    gohsp.save_plain(model, folder / "model")
+
+
 def _into_another(folder: Path) -> None:
     gohsp.save(tiny(), folder / "model")
     gohsp.load(folder / "model", into=timm.create_model("vit_tiny_patch16_224", **{**TINY, "depth": 3}))
@@ -120,6 +126,11 @@ CASES = (
     Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "Float and Char"),
     Refusal("saving a model of mixed precisions", saving(_half_of_it), UnsupportedModelError, "several types"),
     Refusal("saving a weight that is not finite", saving(_no_number), NonFiniteError, "head.weight"),
+    Refusal("saving for its library a model whose blocks differ", _differing, UnsupportedModelError,
+            "'blocks.0.mlp.fc1.weight' is"),
+    Refusal("saving for its library a module of one's own",
+            lambda folder: gohsp.save_plain(timm.models.VisionTransformer(**TINY), folder), UnsupportedModelError,
+            "is no model of timm, torchvision, transformers"),
     Refusal("a config that names a checkpoint to read", loading(arguments={"checkpoint_path": "x.pth"}),
             CheckpointError, "'checkpoint_path' is no argument"),
     Refusal("a config that asks for pretrained weights", loading(arguments={"pretrained": True}),

@@ -96,6 +96,19 @@ CASES = (
         PlanError,
         "'units' must be a whole number, got 7.5",
     ),
+    Refusal(
+        "widths that are to be uniform, and are given",
+        lambda folder: gohsp.run(
+            tiny(),
+            "digits",
+            "params=-1%",
+            folder / "run",
+            widths=WHOLE,
+            config=gohsp.Config(uniform=True),  # type: ignore[arg-type]
+        ),
+        PlanError,
+        "uniform chooses the widths of all blocks, and widths are given; leave one of them out",
+    ),
     Refusal("tables for widths, by Python", by_python(WHOLE), PlanError, "must have AttentionWidths"),
     Refusal("something to exclude that is not there", excluded("blocks.7"), PlanError, "did you mean 'blocks."),
     Refusal(

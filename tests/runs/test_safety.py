@@ -288,7 +288,7 @@ def test_damaged_state_is_made_anew_and_said(
 def test_damaged_state_of_training_is_made_anew_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    given = ("vit_tiny_patch16_224", tmp_path / "run", {**TRAINED, "widths": {"choice": "uniform"}})
+    given = ("vit_tiny_patch16_224", tmp_path / "run", TRAINED)
     whole, out = run(given[0], tmp_path / "whole", given[2], widths=None), given[1]
     kinds = ("finetune.epochs.pt", "admm.safetensors", "repair.json", "dense.safetensors", None)
     for kind, damage in zip(kinds, itertools.cycle(DAMAGES)):

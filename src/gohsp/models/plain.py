@@ -81,11 +81,15 @@ def _library_part(model: nn.Module, network: Network) -> tuple[str, nn.Module]:
     )
 
 
-def _held(sub: Sublayer, kinds: frozenset[Kind], step: int) -> Sublayer:
+def _held(sub: Sublayer, kinds: frozenset[Kind], step: int | None) -> Sublayer:
     if isinstance(sub, Absent):
         return sub
-    sub = replace(sub, prunable=sub.prunable & kinds, removable=False)
-    return replace(sub, step=step) if isinstance(sub, Ffn) else sub
+    if isinstance(sub, Ffn):
+        if step is None or step >= sub.widths.units:
+            kinds = frozenset()
+        else:
+            sub = replace(sub, step=step)
+    return replace(sub, prunable=sub.prunable & kinds, removable=False)
 
 
 def _problem(library: ModuleType, name: str, part: nn.Module, network: Network, widths: Widths) -> str | None:

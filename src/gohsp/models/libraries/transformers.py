@@ -204,10 +204,16 @@ def _silenced() -> Iterator[None]:
 # Without gohsp
 
 
-def units_step(model: nn.Module) -> int:
-    """Hidden units that settings can say are multiples of this: DINOv2 takes whole ratios alone, since version 5."""
+def units_step(model: nn.Module) -> int | None:
+    """Hidden units that settings can say are multiples of this; None where these lie unevenly.
+
+    DINOv2 takes whole ratios alone, since version 5, and rounds what is left of one for a gated FFN to multiples of 8.
+    """
     config = _of_blocks(model.config)
-    return int(config.hidden_size / _rows_per_unit(config)) if _takes_whole_ratios(config) else 1
+    step = config.hidden_size / _rows_per_unit(config)
+    if not _takes_whole_ratios(config):
+        return 1
+    return int(step) if step % 8 == 0 or _rows_per_unit(config) == 1 else None
 
 
 def _takes_whole_ratios(config: Any) -> bool:
