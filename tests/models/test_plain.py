@@ -23,9 +23,10 @@ import gohsp
 from gohsp.config import from_mapping
 from gohsp.core.allocation import WidthSettings
 from gohsp.errors import BudgetError, UnsupportedModelError
+from gohsp.files import save_tensors
 from gohsp.models import describe, sayable
 from gohsp.models.libraries.shape import Shape
-from gohsp.structure import AttentionWidths, FfnWidths, Kind, excluding
+from gohsp.structure import PARAMS, AttentionWidths, FfnWidths, Kind, cost_of, excluding
 
 CONFIG = from_mapping(
     {"precision": "no", "calibration": {"images": 24, "holdout": 4}, "widths": {"multiple": 4, "min_width": 4}}
@@ -51,7 +52,7 @@ def opened(folder):
     return model
 
 for folder in sys.argv[1:]:
-    known = load_file(folder + "/known.safetensors")
+    known = load_file(folder + ".safetensors")
     with torch.no_grad():
         found = opened(folder).eval()(known["images"])
     found = found if torch.is_tensor(found) else found[0]
@@ -90,7 +91,7 @@ def test_a_uniform_model_is_loaded_by_its_library_alone(tmp_path: Path) -> None:
         assert result.widths == describe(result.model).widths != describe(model).widths
         gohsp.save_plain(result.model, tmp_path / name)
         known = {"images": images[:2], "outputs": first(result.model(images[:2])).contiguous()}
-        gohsp.files.save_tensors(tmp_path / name / "known.safetensors", known)  # type: ignore[attr-defined]
+        save_tensors(tmp_path / f"{name}.safetensors", known)
     folders = [str(tmp_path / name) for name in LOADED]
     done = subprocess.run([sys.executable, "-c", BY_THEMSELVES, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -109,7 +110,6 @@ SAYS: dict[str, set[Kind]] = {
     "transformers dinov2 swiglu": {"head", "qk", "vo"},  # a whole ratio gives no even number of units here
     "transformers dinov3": {"ffn"},
     "transformers clip": {"ffn"},
-    "transformers swin": {"ffn"},
     "torchvision vit": {"ffn"},
 }
 
@@ -173,7 +173,7 @@ def test_a_budget_that_needs_more_than_settings_can_say_names_the_smallest() -> 
     model = made("timm vit")
     network = excluding(describe(model), ["head", "qk", "vo"])
     units = {n: replace(of, units=4) if isinstance(of, FfnWidths) else of for n, of in network.widths.items()}
-    least = int(gohsp.structure.cost_of(network, units, gohsp.structure.PARAMS))  # type: ignore[attr-defined]
+    least = int(cost_of(network, units, PARAMS))
     with pytest.raises(
         BudgetError, match=rf"the smallest possible uniform model \(units cut\) has {least:,} parameters"
     ):

@@ -19,11 +19,12 @@ from gohsp.core import allocation
 from gohsp.core.allocation import WidthSettings
 from gohsp.errors import UnsupportedModelError
 from gohsp.files import storing
-from gohsp.models.description import describe
-from gohsp.models.families import class_name
+from gohsp.models import families
+from gohsp.models.description import blocks_of, describe
+from gohsp.models.families import Reading, class_name
 from gohsp.models.libraries import LIBRARIES, fit_problems, library_of, listed, output_problems
 from gohsp.models.libraries.shape import shape_of
-from gohsp.structure import FIELDS, KINDS, Absent, Ffn, Kind, Network, Sublayer, Widths
+from gohsp.structure import FIELDS, KINDS, PARAMS, Absent, Ffn, Kind, Network, Sublayer, Widths
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,25 @@ def _problem(library: ModuleType, name: str, part: nn.Module, network: Network, 
     try:
         with torch.device("meta"):
             made = library.make_plain(part, library.plain_settings(part, shape_of(network, widths)))
-        found, now = describe(made), describe(part)
+        found, outside = _made_of(made)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, UnsupportedModelError) as error:
         return str(error)
     for sub, of in wanted.items():
-        if found.widths.get(sub) != of:
-            return f"'{sub}' would have {found.widths.get(sub)} in place of {of}"
-    return None if found.fixed_params == now.fixed_params else "what is outside the blocks would change with them"
+        if found.get(sub) != of:
+            return f"'{sub}' would have {found.get(sub)} in place of {of}"
+    return None if outside == _made_of(part)[1] else "what is outside the blocks would change with them"
+
+
+def _made_of(model: nn.Module) -> tuple[Widths, int]:
+    """Widths of all sub-layers, and the parameters elsewhere; no image passes through, which takes memory."""
+    reading = Reading(tokens=1, keys=1)  # of which widths and parameters know nothing
+    subs = [
+        sub
+        for name, (block, family) in blocks_of(model).items()
+        for sub in families.describe(family, name, block, reading)
+    ]
+    inside = sum(PARAMS.sublayer(sub, sub.widths) for sub in subs)
+    return {sub.name: sub.widths for sub in subs}, sum(map(torch.Tensor.numel, model.parameters())) - inside
 
 
 def _say_what_is_held(library: str | None, part: nn.Module, network: Network, tried: Network) -> None:

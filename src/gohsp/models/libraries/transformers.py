@@ -207,13 +207,14 @@ def _silenced() -> Iterator[None]:
 def units_step(model: nn.Module) -> int | None:
     """Hidden units that settings can say are multiples of this; None where these lie unevenly.
 
-    DINOv2 takes whole ratios alone, since version 5, and rounds what is left of one for a gated FFN to multiples of 8.
+    DINOv2 takes whole ratios alone, since version 5, and rounds the hidden units of a gated FFN to multiples of 8.
     """
     config = _of_blocks(model.config)
-    step = config.hidden_size / _rows_per_unit(config)
+    rounded = 1 if _rows_per_unit(config) == 1 else 8
     if not _takes_whole_ratios(config):
-        return 1
-    return int(step) if step % 8 == 0 or _rows_per_unit(config) == 1 else None
+        return rounded
+    step = config.hidden_size / _rows_per_unit(config)
+    return int(step) if step % rounded == 0 else None
 
 
 def _takes_whole_ratios(config: Any) -> bool:
