@@ -273,8 +273,12 @@ def test_a_kind_without_a_curve_or_permission_is_not_cut() -> None:
     ffn_only: Curves = {
         s.name: {"ffn": curve_of(s, "ffn", how, 2, 1.0)} for s in network.present if s.name.endswith("mlp")
     }
-    for of in allocate(network, ffn_only, bound, how).values():
-        assert of == whole if isinstance(of, AttentionWidths) else of.units < 16
+    for chosen in (
+        allocate(network, ffn_only, bound, how),
+        allocate(network, ffn_only, bound, replace(how, depth=False), uniform=True),
+    ):
+        for of in chosen.values():
+            assert of == whole if isinstance(of, AttentionWidths) else of.units < 16
     fixed = excluding(network, ["head", "qk"])
     for uniform in (False, True):
         widths = allocate(fixed, random_curves(fixed, how, 0), bound, how, uniform=uniform)

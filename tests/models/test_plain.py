@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from zoo import HF, SMALL, ZOO, images_for, made, of_timm, of_transformers
 
 import gohsp
+from gohsp import steps
 from gohsp.config import from_mapping
 from gohsp.core.allocation import WidthSettings
 from gohsp.errors import BudgetError, UnsupportedModelError
 from gohsp.files import save_tensors
 from gohsp.models import describe, sayable
 from gohsp.models.libraries.shape import Shape
-from gohsp.structure import PARAMS, AttentionWidths, FfnWidths, Kind, cost_of, excluding
+from gohsp.structure import PARAMS, AttentionWidths, Ffn, FfnWidths, Kind, cost_of, excluding
 
 CONFIG = from_mapping(
     {"precision": "no", "calibration": {"images": 24, "holdout": 4}, "widths": {"multiple": 4, "min_width": 4}}
@@ -138,8 +140,10 @@ def test_dinov2_takes_whole_ratios_alone_in_version_5() -> None:
     whole = of_version_5()
     entry = of_transformers("Dinov2Config", "Dinov2Model", mlp_ratio=3)
     model = entry.make()
-    units = {getattr(sub, "step", 0) for sub in sayable(model, describe(model), WidthSettings()).present} - {0}
-    assert units == {HF["hidden_size"] if whole else 1}
+    network = sayable(model, describe(model), WidthSettings())
+    later = steps._with_limits(describe(model), network, SimpleNamespace(config=CONFIG))  # type: ignore[arg-type]
+    for of in (network, later):
+        assert {sub.step for sub in of.present if isinstance(sub, Ffn)} == {HF["hidden_size"] if whole else 1}
 
 
 def pooled() -> nn.Module:

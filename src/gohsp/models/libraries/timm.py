@@ -230,10 +230,9 @@ def plain_settings(model: nn.Module, shape: Shape) -> dict[str, Any]:
     settings = architecture_arguments(model)
     if "norm_eps" in settings:
         raise ValueError(f"no argument of timm's says the norms' eps of {settings['norm_eps']}")
-    packed = any(isinstance(module, GluMlp) for module in model.modules()) and not isinstance(
-        model, Eva
-    )  # which doubles
-    said = {"mlp_ratio": shape.mlp_ratio(Fraction(2 if packed else 1))}
+    gated = any(isinstance(module, GluMlp) for module in model.modules())
+    twice = gated and not isinstance(model, Eva)  # which doubles the hidden units itself
+    said = {"mlp_ratio": shape.mlp_ratio(Fraction(2 if twice else 1))}
     if hasattr(model, "blocks"):  # elsewhere each stage has a number of its own
         said["num_heads"] = shape.heads
     return settings | {name: value for name, value in said.items() if value is not None}
