@@ -758,6 +758,25 @@ def depth() -> str | None:
     )
 
 
+def uniform() -> str | None:
+    """Widths that differ, and one width of each kind."""
+    if (found := read("uniform")) is None:
+        return None
+    rows = [
+        [name, f"{run['top1']:.1f} %", f"{run['params']:,}", f"{run['macs'] / 1e9:.2f} G", f"{run['fidelity']:.2f}"]
+        for name, run in found["runs"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## All blocks alike, DeiT-Tiny",
+            f"    {found['command']}",
+            "With `uniform` timm makes and loads the model alone; its arguments can say `mlp_ratio`, and heads stay. "
+            f"One-shot; top-1 on {next(iter(found['runs'].values()))['n']:,} validation images.",
+            table(["widths", "top-1", "parameters", "MACs", "divergence"], rows),
+        ]
+    )
+
+
 def layouts() -> str | None:
     """The same weights as several libraries hold them."""
     if (found := read("layouts")) is None:
@@ -942,6 +961,7 @@ SECTIONS: tuple[Callable[[], str | None], ...] = (
     editions,
     saliency,
     depth,
+    uniform,
     layouts,
     head_steps,
     families,

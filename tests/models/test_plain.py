@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -79,19 +81,35 @@ def first(outputs: Any) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
+def saved_uniform(model: nn.Module, images: Tensor, folder: Path) -> gohsp.Pruned:
+    result = gohsp.prune(model, images, "params=-12%", uniform=True, config=CONFIG)
+    gohsp.save_plain(result.model, folder)
+    return result
+
+
+def as_the_page_says(model: nn.Module, images: Tensor, folder: Path) -> gohsp.Pruned:
+    """The first example of the page, which saves to ``plain``."""
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    code, *_ = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ran: dict[str, Any] = {"gohsp": gohsp, "model": model, "images": images}
+    with contextlib.chdir(folder.parent):
+        exec(code, ran)
+    (folder.parent / "plain").rename(folder)
+    return ran["result"]
+
+
 @torch.no_grad()
 def test_a_uniform_model_is_loaded_by_its_library_alone(tmp_path: Path) -> None:
     """Pruned and saved here; loaded in a process that cannot import gohsp."""
     pytest.importorskip("transformers")
     for name in LOADED:
         model, images = made(name), images_for(name, 28)
-        result = gohsp.prune(model, images, "params=-12%", uniform=True, config=CONFIG)
+        result = (as_the_page_says if name == LOADED[0] else saved_uniform)(model, images, tmp_path / name)
         assert type(result.model) is type(model)
         assert not any(type(module).__module__.startswith("gohsp") for module in result.model.modules())
         assert len({of for of in result.widths.values() if isinstance(of, FfnWidths)}) == 1
         assert len({(of.heads, of.qk, of.qk - of.vo) for of in result.widths.values() if hasattr(of, "qk")}) == 1
         assert result.widths == describe(result.model).widths != describe(model).widths
-        gohsp.save_plain(result.model, tmp_path / name)
         known = {"images": images[:2], "outputs": first(result.model(images[:2])).contiguous()}
         save_tensors(tmp_path / f"{name}.safetensors", known)
     folders = [str(tmp_path / name) for name in LOADED]

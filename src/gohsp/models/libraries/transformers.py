@@ -198,8 +198,6 @@ def _silenced() -> Iterator[None]:
         if bars:
             logs.enable_progress_bar()
 
-    return cls(cls.config_class(**given))
-
 
 # Without gohsp
 
