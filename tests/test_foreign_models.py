@@ -47,7 +47,7 @@ TORCHVISION = {
     "hidden_dim": 16,
     "num_classes": 10,
 }
-ONESHOT = from_mapping({"device": "cpu", "widths": {"choice": "uniform"}, "calibration": {"images": 32, "holdout": 8}})
+ONESHOT = from_mapping({"device": "cpu", "calibration": {"images": 32, "holdout": 8}})
 
 
 def library() -> Any:
@@ -309,7 +309,6 @@ def test_a_run_prunes_trains_and_scores_a_folder_of_transformers(vit: Path, tmp_
             "method": "finetune",
             "precision": "no",
             "finetune": {"epochs": 0},
-            "widths": {"choice": "uniform"},
             "calibration": {"images": 32, "holdout": 8},
             "latency": {"batch_size": 2},
         }
