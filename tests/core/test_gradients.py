@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.core import gradients
-from gohsp.core.capture import branch
+from gohsp.core.capture import behind
 from gohsp.core.gradients import Gradients, differentiated
 from gohsp.core.objective import Objective, classification, features
 from gohsp.errors import NonFiniteError
@@ -102,7 +102,8 @@ def test_what_is_read_makes_what_is_written(make_model: Callable[..., nn.Module]
         torch.testing.assert_close(found.read[sub.name], seen[sub.readout.module])
         gained = {"blocks.0.attn": "blocks.0.ls1>", "blocks.0.mlp": "blocks.0.ls2>"}.get(sub.name)
         if gained:
-            torch.testing.assert_close(branch(model, sub, found.read[sub.name]), seen[gained])
+            nothing = torch.zeros_like(seen[gained])
+            torch.testing.assert_close(behind(model, sub, nothing, found.read[sub.name]), seen[gained])
     for name, x in found.inputs.items():
         torch.testing.assert_close(x, seen[name])
 

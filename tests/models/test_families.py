@@ -20,7 +20,7 @@ from zoo import ZOO, images_for, made
 import gohsp
 from gohsp import AdmmSettings, Config, admm
 from gohsp.config import from_mapping
-from gohsp.core.capture import Call, attention_rows, branch, in_stream, open_trunk, rows_of, taken
+from gohsp.core.capture import Call, attention_rows, behind, in_stream, open_trunk, rows_of, taken
 from gohsp.core.objective import tensor_in
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.evaluation import evaluate
@@ -146,7 +146,7 @@ def test_what_readouts_read_lies_where_the_stream_has_it(family: Described) -> N
             read = trunk.inputs(i, x, [sub.readout.module for sub in subs])
             left = trunk.run(i, x)
             for sub, z in zip(subs, read, strict=True):
-                x = x + branch(family.opened, sub, in_stream(sub, z, len(family.images))).view_as(x)
+                x = behind(family.opened, sub, x, in_stream(sub, z, len(family.images)))
             torch.testing.assert_close(x, left, rtol=1e-4, atol=1e-4)
 
 

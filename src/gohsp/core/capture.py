@@ -68,29 +68,68 @@ def rows_of(model: nn.Module, rows: Rows, count: int) -> tuple[Tensor, Tensor | 
 
 
 def readout_gain(model: nn.Module, readout: Readout) -> Tensor | None:
-    """LayerScale vector ``[size]`` behind a readout, or None; up to :data:`SHUT` it is 0."""
+    """Factors ``[size]`` on the channels behind a readout, or None; up to :data:`SHUT` they are 0."""
     if readout.gain is None:
         return None
     gain = model.get_parameter(readout.gain).detach()
     return gain.where(gain.abs() > SHUT, 0.0)
 
 
-def branch(model: nn.Module, sub: Sublayer, read: Tensor | None) -> Tensor:
-    """What a sub-layer adds to the residual stream, in float32.
+def behind(model: nn.Module, sub: Sublayer, stream: Tensor, read: Tensor | None) -> Tensor:
+    """The residual stream behind a sub-layer, in float32.
 
     Args:
         model: The model.
         sub: The sub-layer.
-        read: What its readout reads ``[B, tokens, units]``; None of an absent one, which adds a vector ``[D]``.
+        stream: The stream before it ``[B, ..., D]``.
+        read: What its readout reads ``[B, tokens, units]``; None of an absent one, which adds a vector.
     """
+    readout, written = sub.readout, _written(model, sub, read)
+    if read is not None:
+        written = written.view_as(stream)
+    if readout.norm is not None:
+        norm = model.get_submodule(readout.norm)
+        return norm(stream + written) if readout.norm_of_sum else stream + norm(written)
+    gain = readout_gain(model, readout)
+    return stream + (written if gain is None else written * gain)
+
+
+def wanted(model: nn.Module, sub: Sublayer, stream: Tensor, read: Tensor, goal: Tensor) -> Tensor:
+    """What a readout with its gain should write for the stream behind its sub-layer to be ``goal``, in float32.
+
+    A norm behind the readout is undone by the mean and the deviation that each token has there now. That is exact for
+    a norm of the sum. What a norm of the branch sends on has a size of its own, so that it cannot make up for any error
+    of the stream: a channel is moved by one deviation at most, or the others would shrink by it.
+
+    Args:
+        model: The model.
+        sub: The sub-layer.
+        stream: The stream before it ``[B, ..., D]``.
+        read: What its readout reads ``[B, tokens, units]``.
+        goal: The stream to have behind it ``[B, ..., D]``.
+    """
+    readout = sub.readout
+    if readout.norm is None:
+        return goal - stream
+    norm: Any = model.get_submodule(readout.norm)
+    written, missing = _written(model, sub, read).view_as(stream), goal - behind(model, sub, stream, read)
+    normed = stream + written if readout.norm_of_sum else written
+    deviation = (normed.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    gain = readout_gain(model, readout)
+    gain = torch.ones_like(written[0, 0]) if gain is None else gain
+    if not readout.norm_of_sum:
+        missing = missing.clamp(-gain.abs(), gain.abs())
+    return gain * written + deviation * missing
+
+
+def _written(model: nn.Module, sub: Sublayer, read: Tensor | None) -> Tensor:
+    """What a readout writes ``[B, tokens, D]``, without its gain; of an absent sub-layer its vector ``[D]``."""
     readout = sub.readout
     bias = None if readout.bias is None else model.get_parameter(readout.bias).detach().float()
     if read is None:
         assert bias is not None
         return bias
-    written = F.linear(read.float(), units(model, readout.columns, read.shape[-1]).float(), bias)
-    gain = readout_gain(model, readout)
-    return written if gain is None else written * gain
+    return F.linear(read.float(), units(model, readout.columns, read.shape[-1]).float(), bias)
 
 
 # Attention

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from gohsp.core.capture import (
     Trunk,
     autocast,
-    branch,
+    behind,
     device_of,
     evaluating,
     in_stream,
     readout_gain,
     require_finite,
+    wanted,
 )
 from gohsp.core.fisher import TokenWeights
 from gohsp.core.moments import (
@@ -205,8 +206,7 @@ class _Work:
     ) -> Tensor:
         """The stream behind sub-layers, by what their readouts read."""
         for sub, z in zip(subs, read, strict=True):
-            added = branch(model, sub, z)
-            stream = stream + (added if z is None else added.view_as(stream))
+            stream = behind(model, sub, stream, z)
         return stream
 
     def read(self, trunk: Trunk, index: int, stream: Tensor, subs: Sequence[Sublayer]) -> list[Tensor | None]:
@@ -251,7 +251,8 @@ class _Site:
             *earlier, z = self.work.read(self.work.student, self.index, entered, (*self.before, self.sub))
             assert z is not None
             reached = self.work.summed(self.work.model, entered, self.before, earlier)
-            fit.update(z, (goal[b].to(self.work.device) - reached).flatten(1, -2))
+            target = wanted(self.work.model, self.sub, reached, z, goal[b].to(self.work.device))
+            fit.update(z, target.flatten(1, -2))
             if self.hidden is not None:
                 self.hidden.append(z)
                 stream[b] = reached

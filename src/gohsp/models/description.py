@@ -245,7 +245,7 @@ class _ReadError(BaseException):
 def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Tensor], Any]) -> Reading:
     """How a block cuts the stream into windows, found by sending the tokens' own numbers through it."""
     branch, read = family.layout.attention, []
-    norm, attention = block.get_submodule(branch.norm), block.get_submodule(branch.module or "")
+    attention = block.get_submodule(branch.module or "")
     tokens = stream.shape[1:-1].numel()
     numbers = torch.zeros(1, *stream.shape[1:])  # on the CPU: a model may have no memory at all
     numbers.view(tokens, -1)[:, 0] = torch.arange(1, tokens + 1)  # 0 is what windows are padded with
@@ -254,7 +254,10 @@ def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Te
         read.append(taken(args, kwargs)[0][..., 0])
         raise _ReadError
 
-    with replaced_forward(norm, lambda x: x), replaced_forward(attention, end), suppress(_ReadError):
+    with ExitStack() as stack, suppress(_ReadError):
+        stack.enter_context(replaced_forward(attention, end))
+        if branch.norm is not None:
+            stack.enter_context(replaced_forward(block.get_submodule(branch.norm), lambda x: x))
         run(numbers)
     order = tuple((read[0].flatten().long() - 1).tolist())
     if sorted(place for place in order if place >= 0) != list(range(tokens)):

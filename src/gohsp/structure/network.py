@@ -71,14 +71,18 @@ class Readout:
     Attributes:
         module: Name of the linear module; its input holds the units' activations.
         bias: Name of its bias, or None.
-        gain: Name of the LayerScale vector that follows it, or None.
+        gain: Name of the vector that scales the channels behind it, or None: LayerScale, or the weight of ``norm``.
         size: Residual width.
+        norm: Name of the LayerNorm behind it, or None.
+        norm_of_sum: Whether that norm is on the stream with the branch added, and not on the branch alone.
     """
 
     module: str
     bias: str | None
     gain: str | None
     size: int
+    norm: str | None = None
+    norm_of_sum: bool = False
 
     @property
     def columns(self) -> UnitSlice:

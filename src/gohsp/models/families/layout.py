@@ -72,7 +72,9 @@ class Branch:
 
     Attributes:
         module: Its module; None of an FFN whose maps lie in the block itself.
-        norm: The norm that reads the stream for it alone.
+        norm: The norm that reads the stream for it alone, if any.
+        after: The LayerNorm behind it, if any.
+        after_sum: Whether that norm is on the stream with the branch added, and not on the branch alone.
         gain: The LayerScale vector behind it, if any.
         layout: What the block holds of it, where ``module`` is None.
         owned: Of an attention, parameters of the block of which each head owns an entry, and the axis along which.
@@ -80,7 +82,9 @@ class Branch:
     """
 
     module: str | None
-    norm: str
+    norm: str | None = None
+    after: str | None = None
+    after_sum: bool = False
     gain: str | None = None
     layout: FfnLayout | None = None
     owned: Mapping[str, int] = field(default_factory=dict)
@@ -88,8 +92,11 @@ class Branch:
 
     @property
     def removable(self) -> bool:
-        """Whether a vector can stand in its place: it is a module, and nothing of it lies in the block itself."""
-        apart = self.module is not None and not self.looked_into and not self.owned
+        """Whether a vector can stand in its place: it is a module, and nothing of it lies in the block itself.
+
+        Behind a norm none can: what is left of the readout there is a vector that the norm blows up to its own size.
+        """
+        apart = self.module is not None and not self.looked_into and not self.owned and self.after is None
         return apart and (self.gain is None or "." in self.gain)
 
 
@@ -181,8 +188,8 @@ def family_in(known: Known, name: str, block: nn.Module) -> Family | None:
 def _fitting(name: str, block: nn.Module, layouts: Sequence[Layout]) -> Layout:
     """The first layout whose modules are there."""
     for layout in layouts:
-        paths = [path for of in (layout.attention, layout.ffn) for path in (of.module, of.norm) if path is not None]
-        if all(_at(block, path) is not None for path in paths):
+        paths = [path for of in (layout.attention, layout.ffn) for path in (of.module, of.norm, of.after)]
+        if all(path is None or _at(block, path) is not None for path in paths):
             return layout
     raise UnsupportedModelError(
         f"block '{name}' is a {class_name(block)} of another version of its library than the ones that are known"
@@ -285,7 +292,7 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
     sub = Attention(
         name=path,
         block=name,
-        norm=f"{name}.{branch.norm}",
+        norm=_named(name, branch.norm),
         widths=widths,
         tokens=reading.tokens if reading.order is None else len(reading.order),
         keys=reading.keys,
@@ -301,11 +308,11 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
         key_norm=norms[1],
         owned=inside + _owned(f"{name}.", block, branch.owned),
         order=reading.order,
-        readout=_readout(f"{path}.{maps.readout}", readout, f"{name}.{branch.gain}", _at(block, branch.gain)),
+        readout=_readout(f"{path}.{maps.readout}", readout, branch, name, block),
     )
     units = sum(unit_count(widths, kind) * unit_params(sub, kind) for kind in widths.unit_kinds)
     units += sum(entry.size for entry in inside) * widths.heads
-    return replace(sub, overhead=_count(attn) + _count(_at(block, branch.norm)) + _gain_count(block, branch) - units)
+    return replace(sub, overhead=_count(attn) + _around(block, branch) - units)
 
 
 def _ffn(family: Family, name: str, block: nn.Module, tokens: int) -> Sublayer:
@@ -324,17 +331,17 @@ def _ffn(family: Family, name: str, block: nn.Module, tokens: int) -> Sublayer:
     sub = Ffn(
         name=path,
         block=name,
-        norm=f"{name}.{branch.norm}",
+        norm=_named(name, branch.norm),
         widths=FfnWidths(units=units),
         tokens=tokens,
         overhead=0,
         prunable=frozenset() if normed else frozenset({"ffn"}),
         removable=branch.removable,
         inputs=tuple(rows),
-        readout=_readout(f"{prefix}{layout.readout}", readout, f"{name}.{branch.gain}", _at(block, branch.gain)),
+        readout=_readout(f"{prefix}{layout.readout}", readout, branch, name, block),
     )
     parts = [mlp] if branch.module is not None else [mlp.get_submodule(p) for p in (*layout.inputs, layout.readout)]
-    total = sum(map(_count, parts)) + _count(_at(block, branch.norm)) + _gain_count(block, branch)
+    total = sum(map(_count, parts)) + _around(block, branch)
     return replace(sub, overhead=total - units * unit_params(sub, "ffn"))
 
 
@@ -395,13 +402,24 @@ def _norm_name(name: str, attn: nn.Module, norm: str | None) -> str | None:
     return None if norm is None or isinstance(_at(attn, norm), nn.Identity | None) else f"{name}.{norm}"
 
 
-def _readout(name: str, linear: nn.Linear, gain_name: str, gain: object) -> Readout:
+def _readout(name: str, linear: nn.Linear, branch: Branch, block_name: str, block: nn.Module) -> Readout:
+    norm, gain = _named(block_name, branch.after), branch.gain
+    if branch.after is not None:
+        if not isinstance(of := _at(block, branch.after), nn.LayerNorm):
+            raise _unsupported(f"{norm}", of, " behind a sub-layer")
+        gain = f"{branch.after}.weight"
     return Readout(
         module=name,
         bias=f"{name}.bias" if linear.bias is not None else None,
-        gain=gain_name if isinstance(gain, nn.Parameter) else None,
+        gain=_named(block_name, gain) if isinstance(_at(block, gain), nn.Parameter) else None,
         size=linear.out_features,
+        norm=norm,
+        norm_of_sum=branch.after_sum,
     )
+
+
+def _named(block: str, path: str | None) -> str | None:
+    return None if path is None else f"{block}.{path}"
 
 
 def _absent(name: str, block: str, widths: SublayerWidths, left: Constant) -> Absent:
@@ -413,9 +431,11 @@ def _count(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def _gain_count(block: nn.Module, branch: Branch) -> int:
+def _around(block: nn.Module, branch: Branch) -> int:
+    """Parameters of the norms and of LayerScale around a sub-layer."""
     gain = _at(block, branch.gain)
-    return gain.numel() if isinstance(gain, nn.Parameter) else 0
+    norms = _count(_at(block, branch.norm)) + _count(_at(block, branch.after))
+    return norms + (gain.numel() if isinstance(gain, nn.Parameter) else 0)
 
 
 # Rebuilding
@@ -488,7 +508,9 @@ def _remove(branch: Branch, block: nn.Module, readout: Any, *, pair: bool) -> No
     assert branch.module is not None
     left = Constant(readout.out_features, pair=pair, device=readout.weight.device, dtype=readout.weight.dtype)
     _set(block, branch.module, left)
-    _set(block, branch.norm, nn.Identity())
+    for norm in (branch.norm, None if branch.after_sum else branch.after):
+        if norm is not None:
+            _set(block, norm, nn.Identity())
     if branch.gain is not None:
         _set(block, branch.gain.rpartition(".")[0], nn.Identity())
 

@@ -149,12 +149,17 @@ def _block(gain: str | None = None, **more: Any) -> tuple[Layout, ...]:
     )
 
 
+AFTER = (Layout(attention=Branch(module="attn", after="norm1"), ffn=Branch(module="mlp", after="norm2")),)
+
 BLOCKS: dict[str, tuple[Layout, ...]] = {
     "timm.models.vision_transformer.Block": _block("ls{}.gamma"),
     "timm.models.naflexvit.NaFlexBlock": _block("ls{}.gamma"),
+    "timm.models.vision_transformer.ResPostBlock": AFTER,
     "timm.models.eva.EvaBlock": _block("gamma_{}"),
+    "timm.models.eva.EvaBlockPostNorm": AFTER,
     "timm.models.beit.Block": _block("gamma_{}"),
     "timm.models.vision_transformer_relpos.RelPosBlock": _block("ls{}.gamma"),
+    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": AFTER,
     "timm.models.swin_transformer.SwinTransformerBlock": _block(windowed=True),
 }
 
