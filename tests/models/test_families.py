@@ -158,7 +158,7 @@ def test_attention_is_seen_as_it_is(family: Described) -> None:
         with torch.no_grad():
             rows = attention_rows(model, sub, x, call)
             some = attention_rows(model, sub, x, call, torch.tensor([2, 0]))
-            values = nn.functional.linear(x, *rows_of(model, sub.value, heads * sub.widths.vo))
+            values = nn.functional.linear(x.flatten(1, -2), *rows_of(model, sub.value, heads * sub.widths.vo))
             expected = (rows @ values.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
         assert rows.shape == (len(x), heads, sub.keys, sub.keys)
         torch.testing.assert_close(some, rows[:, :, [2, 0]], rtol=1e-5, atol=1e-6)

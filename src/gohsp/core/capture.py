@@ -159,7 +159,7 @@ def attention_rows(
     Args:
         model: The model.
         sub: The attention.
-        x: Its input ``[B, rows, D]``.
+        x: Its input ``[B, ..., D]``.
         call: What it is called with besides.
         tokens: Indices of the queries to look at; None for all.
 
@@ -175,7 +175,7 @@ def attention_rows(
         raise UnsupportedModelError(
             f"module '{sub.name}' computes no softmax that can be seen; heads cannot be compared"
         )
-    return probe.rows
+    return probe.rows.reshape(len(x), sub.widths.heads, *probe.rows.shape[-2:])  # some put heads behind images
 
 
 class _SoftmaxProbe(TorchFunctionMode):

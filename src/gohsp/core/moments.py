@@ -183,9 +183,9 @@ class InputFitter:
         self._all, self._means = MomentFitter(width, device), MomentFitter(width, device)
 
     def update(self, x: Tensor) -> None:
-        """Add a batch ``[..., tokens, width]``, the tokens that attend to each other together."""
+        """Add a batch ``[B, ..., width]``, the tokens that attend to each other together."""
         self._all.update(x)
-        self._means.update(x.detach().float().mean(-2))
+        self._means.update(x.detach().float().flatten(1, -2).mean(1))
 
     @property
     def moment(self) -> Tensor:

@@ -94,7 +94,10 @@ class Attended(NamedTuple):
 
 
 Position = Callable[[Any, Tensor, Tensor, tuple[Any, ...], Mapping[str, Any]], Attended]
-"""Takes an attention, its queries and keys, and what it was called with besides its input."""
+"""Takes an attention, its queries and keys, and what it was called with besides its input.
+
+Queries and keys are ``[B, heads, tokens, qk]``, or ``[B, heads, height, width, qk]`` where its input is a grid.
+"""
 
 
 def unmasked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:
@@ -106,6 +109,24 @@ def plain(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappin
     """Products as they are, with a mask as first argument or by name, if any."""
     mask = args[0] if args else given.get("attn_mask", given.get("attention_mask"))
     return Attended(q, k, mask, bool(given.get("is_causal", False)))
+
+
+def along_axes(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:
+    """On a grid, a learnt vector for each distance along either axis, times the query (SAM)."""
+    tables, bias = (getattr(attn, "rel_pos_h", None), getattr(attn, "rel_pos_w", None)), None
+    if tables[0] is not None:
+        down, across = (_at_distances(table, size) for table, size in zip(tables, q.shape[2:4], strict=True))
+        down, across = torch.einsum("bnhwc,hkc->bnhwk", q, down), torch.einsum("bnhwc,wkc->bnhwk", q, across)
+        bias = (down[..., None] + across[..., None, :]).flatten(4).flatten(2, 3)
+    return Attended(q.flatten(2, 3), k.flatten(2, 3), bias)
+
+
+def _at_distances(table: Tensor, size: int) -> Tensor:
+    """Vectors ``[size, size, qk]`` of a table ``[distances, qk]``, which is resampled if it is of another size."""
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+    steps = torch.arange(size, device=table.device)
+    return table[steps[:, None] - steps + size - 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +228,19 @@ class PrunedAttention(nn.Module):
                 _put(self, path, sized(owned, axis, h))
 
     def forward(self, *args: Any, **given: Any) -> Any:
-        """Attend over tokens; the input, first or named ``hidden_states``, and the result are ``[B, tokens, dim]``."""
+        """Attend over tokens.
+
+        The input, first or named ``hidden_states``, and the result are ``[B, tokens, dim]``, or both are
+        ``[B, height, width, dim]``.
+        """
         layout, (x, *others) = self.layout, args or (given.pop("hidden_states"),)
         q, k, v = self._projected(x)
         q, k = _normed(self, layout.maps.query_norm, q), _normed(self, layout.maps.key_norm, k)
-        q, k, bias, causal = layout.position(self, q.transpose(1, 2), k.transpose(1, 2), tuple(others), given)
+        q, k, bias, causal = layout.position(self, q.movedim(-2, 1), k.movedim(-2, 1), tuple(others), given)
         out = attend(
             q,
             k,
-            v.transpose(1, 2),
+            v.movedim(-2, 1).flatten(2, -2),
             bias,
             causal=causal,
             scale=self.scale,
@@ -226,10 +251,11 @@ class PrunedAttention(nn.Module):
         out = self.get_submodule(layout.maps.readout)(out)
         if layout.readout_dropout is not None:
             out = self.get_submodule(layout.readout_dropout)(out)
+        out = out.unflatten(1, x.shape[1:-1])
         return (out, None) if layout.returns_pair else out
 
     def _projected(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values ``[B, tokens, heads, width]``."""
+        """Queries, keys and values ``[B, ..., heads, width]``."""
         h, qk, vo, places = self.num_heads, self.qk_dim, self.vo_dim, self.layout.maps.places
         counts = (h * qk, h * qk, h * vo)
         biases = [None if bias is None else parameter_at(self, bias) for _, bias in places]

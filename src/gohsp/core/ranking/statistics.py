@@ -203,7 +203,7 @@ class HeadStatisticsFitter:
     def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor], calls: Sequence[Call]) -> Tensor:
         """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32, at a draw of queries."""
         first = inputs[graph[0]]
-        queries = torch.randperm(first.shape[1], generator=self._generator)[:_QUERIES].to(first.device)
+        queries = torch.randperm(first.shape[1:-1].numel(), generator=self._generator)[:_QUERIES].to(first.device)
         with autocast(first.device, self._precision):
             maps = [attention_rows(self._model, self._subs[i], inputs[i], calls[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, maps_at
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, along_axes, maps_at
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
 
 Places = list[Place]
@@ -119,6 +119,16 @@ ATTENTIONS: dict[str, tuple[AttentionLayout, ...]] = {
             readout_dropout="proj_drop",
         ),
     ),
+    "timm.models.vision_transformer_sam.Attention": (
+        AttentionLayout(
+            maps=_maps(PACKED),
+            position=along_axes,
+            held=frozenset({"qk"}),  # learnt vectors of distances are as wide
+            readout_dropout="proj_drop",
+            native={"num_heads": "heads", "head_dim": "width", "scale": "scale"},
+            required={"rope": None},
+        ),
+    ),
     "timm.models.swin_transformer.WindowAttention": (
         AttentionLayout(
             maps=_maps(PACKED),
@@ -160,6 +170,7 @@ BLOCKS: dict[str, tuple[Layout, ...]] = {
     "timm.models.beit.Block": _block("gamma_{}"),
     "timm.models.vision_transformer_relpos.RelPosBlock": _block("ls{}.gamma"),
     "timm.models.vision_transformer_relpos.ResPostRelPosBlock": AFTER,
+    "timm.models.vision_transformer_sam.Block": _block("ls{}.gamma", windowed=True),
     "timm.models.swin_transformer.SwinTransformerBlock": _block(windowed=True),
 }
 
