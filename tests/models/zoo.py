@@ -105,6 +105,7 @@ ZOO: dict[str, Entry] = {
     "timm sam": of_timm("samvit_base_patch16", "qk", window_size=3, global_attn_indexes=(1,), neck_chans=8),
     "timm swin": of_timm("swin_tiny_patch4_window7_224", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
     "timm swin padded": of_timm("swin_tiny_patch4_window7_224", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
+    "timm swin v2": of_timm("swinv2_tiny_window8_256", "qk", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
     "transformers vit": of_transformers("ViTConfig", "ViTForImageClassification", num_labels=5),
     "transformers deit": of_transformers("DeiTConfig", "DeiTForImageClassification", num_labels=5, same=True),
     "transformers ijepa": of_transformers("IJepaConfig", "IJepaModel", same=True),

@@ -111,24 +111,6 @@ def plain(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappin
     return Attended(q, k, mask, bool(given.get("is_causal", False)))
 
 
-def along_axes(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:
-    """On a grid, a learnt vector for each distance along either axis, times the query (SAM)."""
-    tables, bias = (getattr(attn, "rel_pos_h", None), getattr(attn, "rel_pos_w", None)), None
-    if tables[0] is not None:
-        down, across = (_at_distances(table, size) for table, size in zip(tables, q.shape[2:4], strict=True))
-        down, across = torch.einsum("bnhwc,hkc->bnhwk", q, down), torch.einsum("bnhwc,wkc->bnhwk", q, across)
-        bias = (down[..., None] + across[..., None, :]).flatten(4).flatten(2, 3)
-    return Attended(q.flatten(2, 3), k.flatten(2, 3), bias)
-
-
-def _at_distances(table: Tensor, size: int) -> Tensor:
-    """Vectors ``[size, size, qk]`` of a table ``[distances, qk]``, which is resampled if it is of another size."""
-    if len(table) != 2 * size - 1:
-        table = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
-    steps = torch.arange(size, device=table.device)
-    return table[steps[:, None] - steps + size - 1]
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayout:
     """What an attention class holds, and how it differs from plain self-attention; all paths are in the attention.
@@ -140,7 +122,7 @@ class AttentionLayout:
         held: Kinds that must stay, whatever the module at hand.
         owned: Parameters of which each head owns an entry, and the axis along which.
         position: What becomes of queries and keys, and what is added to their products.
-        keeps: Attributes that ``position`` reads.
+        keeps: What ``position`` reads: attributes, or what lies in modules of which maps are taken alone.
         dropout: The attribute that tells the rate of dropout on attention, a number or a module.
         readout_dropout: The module of dropout behind the readout, if any.
         returns_pair: Whether the class returns a pair, the output first.
@@ -200,12 +182,13 @@ class PrunedAttention(nn.Module):
         for name, parameter in old.named_parameters(recurse=False):
             if name not in resized:
                 self.register_parameter(name, parameter)
-        for name in self.layout.keeps:
-            if name in old._buffers:
-                persistent = name not in old._non_persistent_buffers_set
-                self.register_buffer(name, getattr(old, name), persistent=persistent)
+        for path in self.layout.keeps:
+            holder, name = old.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            if name in holder._buffers:
+                persistent = name not in holder._non_persistent_buffers_set
+                _holder(self, path).register_buffer(name, getattr(holder, name), persistent=persistent)
             else:
-                setattr(self, name, getattr(old, name))
+                _put(self, path, getattr(holder, name))
         for name, value in self.layout.sets.items():
             setattr(self, name, value)
 
@@ -308,14 +291,18 @@ def parameter_at(module: nn.Module, path: str) -> nn.Parameter | None:
     return found if isinstance(found, nn.Parameter) else None
 
 
-def _put(module: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
-    """Set a module or parameter at a path; what is missing on the way is an empty module."""
-    *parents, name = path.split(".")
-    for parent in parents:
+def _put(module: nn.Module, path: str, value: object) -> None:
+    """Set what is at a path."""
+    setattr(_holder(module, path), path.rpartition(".")[2], value)
+
+
+def _holder(module: nn.Module, path: str) -> nn.Module:
+    """The module that holds what is at a path; what is missing on the way to it is an empty module."""
+    for parent in path.split(".")[:-1]:
         if getattr(module, parent, None) is None:
             setattr(module, parent, nn.Module())
         module = module.get_submodule(parent)
-    setattr(module, name, value)
+    return module
 
 
 def sized(like: Tensor, axis: int, count: int) -> nn.Parameter:

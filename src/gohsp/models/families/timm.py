@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
-from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, along_axes, maps_at
+from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, maps_at
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+from gohsp.models.families.positions import along_axes, by_window, cosines, looked_up
 
 Places = list[Place]
 
@@ -33,21 +36,14 @@ def table_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], g
     shared = given.get("shared_rel_pos_bias", args[0] if args else None)
     if attn.relative_position_bias_table is None:
         return Attended(q, k, shared)
-    own = _looked_up(attn.relative_position_bias_table, attn.relative_position_index)
+    own = looked_up(attn.relative_position_bias_table, attn.relative_position_index)
     return Attended(q, k, own if shared is None else own + shared)
 
 
 def windows(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """A learnt number for each head and distance; in shifted windows only neighbours see each other (Swin)."""
-    bias, mask = _looked_up(attn.relative_position_bias_table, attn.relative_position_index), given.get("mask")
-    if mask is not None:
-        bias = bias + mask[:, None].repeat(len(q) // len(mask), 1, 1, 1)
-    return Attended(q, k, bias)
-
-
-def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """Bias ``[1, heads, queries, keys]`` of a table ``[distances, heads]``."""
-    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)[None]
+    bias = looked_up(attn.relative_position_bias_table, attn.relative_position_index)
+    return Attended(q, k, by_window(bias, given.get("mask"), len(q)))
 
 
 def module_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
@@ -58,10 +54,10 @@ def module_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], 
     if not hasattr(rel, "mlp"):
         side = rel.window_area + rel.prefix_tokens
         return Attended(
-            q, k, _looked_up(rel.relative_position_bias_table, rel.relative_position_index.view(side, side))
+            q, k, looked_up(rel.relative_position_bias_table, rel.relative_position_index.view(side, side))
         )
     per_distance = rel.mlp(rel.rel_coords_log).flatten(0, 1)
-    bias = rel.bias_act(_looked_up(per_distance, rel.relative_position_index.view(rel.window_area, rel.window_area)))
+    bias = rel.bias_act(looked_up(per_distance, rel.relative_position_index.view(rel.window_area, rel.window_area)))
     bias = bias if rel.bias_gain is None else rel.bias_gain * bias
     return Attended(q, k, F.pad(bias, [rel.prefix_tokens, 0, rel.prefix_tokens, 0]))
 
@@ -138,6 +134,17 @@ ATTENTIONS: dict[str, tuple[AttentionLayout, ...]] = {
             readout_dropout="proj_drop",
         ),
     ),
+    "timm.models.swin_transformer_v2.WindowAttention": (
+        AttentionLayout(
+            maps=_maps(BIASES_APART),
+            scale=None,
+            owned={"logit_scale": 0, "cpb_mlp.2.weight": 0},
+            position=partial(cosines, mlp="cpb_mlp"),
+            held=frozenset({"qk"}),  # a cosine is of all dimensions
+            keeps=("relative_coords_table", "relative_position_index"),
+            readout_dropout="proj_drop",
+        ),
+    ),
 }
 
 MLP = FfnLayout(inputs=("fc1",), readout="fc2", norm="norm")
@@ -159,19 +166,20 @@ def _block(gain: str | None = None, **more: Any) -> tuple[Layout, ...]:
     )
 
 
-AFTER = (Layout(attention=Branch(module="attn", after="norm1"), ffn=Branch(module="mlp", after="norm2")),)
+AFTER = Layout(attention=Branch(module="attn", after="norm1"), ffn=Branch(module="mlp", after="norm2"))
 
 BLOCKS: dict[str, tuple[Layout, ...]] = {
     "timm.models.vision_transformer.Block": _block("ls{}.gamma"),
     "timm.models.naflexvit.NaFlexBlock": _block("ls{}.gamma"),
-    "timm.models.vision_transformer.ResPostBlock": AFTER,
+    "timm.models.vision_transformer.ResPostBlock": (AFTER,),
     "timm.models.eva.EvaBlock": _block("gamma_{}"),
-    "timm.models.eva.EvaBlockPostNorm": AFTER,
+    "timm.models.eva.EvaBlockPostNorm": (AFTER,),
     "timm.models.beit.Block": _block("gamma_{}"),
     "timm.models.vision_transformer_relpos.RelPosBlock": _block("ls{}.gamma"),
-    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": AFTER,
+    "timm.models.vision_transformer_relpos.ResPostRelPosBlock": (AFTER,),
     "timm.models.vision_transformer_sam.Block": _block("ls{}.gamma", windowed=True),
     "timm.models.swin_transformer.SwinTransformerBlock": _block(windowed=True),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": (replace(AFTER, windowed=True),),
 }
 
 KNOWN = Known(BLOCKS, ATTENTIONS, FFNS)
