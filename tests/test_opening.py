@@ -111,7 +111,7 @@ def test_no_name_ends_in_an_error_of_another_library(name: Any, tmp_path: Path, 
         run(name, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "hiera_tiny_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])
+@pytest.mark.parametrize("name", ["resnet18", "hiera_tiny_224", "mvitv2_tiny", "cait_xxs24_224"])
 def test_another_architecture_is_refused_by_name_and_before_its_weights(name: str, tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match=rf"'{name}': .* be pruned"):
         gohsp.open_model(name, weights=tmp_path / "missing.safetensors")

@@ -232,8 +232,9 @@ def test_it_goes_the_whole_way(
     assert 0.95 * limit <= parameters(pruned.model) <= limit
     assert set(pruned.ranking.scores) == {sub.name for sub in family.network.attentions}
     assert type(pruned.model) is type(family.model)
-    returned = pruned.model(family.images)
-    assert type(returned) is type(family.model(family.images))
+    with torch.no_grad():  # with gradients PyTorch takes other kernels
+        returned = pruned.model(family.images)
+        assert type(returned) is type(family.model(family.images))
 
     gohsp.save(pruned.model, tmp_path / "small", own=True)
     again = gohsp.load(tmp_path / "small", into=made(name))

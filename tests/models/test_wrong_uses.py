@@ -61,7 +61,6 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),
         r"12 of its modules are .*ParallelScalingBlock",
     ),
-    "norms behind": (lambda: Encoding(norm_first=False), r"has norm_first=False; it can be pruned with True alone"),
     "tokens first": (
         lambda: Encoding(batch_first=False),
         r"MultiheadAttention with batch_first=False, which cannot be",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -22,6 +23,7 @@ HF = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
+SAM = {"mlp_dim": 48, "output_channels": 8, "window_size": 3, "global_attn_indexes": [1]}
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "mlp_ratio": 2.0}
 
 
@@ -55,7 +57,7 @@ def of_timm(name: str, *held: str, same: bool = False, **arguments: Any) -> Entr
 
 
 def of_transformers(config: str, model: str, *held: str, same: bool = False, **arguments: Any) -> Entry:
-    given = arguments if config == "SwinConfig" else {**HF, **arguments}
+    given = arguments if config.startswith("Swin") else {**HF, **arguments}
     side = given["image_size"]
 
     def make() -> nn.Module:
@@ -68,9 +70,9 @@ def of_transformers(config: str, model: str, *held: str, same: bool = False, **a
 class Encoder(nn.Module):
     """PyTorch's own layers in a module of somebody's."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm_first: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=norm_first)
         self.patch, self.head, self.num_classes = nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5), 5
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
@@ -85,6 +87,40 @@ def torchvision_vit() -> nn.Module:
 def open_clip_tower() -> nn.Module:
     library: Any = importlib.import_module("open_clip.transformer")
     return library.VisionTransformer(SIDE, 8, 32, 2, 4, 1.5, ls_init_value=0.5, output_dim=8)
+
+
+def dinov2(ffn: str) -> nn.Module:
+    library: Any = importlib.import_module("dinov2.models.vision_transformer")
+    block: Any = importlib.import_module("dinov2.layers.block").NestedTensorBlock
+    attention: Any = importlib.import_module("dinov2.layers.attention").MemEffAttention
+    return library.DinoVisionTransformer(
+        img_size=SIDE,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=1.5,
+        init_values=0.5,
+        ffn_layer=ffn,
+        block_fn=partial(block, attn_class=attention),
+        block_chunks=0,
+    )
+
+
+def segment_anything() -> nn.Module:
+    library: Any = importlib.import_module("segment_anything.modeling.image_encoder")
+    return library.ImageEncoderViT(
+        img_size=SIDE,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=1.5,
+        out_chans=8,
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1,),
+    )
 
 
 ZOO: dict[str, Entry] = {
@@ -105,7 +141,7 @@ ZOO: dict[str, Entry] = {
     "timm sam": of_timm("samvit_base_patch16", "qk", window_size=3, global_attn_indexes=(1,), neck_chans=8),
     "timm swin": of_timm("swin_tiny_patch4_window7_224", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
     "timm swin padded": of_timm("swin_tiny_patch4_window7_224", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
-    "timm swin v2": of_timm("swinv2_tiny_window8_256", "qk", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
+    "timm swin v2": of_timm("swinv2_tiny_window8_256", "qk", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
     "transformers vit": of_transformers("ViTConfig", "ViTForImageClassification", num_labels=5),
     "transformers deit": of_transformers("DeiTConfig", "DeiTForImageClassification", num_labels=5, same=True),
     "transformers ijepa": of_transformers("IJepaConfig", "IJepaModel", same=True),
@@ -132,6 +168,17 @@ ZOO: dict[str, Entry] = {
         num_labels=5,
         **{**SWIN, "depths": [2, 2], "num_heads": [2, 4]},
     ),
+    "transformers swin v2": of_transformers(
+        "Swinv2Config",
+        "Swinv2ForImageClassification",
+        "qk",
+        image_size=64,
+        patch_size=4,
+        num_labels=5,
+        **{**SWIN, "depths": [2, 2], "num_heads": [2, 4]},
+    ),
+    "transformers sam": of_transformers("SamVisionConfig", "SamVisionModel", "qk", **SAM),
+    "transformers sam hq": of_transformers("SamHQVisionConfig", "SamHQVisionModel", "qk", same=True, **SAM),
     "transformers dpt": of_transformers(
         "DPTConfig",
         "DPTForSemanticSegmentation",
@@ -142,8 +189,12 @@ ZOO: dict[str, Entry] = {
         fusion_hidden_size=8,
     ),
     "torchvision vit": Entry(torchvision_vit),
-    "torch encoder layer": Entry(Encoder),
+    "torch encoder layer": Entry(partial(Encoder, norm_first=True)),
+    "torch encoder layer post-norm": Entry(partial(Encoder, norm_first=False)),
     "open_clip tower": Entry(open_clip_tower, needs="open_clip"),
+    "dinov2": Entry(partial(dinov2, "mlp"), needs="dinov2"),
+    "dinov2 gated": Entry(partial(dinov2, "swiglufused"), needs="dinov2", same=True),
+    "segment_anything": Entry(segment_anything, frozenset({"qk"}), needs="segment_anything", same=True),
 }
 
 

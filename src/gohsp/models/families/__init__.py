@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps
-from gohsp.models.families import layout, timm, torch, transformers
+from gohsp.models.families import facebook, layout, timm, torch, transformers
 from gohsp.models.families.layout import (
     SUPPORTED,
     Branch,
@@ -45,7 +45,7 @@ __all__ = [
     "set_fused_attention",
 ]
 
-_known = timm.KNOWN | transformers.KNOWN | torch.KNOWN
+_known = timm.KNOWN | transformers.KNOWN | torch.KNOWN | facebook.KNOWN
 
 
 def register(known: Known) -> None:

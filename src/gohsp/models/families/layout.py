@@ -43,10 +43,10 @@ from gohsp.structure import (
 )
 
 SUPPORTED = (
-    "timm's VisionTransformer (vit_*, deit_*, deit3_*; Mlp, GluMlp, SwiGLU), Eva, BEiT, relative positions, NaFlexVit "
-    "and Swin; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, Swin and DPT; "
-    "torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer with norm_first; open_clip; classes of your own "
-    "by gohsp.families.register"
+    "timm's VisionTransformer (vit_*, deit_*, deit3_*; Mlp, GluMlp, SwiGLU), Eva, BEiT, relative positions, NaFlexVit, "
+    "SAM, Swin and Swin v2; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, Swin, "
+    "Swin v2, SAM and DPT; torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer; open_clip; DINOv2's and "
+    "Segment Anything's own code; classes of your own by gohsp.families.register"
 )
 """What can be pruned, in words."""
 
@@ -154,9 +154,10 @@ class Family:
         return f"{block}.{self.layout.attention.module}"
 
     def ffn_name(self, block: str) -> str:
-        """Name of the FFN of a block; where it has no module of its own, that of its readout."""
+        """Name of the FFN of a block; where it has no module of its own, that of the block's child with its readout."""
         branch = self.layout.ffn
-        return f"{block}.{branch.layout.readout if branch.module is None and branch.layout else branch.module}"
+        own = branch.layout.readout.partition(".")[0] if branch.layout is not None else branch.module
+        return f"{block}.{own}"
 
 
 def class_name(module: object) -> str:
@@ -174,9 +175,9 @@ def family_in(known: Known, name: str, block: nn.Module) -> Family | None:
     if layouts is None:
         return None
     layout = _fitting(name, block, layouts)
-    for attribute, value in layout.required.items():
-        if (found := getattr(block, attribute, None)) != value:
-            raise UnsupportedModelError(f"block '{name}' has {attribute}={found}; it can be pruned with {value} alone")
+    for attribute, found in _unmet(layout, block):
+        value = layout.required[attribute]
+        raise UnsupportedModelError(f"block '{name}' has {attribute}={found}; it can be pruned with {value} alone")
     assert layout.attention.module is not None
     attention = _layout_of(f"{name}.{layout.attention.module}", block, layout.attention.module, known.attentions)
     ffn = layout.ffn.layout
@@ -186,14 +187,23 @@ def family_in(known: Known, name: str, block: nn.Module) -> Family | None:
 
 
 def _fitting(name: str, block: nn.Module, layouts: Sequence[Layout]) -> Layout:
-    """The first layout whose modules are there."""
+    """The first layout whose modules are there, if any with the attributes that it requires."""
+    there = []
     for layout in layouts:
         paths = [path for of in (layout.attention, layout.ffn) for path in (of.module, of.norm, of.after)]
         if all(path is None or _at(block, path) is not None for path in paths):
-            return layout
-    raise UnsupportedModelError(
-        f"block '{name}' is a {class_name(block)} of another version of its library than the ones that are known"
-    )
+            there.append(layout)
+    if not there:
+        raise UnsupportedModelError(
+            f"block '{name}' is a {class_name(block)} of another version of its library than the ones that are known"
+        )
+    return next((layout for layout in there if not _unmet(layout, block)), there[0])
+
+
+def _unmet(of: Layout | AttentionLayout, module: nn.Module) -> list[tuple[str, object]]:
+    """Attributes that are not as required, and what they are."""
+    found = ((attribute, getattr(module, attribute, None)) for attribute in of.required)
+    return [(attribute, value) for attribute, value in found if value != of.required[attribute]]
 
 
 def _layout_of(name: str, block: nn.Module, path: str, known: Mapping[str, tuple[Any, ...]]) -> Any:
@@ -206,10 +216,9 @@ def _layout_of(name: str, block: nn.Module, path: str, known: Mapping[str, tuple
     for layout in known.get(class_name(module), ()):
         if not all(_is_there(module, weight) for weight in _weights(layout)):
             continue
-        for attribute, value in getattr(layout, "required", {}).items():
-            if (found := getattr(module, attribute, None)) != value:
-                detail = f" with a {attribute}" if value is None else f" with {attribute}={found}"
-                raise _unsupported(name, module, detail)
+        for attribute, found in _unmet(layout, module) if isinstance(layout, AttentionLayout) else ():
+            detail = f" with a {attribute}" if layout.required[attribute] is None else f" with {attribute}={found}"
+            raise _unsupported(name, module, detail)
         return layout
     raise _unsupported(name, module)
 

@@ -47,6 +47,8 @@ FFNS = {
     "torch.nn.modules.container.Sequential": (FfnLayout(inputs=("c_fc",), readout="c_proj"),),
 }
 
+LINEARS = FfnLayout(inputs=("linear1",), readout="linear2")
+
 BLOCKS = {
     "torchvision.models.vision_transformer.EncoderBlock": (
         Layout(
@@ -57,8 +59,13 @@ BLOCKS = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": (
         Layout(
             attention=Branch(module="self_attn", norm="norm1", looked_into=True),
-            ffn=Branch(module=None, norm="norm2", layout=FfnLayout(inputs=("linear1",), readout="linear2")),
+            ffn=Branch(module=None, norm="norm2", layout=LINEARS),
             required={"norm_first": True},
+        ),
+        Layout(
+            attention=Branch(module="self_attn", after="norm1", after_sum=True, looked_into=True),
+            ffn=Branch(module=None, after="norm2", after_sum=True, layout=LINEARS),
+            required={"norm_first": False},
         ),
     ),
     "open_clip.transformer.ResidualAttentionBlock": (

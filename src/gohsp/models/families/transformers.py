@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gohsp.models.attention import Attended, AttentionLayout, maps_at, unmasked
 from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+from gohsp.models.families.positions import along_axes, by_window, cosines
 
 
 def rotary(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
@@ -26,10 +28,8 @@ def rotary(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappi
 
 def windows(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """A learnt number for each head and distance; in shifted windows only neighbours see each other (Swin)."""
-    bias, mask = attn.relative_position_bias(), given.get("attention_mask", args[0] if args else None)
-    if mask is not None:
-        bias = bias + mask[:, None].repeat(len(q) // len(mask), 1, 1, 1)
-    return Attended(q, k, bias)
+    mask = given.get("attention_mask", args[0] if args else None)
+    return Attended(q, k, by_window(attn.relative_position_bias(), mask, len(q)))
 
 
 def _attention(readout: str, scale: str, heads: str, *, native: bool = True, **more: Any) -> AttentionLayout:
@@ -71,10 +71,35 @@ SWIN = _attention(
     owned={"relative_position_bias.relative_position_bias_table": 1},
     position=windows,
 )
+SWIN_2 = AttentionLayout(
+    maps=maps_at([(f"self.{x}.weight", f"self.{x}.bias") for x in ("query", "key", "value")], "output.dense"),
+    heads="self.num_attention_heads",
+    scale=None,
+    held=frozenset({"qk"}),  # a cosine is of all dimensions
+    owned={"self.logit_scale": 0, "self.continuous_position_bias_mlp.2.weight": 0},
+    position=partial(cosines, mlp="continuous_position_bias_mlp", inside="self"),
+    keeps=(
+        "self.relative_coords_table",
+        "self.relative_position_index",
+        "self.continuous_position_bias_mlp",
+    ),
+    dropout="self.dropout",
+    returns_pair=True,
+)
+SAM = AttentionLayout(
+    maps=maps_at([("qkv.weight", "qkv.bias")] * 3, "proj"),
+    heads="num_attention_heads",
+    held=frozenset({"qk"}),  # learnt vectors of distances are as wide
+    position=along_axes,
+    dropout="dropout",
+    returns_pair=True,
+    native={"num_attention_heads": "heads", "scale": "scale"},
+)
 
 MLP = FfnLayout(inputs=("fc1",), readout="fc2")
 GATED = FfnLayout(inputs=("gate_proj", "up_proj"), readout="down_proj")
 PACKED = FfnLayout(inputs=("weights_in", "weights_in"), readout="weights_out")  # of version 4
+LIN = FfnLayout(inputs=("lin1",), readout="lin2")
 UP_DOWN = FfnLayout(inputs=("up_proj",), readout="down_proj")
 
 LAYERS = {
@@ -92,6 +117,9 @@ LAYERS = {
     "SwinLayer": "swin",
     "MetaClip2EncoderLayer": "metaclip_2",
     "DPTViTLayer": "dpt",
+    "Swinv2Layer": "swinv2",
+    "SamVisionLayer": "sam",
+    "SamHQVisionLayer": "sam_hq",
 }
 """Where the library keeps a class of blocks."""
 
@@ -124,19 +152,23 @@ def _block(
 BEFORE_AFTER, NUMBERED = ("layernorm_before", "layernorm_after"), ("norm1", "norm2")
 SCALED = ("layer_scale1.lambda1", "layer_scale2.lambda1")
 VIT_BLOCK = _block(BEFORE_AFTER)
+DENSE = FfnLayout(inputs=("intermediate.dense",), readout="output.dense")
 VIT_4_BLOCK = Layout(
     attention=Branch(module="attention", norm="layernorm_before"),
-    ffn=Branch(
-        module=None,
-        norm="layernorm_after",
-        layout=FfnLayout(inputs=("intermediate.dense",), readout="output.dense"),
-    ),
+    ffn=Branch(module=None, norm="layernorm_after", layout=DENSE),
+)
+SWIN_2_BLOCK = Layout(
+    attention=Branch(module="attention", after="layernorm_before"),
+    ffn=Branch(module=None, after="layernorm_after", layout=DENSE),
+    windowed=True,
+    returns_tuple=True,
 )
 BEIT_BLOCK = _block(
     BEFORE_AFTER, ("lambda_1", "lambda_2"), owned={"relative_position_bias.relative_position_bias_table": 1}
 )
 DINO_BLOCK = _block(NUMBERED, SCALED)
 CLIP_BLOCK = _block(("layer_norm1", "layer_norm2"), attention="self_attn")
+SAM_BLOCK = _block(("layer_norm1", "layer_norm2"), attention="attn", windowed=True)
 SWIN_BLOCK = _block(BEFORE_AFTER, windowed=True, returns_tuple=True)
 
 KINDS: dict[str, tuple[Layout, AttentionLayout]] = {
@@ -149,6 +181,8 @@ KINDS: dict[str, tuple[Layout, AttentionLayout]] = {
     ),
     "DPTViTLayer": (VIT_4_BLOCK, VIT_4),
     "SwinLayer": (SWIN_BLOCK, SWIN),
+    "Swinv2Layer": (SWIN_2_BLOCK, SWIN_2),
+    **dict.fromkeys(("SamVisionLayer", "SamHQVisionLayer"), (SAM_BLOCK, SAM)),
 }
 
 KNOWN = Known(
@@ -159,8 +193,10 @@ KNOWN = Known(
     attentions={
         _name(layer, "Attention"): (attention, VIT_4) if attention is VIT else (attention,)
         for layer, (_, attention) in KINDS.items()
-    },
+    }
+    | {_name(layer, "SdpaAttention"): (SAM,) for layer in ("SamVisionLayer", "SamHQVisionLayer")},
     ffns={_name(layer, "MLP"): (UP_DOWN if layer == "DINOv3ViTLayer" else MLP,) for layer in KINDS}
     | {_name(layer, "SwiGLUFFN"): (GATED, PACKED) for layer in ("Dinov2Layer", "Dinov2WithRegistersLayer")}
-    | {_name("DINOv3ViTLayer", "GatedMLP"): (GATED,)},
+    | {_name("DINOv3ViTLayer", "GatedMLP"): (GATED,)}
+    | {_name(layer, "MLPBlock").replace("Vision", ""): (LIN,) for layer in ("SamVisionLayer", "SamHQVisionLayer")},
 )

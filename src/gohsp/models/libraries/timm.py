@@ -29,9 +29,11 @@ MODULES = (
     "eva",
     "naflexvit",
     "swin_transformer",
+    "swin_transformer_v2",
     "vision_transformer",
     "vision_transformer_hybrid",
     "vision_transformer_relpos",
+    "vision_transformer_sam",
 )
 """timm's modules that make models which can be pruned; nothing else is built by a name that comes from a file."""
 
@@ -106,19 +108,19 @@ def _few_arguments(model: nn.Module) -> dict[str, Any]:
     }
     if blocks is None:
         return read
-    rotary = [attn.qk_dim if isinstance(attn, PrunedAttention) else attn.head_dim for attn in _rotary(of)]
+    widths = [attn.qk_dim if isinstance(attn, PrunedAttention) else attn.head_dim for attn in _positioned(of)]
     return read | {
         "patch_size": list(patch.patch_size) if patch is not None and hasattr(patch, "patch_size") else None,
         "embed_dim": of.embed_dim,
         "depth": len(blocks),
-        "num_heads": of.embed_dim // rotary[0] if rotary else None,  # whose tables are for heads of that width
+        "num_heads": of.embed_dim // widths[0] if widths else None,
     }
 
 
-def _rotary(model: Any) -> list[Any]:
-    """Attentions that turn queries and keys."""
+def _positioned(model: Any) -> list[Any]:
+    """Attentions whose tables of positions are for heads of the dense width: of turns, or of vectors."""
     found = (getattr(block, "attn", None) for block in model.blocks)
-    return [attn for attn in found if hasattr(attn, "rotate_half")]
+    return [attn for attn in found if hasattr(attn, "rotate_half") or hasattr(attn, "rel_pos_h")]
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _block_arguments(vit: Any) -> dict[str, Any]:
     """What all blocks have in common, off the first ones of which attention and FFN are there."""
     attn = next((block.attn for block in vit.blocks if not isinstance(block.attn, Constant)), None)
     mlp = next((block.mlp for block in vit.blocks if not isinstance(block.mlp, Constant)), None)
-    gains = (module for block in vit.blocks for module in (block.ls1, block.ls2))
+    gains = (getattr(block, name, None) for block in vit.blocks for name in ("ls1", "ls2"))
     read: dict[str, Any] = {"init_values": 1e-5 if any(isinstance(gain, LayerScale) for gain in gains) else None}
     if attn is not None:
         read |= {

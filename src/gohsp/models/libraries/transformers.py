@@ -29,9 +29,12 @@ FOLDERS = (
     "dpt",
     "ijepa",
     "metaclip_2",
+    "sam",
+    "sam_hq",
     "siglip",
     "siglip2",
     "swin",
+    "swinv2",
     "vit",
     "vit_msn",
 )
