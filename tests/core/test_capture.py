@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +19,14 @@ from gohsp.core.capture import (
     read_by,
     require_finite,
     units,
+    wanted,
 )
 from gohsp.core.projection import RepairSettings
 from gohsp.core.reconstruction import reconstruct
 from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.models import compact, describe, relative_difference
-from gohsp.structure import AttentionWidths, FfnWidths, Network, absent, kept_widths
+from gohsp.structure import AttentionWidths, FfnWidths, Network, Readout, absent, kept_widths
+from toys import ffn
 
 
 class Called(nn.Module):
@@ -313,3 +316,28 @@ def test_whose_doing_a_number_is_that_is_none(value: float, cut: bool, whose: st
     values[1, 2] = value
     with pytest.raises(NonFiniteError, match=rf"the stream holds NaN, infinite or huge .*{whose}"):
         require_finite("the stream", values, cut=cut)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("of_sum", [True, False])
+def test_what_a_readout_should_write_leads_through_the_norm_behind_it(of_sum: bool, affine: bool) -> None:
+    norm, out = nn.LayerNorm(8, elementwise_affine=affine), nn.Linear(6, 8)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    gain = norm.weight.detach() if affine else torch.ones(8)
+    readout = Readout(module="out", bias="out.bias", gain="norm.weight" if affine else None, size=8)
+    sub = ffn("block", 6, dim=8, readout=replace(readout, norm="norm", norm_of_sum=of_sum))
+    stream, read = torch.randn(2, 3, 8), torch.randn(2, 3, 6)
+    model = nn.ModuleDict({"norm": norm, "out": out})
+    with torch.no_grad():
+        present = out(read)
+        deviation = present.std(-1, correction=0, keepdim=True)
+        near, far = present + 0.2 * deviation * torch.randn(2, 3, 8), 9 * torch.randn(2, 3, 8)
+        if of_sum:  # exact, however far
+            asked = wanted(model, sub, stream, read, norm(stream + far)) / gain
+            torch.testing.assert_close(norm(stream + asked), norm(stream + far), rtol=1e-3, atol=1e-3)
+            return
+        asked = wanted(model, sub, stream, read, stream + norm(near)) / gain
+        torch.testing.assert_close(norm(asked), norm(near), rtol=1e-3, atol=1e-3)
+        moved = wanted(model, sub, stream, read, stream + far) / gain - present
+        torch.testing.assert_close(moved.abs().amax(-1, keepdim=True), deviation, rtol=1e-2, atol=1e-3)

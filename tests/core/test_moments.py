@@ -57,11 +57,12 @@ def test_token_weights_weigh_the_moment(weights: Tensor | None) -> None:
     assert float(fitter.moment[-1, -1]) == pytest.approx(1)
 
 
-def test_moments_about_each_images_mean() -> None:
+@pytest.mark.parametrize("grid", [(4,), (2, 2)], ids=str)
+def test_moments_about_each_images_mean(grid: tuple[int, ...]) -> None:
     x = torch.randn(7, 4, 3) + 3 * torch.randn(7, 1, 3)
     fitter = InputFitter(3, CPU)
     for part in x.split([3, 1, 3]):
-        fitter.update(part)
+        fitter.update(part.unflatten(1, grid))
     centred = torch.cat([(x - x.mean(1, keepdim=True)).double(), torch.zeros(7, 4, 1)], dim=-1).flatten(0, 1)
     torch.testing.assert_close(fitter.within, centred.T @ centred / 28, rtol=1e-4, atol=1e-5)
     rows = weighted(x, torch.ones(4))

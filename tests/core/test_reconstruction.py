@@ -112,7 +112,14 @@ def read(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"init_values": 0.1}, {"proj_bias": False}, {"qk_norm": True, "scale_mlp_norm": True}]
+    "arguments",
+    [
+        {},
+        {"init_values": 0.1},
+        {"proj_bias": False},
+        {"qk_norm": True, "scale_mlp_norm": True},
+        {"architecture": "vit_base_patch16_rpn_224"},
+    ],
 )
 @pytest.mark.parametrize("ridge", [1e-6, 1.0])
 def test_keeping_everything_changes_nothing(
@@ -333,15 +340,21 @@ def test_repair_and_ffn_cut_take_the_ridge_that_folds_choose(
 
 
 @pytest.mark.usefixtures("fixed_ridge")
-def test_a_block_makes_up_for_the_one_before_it(make_model: Callable[..., nn.Module], images: Tensor) -> None:
-    """The first block is cut hard, the second not at all: fitted to the dense stream, it still has work to do."""
-    dense = make_model(mlp_ratio=2)
+@pytest.mark.parametrize(("name", "share"), [("vit_tiny_patch16_224", 0.5), ("vit_base_patch16_rpn_224", 0.8)])
+def test_a_block_makes_up_for_the_one_before_it(
+    name: str, share: float, make_model: Callable[..., nn.Module], images: Tensor
+) -> None:
+    """The first block is cut hard, the second not at all: fitted to the dense stream, it still has work to do.
+
+    Behind a norm it can do less of it.
+    """
+    dense = make_model(name, mlp_ratio=2)
     result = cut(dense, images, named(SMALL, FULL), how=replace(HOW, ridge=1e-4))
     idle = copy.deepcopy(result.model)
     idle.blocks[1].load_state_dict(dense.blocks[1].state_dict())
     goal = streams(dense, images)[-1]
     errors = [float((streams(m, images)[-1] - goal).square().mean()) for m in (result.model, idle)]
-    assert errors[0] < 0.5 * errors[1]
+    assert errors[0] < share * errors[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import vision_transformer_sam as sam
 from torch import Tensor, nn
 from zoo import ZOO, images_for, made
 
@@ -24,12 +25,22 @@ from gohsp.core.capture import Call, attention_rows, behind, in_stream, open_tru
 from gohsp.core.objective import tensor_in
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.evaluation import evaluate
-from gohsp.models import EQUALITY_TOLERANCE, check_specification, compact, describe, relative_difference, working_copy
+from gohsp.models import (
+    EQUALITY_TOLERANCE,
+    check_specification,
+    compact,
+    describe,
+    families,
+    relative_difference,
+    working_copy,
+)
+from gohsp.models.attention import PrunedAttention
 from gohsp.structure import (
     FIELDS,
     PARAMS,
     Attention,
     AttentionKept,
+    AttentionWidths,
     FfnKept,
     Kind,
     Network,
@@ -263,6 +274,18 @@ def test_admm_pulls_it_to_the_sparsity_set(name: str, of: Callable[[str], Descri
     kept = admm.finish(state)
     assert kept_widths(kept) == widths
     assert compact(work, kept, family.images).max_relative_difference <= EQUALITY_TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (6, 5)])
+def test_vectors_of_distances_are_resampled_for_a_grid_of_another_size(grid: tuple[int, int]) -> None:
+    own = sam.Attention(32, 4, use_rel_pos=True, input_size=(4, 4)).eval()
+    (layout,) = families.timm.KNOWN.attentions["timm.models.vision_transformer_sam.Attention"]
+    ours = PrunedAttention(own, layout, AttentionWidths(heads=4, qk=8, vo=8))
+    nn.init.normal_(own.rel_pos_h)
+    nn.init.normal_(own.rel_pos_w)
+    ours.load_state_dict(own.state_dict())
+    x = torch.randn(2, *grid, 32)
+    torch.testing.assert_close(ours(x), own(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_classifier_that_returns_a_model_output_is_trained_and_scored(of: Callable[[str], Described]) -> None:

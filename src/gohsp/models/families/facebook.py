@@ -32,9 +32,7 @@ DINOV2_BLOCK = Layout(
     attention=Branch(module="attn", norm="norm1", gain="ls1.gamma"),
     ffn=Branch(module="mlp", norm="norm2", gain="ls2.gamma"),
 )
-SAM_BLOCK = Layout(
-    attention=Branch(module="attn", norm="norm1"), ffn=Branch(module="mlp", norm="norm2"), windowed=True
-)
+SAM_BLOCK = Layout(attention=Branch(module="attn", norm="norm1"), ffn=Branch(module="mlp", norm="norm2"), windowed=True)
 
 KNOWN = Known(
     blocks={

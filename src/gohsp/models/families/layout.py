@@ -44,8 +44,8 @@ from gohsp.structure import (
 
 SUPPORTED = (
     "timm's VisionTransformer (vit_*, deit_*, deit3_*; Mlp, GluMlp, SwiGLU), Eva, BEiT, relative positions, NaFlexVit, "
-    "SAM, Swin and Swin v2; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, Swin, "
-    "Swin v2, SAM and DPT; torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer; open_clip; DINOv2's and "
+    "SAM, Swin and Swin v2; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, SAM, "
+    "Swin, Swin v2 and DPT; torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer; open_clip; DINOv2's and "
     "Segment Anything's own code; classes of your own by gohsp.families.register"
 )
 """What can be pruned, in words."""

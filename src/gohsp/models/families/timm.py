@@ -53,9 +53,7 @@ def module_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], 
         return Attended(q, k, given.get("shared_rel_pos", args[0] if args else None))
     if not hasattr(rel, "mlp"):
         side = rel.window_area + rel.prefix_tokens
-        return Attended(
-            q, k, looked_up(rel.relative_position_bias_table, rel.relative_position_index.view(side, side))
-        )
+        return Attended(q, k, looked_up(rel.relative_position_bias_table, rel.relative_position_index.view(side, side)))
     per_distance = rel.mlp(rel.rel_coords_log).flatten(0, 1)
     bias = rel.bias_act(looked_up(per_distance, rel.relative_position_index.view(rel.window_area, rel.window_area)))
     bias = bias if rel.bias_gain is None else rel.bias_gain * bias
