@@ -255,6 +255,16 @@ def test_it_goes_the_whole_way(
     assert parameters(smaller.model) <= 0.96 * parameters(pruned.model)
 
 
+@pytest.mark.parametrize("name", ["timm post-norm", "timm sam classifier", "transformers swin v2", "transformers sam"])
+def test_its_library_makes_it_again(name: str, of: Callable[[str], Described], tmp_path: Any) -> None:
+    family = of(name)
+    small = compact(family.opened, drawn(family.network, ("head", "vo", "ffn"), seed=5), family.images).model
+    gohsp.save(small, tmp_path / "small")
+    again = gohsp.load(tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(tensor_in(again(family.images)), tensor_in(small(family.images)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_admm_pulls_it_to_the_sparsity_set(name: str, of: Callable[[str], Described]) -> None:
     family = of(name)

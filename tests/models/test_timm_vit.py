@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import Attention as TimmAttention
 from timm.models.cait import LayerScaleBlock
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.errors import UnsupportedModelError
@@ -166,12 +166,6 @@ def test_other_models_are_refused_by_class(architecture: str, named: str) -> Non
 def test_blocks_of_another_class_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match=r"no block .* \(2 of its modules are .*ParallelScalingBlock\)"):
         describe(tiny(block_fn=ParallelScalingBlock))
-
-
-def test_no_other_norm_than_a_layer_norm_may_stand_behind_a_sub_layer() -> None:
-    message = r"'blocks\.0\.norm1' is a .*RmsNorm behind a sub-layer, which cannot be pruned"
-    with pytest.raises(UnsupportedModelError, match=message):
-        describe(tiny(block_fn=ResPostBlock, norm_layer="rmsnorm"))
 
 
 def gated() -> nn.Module:

@@ -139,6 +139,7 @@ ZOO: dict[str, Entry] = {
     "timm relpos post-norm": of_timm("vit_relpos_small_patch16_rpn_224", same=True),
     "timm naflex": of_timm("naflexvit_base_patch16_gap", img_size=None),
     "timm sam": of_timm("samvit_base_patch16", "qk", window_size=3, global_attn_indexes=(1,), neck_chans=8),
+    "timm sam classifier": of_timm("samvit_base_patch16_224", "qk", same=True),
     "timm swin": of_timm("swin_tiny_patch4_window7_224", side=64, **SWIN, img_size=64, patch_size=4, depth=None),
     "timm swin padded": of_timm("swin_tiny_patch4_window7_224", side=56, **SWIN, img_size=56, patch_size=4, depth=None),
     "timm swin v2": of_timm("swinv2_tiny_window8_256", "qk", side=64, **SWIN, img_size=64, patch_size=4, depth=None),

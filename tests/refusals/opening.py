@@ -131,6 +131,10 @@ def _classifier_of_four(model: Any) -> None:
     model.head = nn.Linear(64, 10)
 
 
+def _behind_rms_norms() -> Any:
+    return tiny("vit_base_patch16_rpn_224", norm_layer="rmsnorm")
+
+
 def _tied(model: Any) -> None:
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
 
@@ -193,6 +197,11 @@ CASES = (
     Refusal("pretrained weights for other classes", opened(NAME, pretrained=True, arguments={"num_classes": 10}),
             CheckpointError, "its classifier would be random"),
     Refusal("an architecture that is no plain ViT", opened("resnet18"), UnsupportedModelError, "'resnet18'"),
+    Refusal("another norm than LayerNorm behind sub-layers", described(lambda _: _behind_rms_norms()),
+            UnsupportedModelError, "RmsNorm behind a sub-layer"),
+    Refusal("a layout with a norm and LayerScale behind a sub-layer",
+            lambda _: gohsp.families.Branch(module="attn", after="norm", gain="scale"),
+            UnsupportedModelError, "give after= or gain="),
     Refusal("a misspelt argument of the architecture", with_arguments(imgsize=8), CheckpointError, "'img_size'"),
     Refusal("a checkpoint among the arguments", with_arguments(checkpoint_path="x.pth"), CheckpointError,
             "'checkpoint_path' is no argument"),

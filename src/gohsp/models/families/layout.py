@@ -79,6 +79,9 @@ class Branch:
         layout: What the block holds of it, where ``module`` is None.
         owned: Of an attention, parameters of the block of which each head owns an entry, and the axis along which.
         looked_into: Whether the block reads attributes of the module, so that nothing else can stand in its place.
+
+    Raises:
+        UnsupportedModelError: Both a norm and LayerScale behind it.
     """
 
     module: str | None
@@ -89,6 +92,13 @@ class Branch:
     layout: FfnLayout | None = None
     owned: Mapping[str, int] = field(default_factory=dict)
     looked_into: bool = False
+
+    def __post_init__(self) -> None:
+        if self.after is not None and self.gain is not None:
+            raise UnsupportedModelError(
+                f"a sub-layer with the norm '{self.after}' and LayerScale '{self.gain}' behind it cannot be pruned; "
+                "give after= or gain="
+            )
 
     @property
     def removable(self) -> bool:
