@@ -37,7 +37,8 @@ class Entry:
         budget: One that it can meet.
         side: Height and width of its images.
         needs: A package that it is skipped without.
-        same: Whether its classes are copies of another entry's, so that little of the contract says all of it.
+        same: Whether its classes are copies of another entry's, be it another library's, so that little of the contract
+            says all of it.
     """
 
     make: Callable[[], nn.Module]
@@ -173,12 +174,13 @@ ZOO: dict[str, Entry] = {
         "Swinv2Config",
         "Swinv2ForImageClassification",
         "qk",
+        same=True,
         image_size=64,
         patch_size=4,
         num_labels=5,
         **{**SWIN, "depths": [2, 2], "num_heads": [2, 4]},
     ),
-    "transformers sam": of_transformers("SamVisionConfig", "SamVisionModel", "qk", **SAM),
+    "transformers sam": of_transformers("SamVisionConfig", "SamVisionModel", "qk", same=True, **SAM),
     "transformers sam hq": of_transformers("SamHQVisionConfig", "SamHQVisionModel", "qk", same=True, **SAM),
     "transformers dpt": of_transformers(
         "DPTConfig",
