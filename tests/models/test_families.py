@@ -32,6 +32,7 @@ from gohsp.models import (
     describe,
     families,
     relative_difference,
+    resized,
     working_copy,
 )
 from gohsp.models.attention import PrunedAttention
@@ -45,6 +46,7 @@ from gohsp.structure import (
     Kind,
     Network,
     SublayerKept,
+    absent,
     cost_of,
     count_params,
     keep_everything,
@@ -225,6 +227,14 @@ def test_what_may_go_altogether_leaves_a_vector(family: Described) -> None:
     after = describe(compaction.model, family.images)
     assert after.widths == kept_widths(kept)
     assert count_params(after) == parameters(compaction.model) == cost_of(network, kept_widths(kept), PARAMS)
+
+
+def test_blocks_with_nothing_in_them_can_be_timed(family: Described) -> None:
+    if "torch encoder" in family.name:
+        pytest.skip("PyTorch's layer looks into its attention")
+    empty = resized(family.opened, {name: absent(of) for name, of in family.network.widths.items()})
+    with torch.no_grad():
+        assert tensor_in(empty(family.images)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -523,10 +523,14 @@ def _resize_ffn(branch: Branch, layout: FfnLayout, block: nn.Module, widths: Ffn
 
 
 def _remove(branch: Branch, block: nn.Module, readout: Any, *, pair: bool) -> None:
-    """Leave a vector of a sub-layer."""
-    assert branch.module is not None
+    """Leave a vector of a sub-layer; where that may not go for good, what runs is fit to be timed."""
     left = Constant(readout.out_features, pair=pair, device=readout.weight.device, dtype=readout.weight.dtype)
-    _set(block, branch.module, left)
+    if branch.module is not None:
+        _set(block, branch.module, left)
+    elif branch.layout is not None:
+        for path in branch.layout.inputs:
+            _set(block, path, nn.Identity())
+        _set(block, branch.layout.readout, left)
     for norm in (branch.norm, None if branch.after_sum else branch.after):
         if norm is not None:
             _set(block, norm, nn.Identity())
