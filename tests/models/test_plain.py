@@ -88,9 +88,10 @@ def saved_uniform(model: nn.Module, images: Tensor, folder: Path) -> gohsp.Prune
 
 
 def as_the_page_says(model: nn.Module, images: Tensor, folder: Path) -> gohsp.Pruned:
-    """The first example of the page, which saves to ``plain``."""
+    """The page's example, which saves to ``plain``."""
     page = Path(__file__).parents[2] / "docs" / "families.md"
-    code, *_ = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    code = next(code for code in blocks if "save_plain" in code)
     ran: dict[str, Any] = {"gohsp": gohsp, "model": model, "images": images}
     with contextlib.chdir(folder.parent):
         exec(code, ran)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,31 @@ class Encoding(nn.Module):
         return self.encoder(self.patch(images).flatten(2).mT).mean(1)
 
 
+class DiffusionBlock(nn.Module):
+    """timm's attention and FFN behind norms that the noise's level shifts and scales, as in diffusion transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.shift = nn.LayerNorm(32, elementwise_affine=False), nn.Linear(1, 32)
+        self.attn, self.mlp = timm.layers.Attention(32, 4), timm.layers.Mlp(32, 48)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x) + self.shift(level))
+        return x + self.mlp(self.norm(x) + self.shift(level))
+
+
+class Denoising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.blocks = nn.Conv2d(3, 32, 8, 8), nn.ModuleList([DiffusionBlock(), DiffusionBlock()])
+
+    def forward(self, images: Tensor, level: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).mT
+        for block in self.blocks:
+            x = block(x, level)
+        return x
+
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 WRONG: dict[str, tuple[Any, str]] = {
     "a CNN": (lambda: timm.create_model("resnet18"), r"ResNet has no block that can be pruned"),
@@ -56,6 +82,12 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: of_transformers("CLIPTextConfig", "CLIPTextModel", vocab_size=50, **TEXT),
         r"the model cannot compute an image of \[3, 32, 32\]",
     ),
+    "two towers": (lambda: clip(), r"of a model that takes more than images the part that does not, such as model.vis"),
+    "a hybrid": (
+        lambda: timm.create_model("maxvit_rmlp_pico_rw_256", img_size=32),
+        r"MaxxVit has no block that can be pruned",
+    ),
+    "a diffusion transformer": (Denoising, r"Denoising has no block that can be pruned \(2 of .*DiffusionBlock\)"),
     "a decoder": (Decoding, r"no block that can be pruned \(2 of its modules are .*TransformerDecoderLayer\)"),
     "parallel branches": (
         lambda: timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),
@@ -66,6 +98,13 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"MultiheadAttention with batch_first=False, which cannot be",
     ),
 }
+
+
+def clip() -> Any:
+    library: Any = pytest.importorskip("transformers")
+    vision = {**TEXT, "image_size": 32, "patch_size": 8}
+    text = {**TEXT, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8}
+    return library.CLIPModel(library.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -83,3 +122,16 @@ def test_a_model_without_memory_is_described_but_not_pruned() -> None:
     assert gohsp.describe(model).attentions
     with pytest.raises(NonFiniteError, match="is on the meta device and holds no values; load the weights first"):
         gohsp.prune(model, [IMAGES], "params=-30%")
+
+
+def test_of_two_towers_the_page_prunes_one_and_puts_it_back() -> None:
+    model, images = clip(), torch.randn(32, 3, 32, 32)
+    both = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "pixel_values": images[:2]}
+    before, size = model(**both), sum(parameter.numel() for parameter in model.vision_model.parameters())
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith("clip.vision_model = "))
+    exec(line, {"gohsp": gohsp, "clip": model, "images": images.split(8)})
+    after = model(**both)
+    assert sum(parameter.numel() for parameter in model.vision_model.parameters()) <= 0.6 * size
+    assert after.logits_per_image.shape == (2, 1)
+    assert torch.equal(after.text_embeds, before.text_embeds)

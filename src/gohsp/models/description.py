@@ -229,10 +229,10 @@ def _passed_over(
                 stack.enter_context(replaced_forward(block, passing(name, block.forward)))
             with counter:
                 model(image)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
-            "takes"
+            "takes, and of a model that takes more than images the part that does not, such as model.vision_model"
         ) from error
     seen.macs = counter.get_total_flops() // 2 // len(image)
     return seen
