@@ -154,6 +154,19 @@ def test_frozen_parameters_change_nothing(frozen: str, model: Any, network: Netw
     assert_same(found.confidence, dict(expected.confidence or {}))
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradient_checkpointing_changes_nothing(trained: bool, model: Any, network: Network, images: Tensor) -> None:
+    """It runs a block's forward again on the way back, once for every draw."""
+    model.requires_grad_(trained)
+    expected = one_pass(model, network, classification(), images, draws=2, confidence=True)
+    model.set_grad_checkpointing(True)
+    found = one_pass(model, network, classification(), images, draws=2, confidence=True)
+    for mine, theirs in zip(found.drawn, expected.drawn, strict=True):
+        assert_same(mine, dict(theirs))
+        assert all(g.any() for g in mine.values())
+    assert_same(found.confidence, dict(expected.confidence or {}))
+
+
 def test_what_the_output_does_not_depend_on_has_gradient_0(model: Any, network: Network, images: Tensor) -> None:
     model.forward = lambda x: nn.Module.__call__(model.head, model.forward_features(x).mean(1).detach())
     found = one_pass(model, network, classification(), images)

@@ -100,9 +100,10 @@ def _pass(
 
     def keep(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # A leaf is only needed where nothing before it asks for gradients; parameters may be frozen.
-        written[name] = output if output.requires_grad or not backward else output.detach().requires_grad_()
-        read[name] = in_stream(subs[name], args[0].detach(), len(images))
-        return written[name]
+        output = output if output.requires_grad or not backward else output.detach().requires_grad_()
+        if name not in written:  # gradient checkpointing comes here again on the way back
+            written[name], read[name] = output, in_stream(subs[name], args[0].detach(), len(images))
+        return output
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, calls[name] = taken(args, kwargs)
