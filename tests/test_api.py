@@ -243,7 +243,7 @@ def test_progress_counts_up_to_its_total(vit: nn.Module, data: Tensor):
         assert [told.done for told in one] == list(range(one[0].total + 1))
         assert len({(told.step, told.total) for told in one}) == 1
     steps = {told.step for told in heard}
-    assert steps == {"damage curves", "cut and repair", "heal", "admm", "finetune"}
+    assert steps == {"ranking of heads", "damage curves", "cut and repair", "heal", "admm", "finetune"}
 
 
 def test_the_same_seed_gives_the_same_model(vit: nn.Module, data: Tensor, pruned: gohsp.Pruned):

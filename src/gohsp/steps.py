@@ -109,7 +109,7 @@ def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
         advance()
         return fitter.statistics
 
-    with telling(session.progress, "rankings of heads", settings.rankings) as advance:
+    with telling(session.progress, "ranking of heads", settings.rankings) as advance:
         ranking = rank_in_steps(model, network, gather, settings, seed=session.config.seed)
     return Analysis(ranking, {name: tuple(of.tolist()) for name, of in tokens.weights.items()})
 

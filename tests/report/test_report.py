@@ -366,6 +366,9 @@ def test_wrong_value_is_named(path: str, value: Any, names: str) -> None:
 def test_scores_must_cover_the_plans_heads() -> None:
     content = edited(TINY, "ranking/scores/blocks.0.attn", [0.5, 0.5])
     content["ranking"]["transition"]["blocks.0.attn"] = [[0.0, 1.0], [1.0, 0.0]]
+    with pytest.raises(RunError, match=r"left_at\['blocks\.0\.attn'\] is not of 2 heads, as its 2 scores are"):
+        parse(content)
+    content["ranking"]["left_at"]["blocks.0.attn"] = [1, 1]
     with pytest.raises(RunError, match=r"ranking\.scores has 2 heads of 'blocks\.0\.attn', plan\.dense has 3"):
         parse(content)
     with pytest.raises(RunError, match=r"ranking\.scores has 0 heads of 'blocks\.0\.attn', plan\.dense has 3"):
