@@ -825,6 +825,25 @@ def head_steps() -> str | None:
     )
 
 
+def describing() -> str | None:
+    """What looking into a model costs."""
+    if (found := read("describing")) is None:
+        return None
+    rows = [
+        [name, f"{run['describe']:.1f}", f"{run['record']:.1f}", f"{run['alone']:.2f}"]
+        for name, run in found["runs"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## What it costs to look into a model",
+            f"    {found['command']}",
+            "In forward passes of the model: of one image for describing it and for recording how it calls its blocks, "
+            "and of the same images for all blocks run alone.",
+            table(["", "describe", "record", "blocks alone"], rows),
+        ]
+    )
+
+
 def families() -> str | None:
     """How many models enter."""
     if (found := read("families")) is None:
@@ -964,6 +983,7 @@ SECTIONS: tuple[Callable[[], str | None], ...] = (
     uniform,
     layouts,
     head_steps,
+    describing,
     families,
 )
 FIRST_SECTIONS: tuple[Callable[[], str | None], ...] = (
