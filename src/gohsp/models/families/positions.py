@@ -19,7 +19,10 @@ def looked_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def by_window(bias: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """``bias`` for ``count`` windows; in shifted ones ``mask`` ``[windows, queries, keys]`` shuts some keys off."""
+    """``bias`` for ``count`` windows; in shifted ones ``mask`` ``[windows, queries, keys]`` shuts some keys off.
+
+    The count is a tensor's ``shape[0]``: its ``len`` would fix the batch in a compiled or exported model.
+    """
     return bias if mask is None else bias + mask[:, None].repeat(count // len(mask), 1, 1, 1)
 
 
@@ -49,7 +52,7 @@ def cosines(
     bias = 16 * looked_up(table, of.relative_position_index).sigmoid()
     factor = of.logit_scale.clamp(max=math.log(100)).exp() / attn.scale
     mask = given.get("mask", args[0] if args else None)
-    return Attended(F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), by_window(bias, mask, len(q)))
+    return Attended(F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), by_window(bias, mask, q.shape[0]))
 
 
 def along_axes(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], _given: Mapping[str, Any]) -> Attended:

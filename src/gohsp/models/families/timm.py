@@ -43,7 +43,7 @@ def table_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], g
 def windows(attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """A learnt number for each head and distance; in shifted windows only neighbours see each other (Swin)."""
     bias = looked_up(attn.relative_position_bias_table, attn.relative_position_index)
-    return Attended(q, k, by_window(bias, given.get("mask"), len(q)))
+    return Attended(q, k, by_window(bias, given.get("mask"), q.shape[0]))
 
 
 def module_of_positions(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:

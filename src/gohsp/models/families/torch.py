@@ -18,10 +18,10 @@ from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
 def masked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """Masks in PyTorch's words, where True shuts a key off."""
     bias = None
-    for mask, shape in ((given.get("attn_mask"), None), (given.get("key_padding_mask"), (len(q), 1, 1, -1))):
+    for mask, of_images in ((given.get("attn_mask"), False), (given.get("key_padding_mask"), True)):
         if mask is not None:
             mask = torch.where(mask, -torch.inf, 0.0).to(q) if mask.dtype == torch.bool else mask
-            mask = mask if shape is None else mask.view(shape)
+            mask = mask[:, None, None] if of_images else mask
             bias = mask if bias is None else bias + mask
     return Attended(q, k, bias)
 

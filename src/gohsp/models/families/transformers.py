@@ -29,7 +29,7 @@ def rotary(_attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappi
 def windows(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
     """A learnt number for each head and distance; in shifted windows only neighbours see each other (Swin)."""
     mask = given.get("attention_mask", args[0] if args else None)
-    return Attended(q, k, by_window(attn.relative_position_bias(), mask, len(q)))
+    return Attended(q, k, by_window(attn.relative_position_bias(), mask, q.shape[0]))
 
 
 def _attention(readout: str, scale: str, heads: str, *, native: bool = True, **more: Any) -> AttentionLayout:
