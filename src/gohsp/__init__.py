@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gohsp.core.ranking import HeadRanking
     from gohsp.data.sources import DataSource
     from gohsp.errors import GohspError
+    from gohsp.exporting import Exported, export
     from gohsp.models import Compaction, compact, describe, families, save_plain
     from gohsp.opening import open_model
     from gohsp.runs import RunResult, run
@@ -53,6 +54,7 @@ _HOMES = {
     "core.ranking": ("HeadRanking",),
     "data.sources": ("DataSource",),
     "errors": ("GohspError",),
+    "exporting": ("Exported", "export"),
     "models": ("Compaction", "compact", "describe", "families", "save_plain"),
     "opening": ("open_model",),
     "runs": ("RunResult", "run"),
@@ -82,6 +84,7 @@ __all__ = [
     "CutModel",
     "DamageCurve",
     "DataSource",
+    "Exported",
     "FfnKept",
     "FfnWidths",
     "GohspError",
@@ -101,6 +104,7 @@ __all__ = [
     "count_params",
     "cut",
     "describe",
+    "export",
     "families",
     "features",
     "finetune",

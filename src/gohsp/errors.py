@@ -53,6 +53,10 @@ class EqualityError(GohspError):
     """The compacted model does not compute what the masked dense model computes."""
 
 
+class ExportError(GohspError):
+    """A model that a target cannot hold, or an exported file that computes something else."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint naming the valid entry closest to ``name``, or all of them when none is close.
 

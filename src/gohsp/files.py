@@ -6,8 +6,9 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,33 @@ def _temporary(path: Path) -> Iterator[Path]:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder, whose files take their places in ``folder`` when the context ends well.
+
+    Args:
+        folder: Where they go; made if missing.
+        names: All that may be there. The last is removed before and put in place after all others, so that they are
+            whole where it stands; what stood under a name that is not written this time goes.
+
+    Raises:
+        StorageError: They cannot be written.
+    """
+    with ExitStack() as stack:
+        with storing(folder / names[0]):
+            folder.mkdir(parents=True, exist_ok=True)
+            made = tempfile.TemporaryDirectory(prefix=f".{names[0]}.", dir=folder)
+            temporary = Path(stack.enter_context(made))
+        yield temporary
+        with storing(folder / names[0]):
+            (folder / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                if (temporary / name).exists():
+                    _rename(temporary / name, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
 
 
 def _rename(temporary: Path, path: Path) -> None:
