@@ -1,4 +1,4 @@
-"""The command line: ``gohsp demo | rank | prune | evaluate | report``. Each verb is a dataclass."""
+"""The command line: ``gohsp demo | rank | prune | evaluate | export | report``. Each verb is a dataclass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gohsp import config as configs
-from gohsp import console, data, files, models, opening, report, runs
+from gohsp import console, data, exporting, files, models, opening, report, runs
 from gohsp.api import rank
 from gohsp.config import Config
 from gohsp.core.ranking import RankingSettings
@@ -34,7 +34,7 @@ from gohsp.evaluation import evaluate
 from gohsp.report import Report as RunReport
 from gohsp.runs import folder as folders
 from gohsp.runtime import Precision, pick_device, require_one_process, resolve_precision, telling
-from gohsp.settings import SEED, WORKERS, require, whole
+from gohsp.settings import POSITIVE, SEED, WORKERS, require, whole
 from gohsp.structure import SublayerWidths, widths_from_json
 
 Positional = tyro.conf.Positional
@@ -263,6 +263,39 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as a file for another runtime, checked to compute the same, and a JSON that says what it is."""
+
+    model: Positional[str]
+    """A folder of gohsp, transformers or timm, a timm name, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """The file: one that ends in .onnx, .pt2 (torch) or .xml (openvino)."""
+    to: exporting.Target = "onnx"
+    """ONNX, a program of torch.export, or OpenVINO's intermediate representation."""
+    tolerance: float | None = None
+    """Largest difference of the file's output over the output's scale; by default that of the weights' type."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+    source: Flat[ModelOptions] = field(default_factory=ModelOptions)
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            require("--tolerance", self.tolerance, POSITIVE)
+
+    def __call__(self, _command: Sequence[str]) -> None:
+        """Export."""
+        exporting.require_target(self.out, self.to, overwrite=self.overwrite)
+        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        with console.notes.status("exporting"):
+            done = exporting.export(model, self.out, self.to, tolerance=self.tolerance, overwrite=self.overwrite)
+        for port in (done.input, done.output):
+            _say(f"{port.name}: {port.dtype} [{', '.join(map(str, port.shape))}]")
+        check = done.check
+        _say(f"differs from the model by at most {check.relative:.1e} of the output's scale ({check.runtime})")
+        _say(f"wrote {done.path} and {done.path}.json")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write a run's report.html again from its report.json, and print the summary."""
 
@@ -311,7 +344,14 @@ def read_plan(path: Path) -> dict[str, SublayerWidths]:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
-VERBS: dict[str, Any] = {"demo": Demo, "rank": Rank, "prune": Prune, "evaluate": Evaluate, "report": Report}
+VERBS: dict[str, Any] = {
+    "demo": Demo,
+    "rank": Rank,
+    "prune": Prune,
+    "evaluate": Evaluate,
+    "export": Export,
+    "report": Report,
+}
 
 
 def _verbs(config: Config) -> Any:

@@ -164,7 +164,9 @@ def export(
         converted = _converted(target, traced.trace(reference, probe), to)
         with files.storing(path):
             target.save(converted, folder / path.name)
-        check = _checked(reference, folder / path.name, target, [_noise(count, size, dtype) for count in BATCHES], allowed)
+        check = _checked(
+            reference, folder / path.name, target, [_noise(count, size, dtype) for count in BATCHES], allowed
+        )
         exported = Exported(
             path=path,
             target=to,
@@ -196,7 +198,12 @@ def require_target(path: str | Path, to: str, *, overwrite: bool) -> ModuleType:
         raise ConfigError(f"to={to!r} is no target; {nearest(str(to), get_args(Target))}")
     path, target = Path(path), TARGETS[to]
     if path.suffix != target.SUFFIX or path.is_dir():
-        raise StorageError(f"'{path}' cannot be the file of an export to {to}; name one that ends in {target.SUFFIX}")
+        other = next(
+            (f", or export to {name}" for name, of in TARGETS.items() if of.SUFFIX == path.suffix != target.SUFFIX), ""
+        )
+        raise StorageError(
+            f"'{path}' cannot be the file of an export to {to}; name one that ends in {target.SUFFIX}{other}"
+        )
     missing = [name for name in target.NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"an export to {to} needs {', '.join(missing)}: pip install 'gohsp[{to}]'")

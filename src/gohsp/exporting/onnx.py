@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,27 @@ RUNTIME = "ONNX Runtime on the CPU"
 
 def converted(program: ExportedProgram) -> Any:
     """The program in ONNX's operators."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every operator that it does not fold
-    return torch.onnx.export(
-        program,
-        dynamo=True,
-        verbose=False,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes={INPUT: {0: "batch"}},
-    )
+    with _quiet():
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: "batch"}},
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hear no warnings of onnxscript, which warns of every operator that it leaves as it is."""
+    logger = logging.getLogger("onnxscript")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def how(model: Any) -> str:

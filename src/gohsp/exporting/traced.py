@@ -17,6 +17,9 @@ from gohsp.errors import ExportError, UnsupportedModelError
 INPUT, OUTPUT = "images", "output"
 """What a program's input and output are called, in every target."""
 
+MOST = 300
+"""Characters that are shown of another library's error; a tracer's goes on for pages."""
+
 
 class Counted(nn.Module):
     """A model that returns what counts of its output, and nothing else."""
@@ -67,7 +70,7 @@ def taken(model: Counted, images: Tensor) -> Taken:
         ) from error
     value = model.output(returned)
     if not isinstance(value, Tensor) or value.shape[:1] != images.shape[:1]:
-        what = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        what = list(value.shape) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
         raise UnsupportedModelError(
             f"what counts of the output is {what} for {len(images)} images; it must be one tensor with one entry an "
             "image first: give output=, a function of what the model returns"
@@ -109,5 +112,6 @@ def trace(model: Counted, images: Tensor) -> ExportedProgram:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of another library's error."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    """The beginning of what another library's error says."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= MOST else f"{text[:MOST]} ...").rstrip(".")
