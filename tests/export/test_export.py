@@ -128,10 +128,10 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.map, self.noise = nn.Conv2d(3, 2, 1), 0.0
+        self.map, self.dropout, self.noise = nn.Conv2d(3, 2, 1), nn.Dropout(0.5), 0.0
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        image = self.map(images)
+        image = self.dropout(self.map(images))
         return image.mean((2, 3)), image + self.noise * torch.rand_like(image)
 
 

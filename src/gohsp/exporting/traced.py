@@ -114,4 +114,4 @@ def trace(model: Counted, images: Tensor) -> ExportedProgram:
 def one_line(error: Exception) -> str:
     """The beginning of what another library's error says."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= MOST else f"{text[:MOST]} ...").rstrip(".")
+    return text.rstrip(".") if len(text) <= MOST else f"{text[:MOST]}..."
