@@ -4,7 +4,8 @@ Data flows one way: a module becomes a program of ``torch.export``, a target mak
 the file is read back and run beside the module. A target is a module of this package, which says
 
 - ``SUFFIX`` of its file, ``BESIDE``: suffixes of what may lie beside that, ``NEEDS``: packages of its extra;
-- ``TYPES`` of weights that its runtime computes with, and that ``RUNTIME`` in words;
+- ``TYPES`` of weights that its runtime computes with, that ``RUNTIME`` in words, and whether attention is one operator
+  there (``FUSED``);
 - ``converted``, ``how``, ``save`` and ``opened``: from the program to the file, and back to a function of images.
 """
 
@@ -161,7 +162,7 @@ def export(
         size = models.input_size(model) if images is None else tuple(images.shape[-3:])
         probe = _noise(2, size, dtype)
         taken = traced.taken(reference, probe)
-        converted = _converted(target, traced.trace(reference, probe), to)
+        converted = _converted(target, traced.trace(reference, probe, fused=target.FUSED), to)
         with files.storing(path):
             target.save(converted, folder / path.name)
         check = _checked(

@@ -16,6 +16,7 @@ from gohsp.exporting.traced import INPUT, OUTPUT
 
 SUFFIX, BESIDE, NEEDS = ".onnx", (".onnx.data",), ("onnx", "onnxscript", "onnxruntime")
 TYPES = (torch.float32, torch.float16)  # ONNX Runtime has no bfloat16 convolution on a CPU
+FUSED = False  # its exporter takes attention apart
 RUNTIME = "ONNX Runtime on the CPU"
 
 

@@ -14,6 +14,7 @@ from gohsp.exporting.traced import INPUT, OUTPUT
 
 SUFFIX, BESIDE, NEEDS = ".xml", (".bin",), ("openvino",)
 TYPES = (torch.float32, torch.float16)  # its arrays are NumPy's, which has no bfloat16
+FUSED = True
 RUNTIME = "OpenVINO on the CPU, computing in float32"
 
 

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 SUFFIX, BESIDE, NEEDS = ".pt2", (), ()
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FUSED = True
 RUNTIME = "PyTorch on the CPU"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from gohsp import models
 from gohsp.core.capture import require_finite
 from gohsp.errors import ExportError, UnsupportedModelError
 
@@ -88,18 +89,21 @@ def _part(returned: Any, value: Tensor) -> str:
     return next((str(name) for name, part in named.items() if part is value), "a function of it")
 
 
-def trace(model: Counted, images: Tensor) -> ExportedProgram:
+def trace(model: Counted, images: Tensor, *, fused: bool) -> ExportedProgram:
     """The program of a model for any number of images of this size.
 
     Args:
         model: The model.
         images: Two or more: PyTorch takes a single one for a constant.
+        fused: Whether attention stays one operator. It wants one width of queries, keys and values, to which the
+            narrower are padded; taken apart again by a converter, that padding is work for nothing.
 
     Raises:
         ExportError: ``torch.export`` cannot follow the model, or only at this number of images.
     """
     try:
-        program = torch.export.export(model, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
+        with models.plain_attention(*([] if fused else [model])):
+            program = torch.export.export(model, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
     except Exception as error:  # whatever PyTorch's tracer and the code that it follows raise
         raise ExportError(
             f"torch.export cannot follow this {type(model.model).__name__} for any number of images: {one_line(error)}"

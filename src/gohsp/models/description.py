@@ -297,13 +297,20 @@ def resized(model: nn.Module, widths: Widths) -> nn.Module:
 
 @contextmanager
 def plain_attention(*models: nn.Module) -> Iterator[None]:
-    """Plain matrix products in place of PyTorch's fused attention kernel in known blocks, while the context is open."""
-    with ExitStack() as after:
-        for model in models:
-            for block, family in _known_blocks(model).values():
-                before = families.set_fused_attention(family, block, False)
-                after.callback(families.set_fused_attention, family, block, before)
+    """Plain matrix products in place of PyTorch's fused attention kernel, while the context is open.
+
+    It is so for timm's attentions and ours, which have a switch (``fused_attn``).
+    """
+    fused: list[Any] = [
+        module for model in models for module in model.modules() if getattr(module, "fused_attn", False)
+    ]
+    for module in fused:
+        module.fused_attn = False
+    try:
         yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:

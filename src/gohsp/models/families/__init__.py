@@ -22,7 +22,6 @@ from gohsp.models.families.layout import (
     describe,
     opened,
     resize,
-    set_fused_attention,
 )
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "opened",
     "register",
     "resize",
-    "set_fused_attention",
 ]
 
 _known = timm.KNOWN | transformers.KNOWN | torch.KNOWN | facebook.KNOWN

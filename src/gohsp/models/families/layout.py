@@ -554,12 +554,3 @@ def opened(family: Family, block: nn.Module) -> None:
     new = PrunedAttention(old, layout, attention_widths(branch.module, layout, old))
     new.load_state_dict(old.state_dict(), strict=True)
     _set(block, branch.module, new)
-
-
-def set_fused_attention(family: Family, block: nn.Module, fused: bool) -> bool:
-    """Choose between PyTorch's fused attention kernel and plain matrix products; returns what was chosen before."""
-    attn = block.get_submodule(family.layout.attention.module or "")
-    before = getattr(attn, "fused_attn", fused)
-    if hasattr(attn, "fused_attn"):
-        attn.fused_attn = fused  # type: ignore[assignment]
-    return before
