@@ -95,7 +95,12 @@ CASES = (
         UnsupportedModelError,
         "cannot compute images of [2, 1, 8, 8]",
     ),
-    Refusal("an output without a tensor", returning(lambda _: {"boxes": []}), UnsupportedModelError, "no tensor is"),
+    Refusal(
+        "an output without a tensor",
+        returning(lambda _: {"boxes": []}),
+        UnsupportedModelError,
+        "give output=, a function that",
+    ),
     Refusal("an output that is no tensor", exported(Module(), output=len), UnsupportedModelError, "of type int"),
     Refusal("an output that mixes images", returning(Tensor.mean), UnsupportedModelError, "one entry an image first"),
     Refusal("a forward that fixes the batch", returning(lambda x: x.view(len(x), -1)), ExportError, "x.shape[0]"),

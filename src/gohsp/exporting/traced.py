@@ -69,7 +69,13 @@ def taken(model: Counted, images: Tensor) -> Taken:
             f"the model cannot compute images of {list(images.shape)}: {one_line(error)}; give images= of the size "
             "that it takes, and of a model that takes more than images the part that does not"
         ) from error
-    value = model.output(returned)
+    try:
+        value = model.output(returned)
+    except UnsupportedModelError as error:  # of tensor_in, which speaks of objectives
+        raise UnsupportedModelError(
+            f"the model returns a {type(returned).__name__}, in which no tensor is found; give output=, a function that "
+            "takes it to one: output=lambda returned: returned['...']"
+        ) from error
     if not isinstance(value, Tensor) or value.shape[:1] != images.shape[:1]:
         what = list(value.shape) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
         raise UnsupportedModelError(
