@@ -73,8 +73,8 @@ def taken(model: Counted, images: Tensor) -> Taken:
         value = model.output(returned)
     except UnsupportedModelError as error:  # of tensor_in, which speaks of objectives
         raise UnsupportedModelError(
-            f"the model returns a {type(returned).__name__}, in which no tensor is found; give output=, a function that "
-            "takes it to one: output=lambda returned: returned['...']"
+            f"the model returns a {type(returned).__name__}, in which no tensor is found; give output=, a function "
+            "that takes it to one: output=lambda returned: returned['...']"
         ) from error
     if not isinstance(value, Tensor) or value.shape[:1] != images.shape[:1]:
         what = list(value.shape) if isinstance(value, Tensor) else f"of type {type(value).__name__}"
