@@ -452,13 +452,17 @@ def test_a_module_that_gets_no_weights_is_left_as_it_was(own: tuple[nn.Module, P
 def test_a_hub_id_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
         return str(folder)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    files = {"allow_patterns": ["config.json", "model.safetensors", "preprocessor_config.json"]}
     assert gohsp.load("someone/small-vit").num_classes == 3
-    assert asked == [("someone/small-vit", ["config.json", "model.safetensors", "preprocessor_config.json"])]
+    assert asked.pop() == ("someone/small-vit", {**files, "revision": None, "token": None})
+    chosen = {"revision": "v1", "token": "hf_secret"}
+    gohsp.apply(gohsp.load(folder), "someone/small-vit", **chosen)
+    assert asked.pop() == ("someone/small-vit", {**files, **chosen})
 
 
 def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPatch):

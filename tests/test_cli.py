@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import gohsp
 from gohsp import cli, config, report
 from gohsp.config import Config
-from gohsp.errors import GohspError
+from gohsp.errors import CheckpointError, GohspError
 from gohsp.structure import AttentionWidths, FfnWidths
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -183,6 +184,24 @@ def test_report_renders_again(run: Path, capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "params=-30%" in printed
     assert "report.html" in printed
+
+
+# The hub
+
+
+def test_the_card_of_a_run_tells_what_was_before_and_the_report_of_another_model_is_refused(
+    run: Path, model: str, tmp_path: Path
+):
+    card = gohsp.model_card(run, "me/small")
+    content = report.read(run)
+    assert (
+        f"| parameters | {report.quantity(content.dense.params)} | {report.quantity(content.pruned.params)} (" in card
+    )
+    assert "| blocks.0.mlp | units 128 | units " in card
+    shutil.copytree(run, tmp_path / "run")
+    gohsp.save(gohsp.load(model), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"report\.json' is the report of a model with other widths"):
+        gohsp.model_card(tmp_path / "run", "me/small")
 
 
 # Failing

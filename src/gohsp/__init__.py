@@ -1,8 +1,8 @@
 """gohsp makes trained Vision Transformers smaller and faster by structured pruning.
 
-The public names, each imported when it is first used. Public, too, are the modules ``gohsp.config``, ``data``,
-``evaluation``, ``latency``, ``report``, ``runs`` and ``structure``; everything else is an implementation detail. Three
-lines prune a model in memory::
+The public names, each imported when it is first used. Public, too, are the modules ``gohsp.benchmark``, ``config``,
+``data``, ``evaluation``, ``latency``, ``report``, ``runs`` and ``structure``; everything else is an implementation
+detail. Three lines prune a model in memory::
 
     result = gohsp.prune(model, images, "params=-40%")
     gohsp.save(result.model, "small")
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gohsp.api import CutModel, Pruned, allocate, cut, finetune, heal, measure_curves, prune, rank
+    from gohsp.benchmark import Benchmark, bench
     from gohsp.checkpoint import apply, load, save
     from gohsp.config import Config
     from gohsp.core import admm
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gohsp.data.sources import DataSource
     from gohsp.errors import GohspError
     from gohsp.exporting import Exported, export
+    from gohsp.hub import model_card, push_to_hub
     from gohsp.models import Compaction, compact, describe, families, save_plain
     from gohsp.opening import open_model
     from gohsp.runs import RunResult, run
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ("CutModel", "Pruned", "allocate", "cut", "finetune", "heal", "measure_curves", "prune", "rank"),
+    "benchmark": ("Benchmark", "bench"),
     "checkpoint": ("apply", "load", "save"),
     "config": ("Config",),
     "core": ("admm",),
@@ -55,6 +58,7 @@ _HOMES = {
     "data.sources": ("DataSource",),
     "errors": ("GohspError",),
     "exporting": ("Exported", "export"),
+    "hub": ("model_card", "push_to_hub"),
     "models": ("Compaction", "compact", "describe", "families", "save_plain"),
     "opening": ("open_model",),
     "runs": ("RunResult", "run"),
@@ -79,6 +83,7 @@ __all__ = [
     "AdmmSettings",
     "AttentionKept",
     "AttentionWidths",
+    "Benchmark",
     "Compaction",
     "Config",
     "CutModel",
@@ -97,6 +102,7 @@ __all__ = [
     "admm",
     "allocate",
     "apply",
+    "bench",
     "classification",
     "collect_moments",
     "compact",
@@ -111,8 +117,10 @@ __all__ = [
     "heal",
     "load",
     "measure_curves",
+    "model_card",
     "open_model",
     "prune",
+    "push_to_hub",
     "rank",
     "run",
     "save",

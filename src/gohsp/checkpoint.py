@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -53,6 +52,11 @@ COUNTING = ("I64", "I32", "BOOL")
 """Further types in a module of the user's own: BatchNorm counts batches."""
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+FILES = [CONFIG, WEIGHTS, PROCESSOR]
+"""A model folder; the last is there for models of transformers alone."""
+
+Token = str | bool | None
+"""Of the Hugging Face hub, as its client takes it."""
 
 
 class _Level(BaseModel):
@@ -320,7 +324,12 @@ def _shown(value: Any) -> str:
 
 
 def load(
-    folder_or_hub_id: str | Path, *, into: nn.Module | None = None, device: str | torch.device | None = None
+    folder_or_hub_id: str | Path,
+    *,
+    into: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    token: Token = None,
 ) -> nn.Module:
     """Load a model that gohsp wrote: one line, strict, without unpickling anything.
 
@@ -332,17 +341,21 @@ def load(
         into: A dense module of the code that the pruned one was made of. It is cut to the folder's widths and gets its
             weights, in place, once all has been checked. A model of timm's needs none.
         device: Where to put the model; None is the CPU, or where ``into`` is.
+        revision: Branch, tag or hash of a commit of the hub's repository; None is its main branch.
+        token: For a private repository of the hub; None is that of ``hf auth login`` or ``HF_TOKEN``, if any, and False
+            none at all.
 
     Returns:
         The model in evaluation mode. Its attention modules are the library's own wherever widths allow.
 
     Raises:
-        CheckpointError: No such folder or repository; a damaged, truncated or newer folder; config and tensors
-            that disagree (the first mismatches are listed); a folder that takes ``into`` without it.
+        CheckpointError: No such folder, repository or revision; a revision of a local folder; a damaged, truncated or
+            newer folder; config and tensors that disagree (the first mismatches are listed); a folder that takes
+            ``into`` without it.
         NonFiniteError: A weight is NaN or infinite.
         UnsupportedModelError: ``into`` cannot be described.
     """
-    folder = _local_folder(folder_or_hub_id)
+    folder = _local_folder(folder_or_hub_id, revision, token)
     config, weights = read_config(folder), folder / WEIGHTS
     widths = _widths_in(config, folder / CONFIG)
     own = config.library is None or into is not None
@@ -367,9 +380,25 @@ def load(
     return model.eval()
 
 
-def apply(model: nn.Module, folder_or_hub_id: str | Path) -> nn.Module:
+def apply(
+    model: nn.Module, folder_or_hub_id: str | Path, *, revision: str | None = None, token: Token = None
+) -> nn.Module:
     """A copy of a dense module of the user's own, cut and with the weights that a folder holds; see :func:`load`."""
-    return load(folder_or_hub_id, into=copy.deepcopy(model))
+    return load(folder_or_hub_id, into=copy.deepcopy(model), revision=revision, token=token)
+
+
+def outline(folder: Path) -> nn.Module | None:
+    """A folder's model without its weights, on the meta device; None of a module of the user's own.
+
+    Raises:
+        CheckpointError: What :func:`read_config` refuses, or widths that do not fit the architecture.
+    """
+    config = read_config(folder)
+    if config.library is None:
+        return None
+    model = _resized(config, _widths_in(config, folder / CONFIG), folder)
+    _restore_labels(model, config, folder)
+    return model
 
 
 def _widths_in(config: ModelConfig, path: Path) -> dict[str, SublayerWidths]:
@@ -389,6 +418,10 @@ def _made(
             "gohsp.load(folder, into=module)"
         )
     _require_blocks(config, header, folder / WEIGHTS)
+    return _resized(config, widths, folder)
+
+
+def _resized(config: ModelConfig, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
     try:
         model = models.build(config.specification)
         _require_sublayers(models.describe(model), widths)
@@ -455,15 +488,18 @@ def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weigh
         )
 
 
-def _local_folder(folder_or_hub_id: str | Path) -> Path:
+def _local_folder(folder_or_hub_id: str | Path, revision: str | None, token: Token) -> Path:
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"'{folder}' is a local folder, which has no revision {revision!r}; leave it out")
         return folder
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=[CONFIG, WEIGHTS, PROCESSOR]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=FILES))
+    except Exception as error:  # errors of the hub's client and its HTTP library have no base class in common
+        at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"'{folder_or_hub_id}' is neither a local folder nor a hub repository that can be reached: {error}"
+            f"'{folder_or_hub_id}' is neither a local folder nor a hub repository that can be reached{at}: {error}"
         ) from error
 
 

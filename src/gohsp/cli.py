@@ -1,4 +1,4 @@
-"""The command line: ``gohsp demo | rank | prune | evaluate | export | report``. Each verb is a dataclass."""
+"""The command line: ``gohsp demo | rank | prune | evaluate | bench | export | report``. Each verb is a dataclass."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from typing import Annotated, Any, TypeVar, Union
 import tyro
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from torch import nn
 
 from gohsp import config as configs
 from gohsp import console, data, exporting, files, models, opening, report, runs
 from gohsp.api import rank
-from gohsp.config import Config
+from gohsp.benchmark import Benchmark, Spread, bench
+from gohsp.config import Config, Dtype
 from gohsp.core.ranking import RankingSettings
 from gohsp.errors import GohspError, PlanError, StorageError
 from gohsp.evaluation import evaluate
 from gohsp.report import Report as RunReport
 from gohsp.runs import folder as folders
-from gohsp.runtime import Precision, pick_device, require_one_process, resolve_precision, telling
+from gohsp.runtime import Device, Precision, pick_device, require_one_process, resolve_precision, telling
 from gohsp.settings import POSITIVE, SEED, WORKERS, require, whole
 from gohsp.structure import SublayerWidths, widths_from_json
 
@@ -296,6 +298,93 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure models side by side: time, throughput and memory, in turns; the first is what others are compared with.
+
+    Weights of a name are drawn, since time does not depend on them; those of OWNER/NAME are fetched from the hub.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Folders of gohsp, transformers or timm, timm names, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Images a batch: 1 for latency, more for throughput."""
+    dtype: Dtype = "float32"
+    """Data type of weights and images."""
+    device: Device = "auto"
+    """The accelerator that is there or the CPU, or one of them."""
+    compile: bool = False
+    """Time what torch.compile makes of the models."""
+    rounds: int = 21
+    """How often each model is timed; the median counts."""
+    json: bool = False
+    """Print one line of JSON and nothing else."""
+
+    def __call__(self, _command: Sequence[str]) -> None:
+        """Bench."""
+        found = bench(
+            dict(_opened(self.models)),
+            batch_sizes=self.batch_sizes,
+            dtype=self.dtype,
+            device=self.device,
+            compile=self.compile,
+            rounds=self.rounds,
+        )
+        if self.json:
+            _say(json.dumps(dataclasses.asdict(found)))
+        else:
+            show_benchmark(found)
+
+
+def _opened(names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Models to time; one that is given twice, to see the noise, is numbered."""
+    for place, name in enumerate(names, 1):
+        turn = names[:place].count(name)
+        model = opening.open_model(name, pretrained=opening.is_on_hub(name))
+        yield f"{name} ({turn})" if turn > 1 else name, model
+
+
+def show_benchmark(found: Benchmark) -> None:
+    """Print what the models cost, and a table with a row for each of them at each batch size."""
+    first = found.models[0]
+    costs = Table("model", "parameters", "MACs", title=f"images of {' x '.join(map(str, found.image))}")
+    times = Table(
+        "batch",
+        Column("model", overflow="fold"),
+        *(Column(name, no_wrap=True) for name in ("ms a batch", "images/s", "times as fast", "memory")),
+        title=f"{found.dtype}{', compiled' if found.compiled else ''}, on {found.device}",
+        caption=f"median and ± half the interquartile range of {found.rounds} rounds; {found.threads} threads",
+    )
+    for model in found.models:
+        of_first = (None, None) if model is first else (first.params, first.macs)
+        costs.add_row(escape(model.name), *map(_counted, (model.params, model.macs), of_first))
+    for timings in zip(*(model.timings for model in found.models), strict=True):
+        times.add_section()
+        for model, timing in zip(found.models, timings, strict=True):
+            times.add_row(
+                str(timing.batch_size),
+                escape(model.name),
+                _spread(timing.milliseconds),
+                f"{timing.images_per_second:,.1f}",
+                "1" if model is first else _spread(timing.speedup),
+                "–" if timing.memory is None else f"{timing.memory / 2**20:,.0f} MiB",
+            )
+    console.results.print(costs)
+    console.results.print(times)
+
+
+def _counted(count: int | None, first: int | None) -> str:
+    """A count, and its change from the first model's, where both are known."""
+    if count is None:
+        return "–"
+    return report.quantity(count) + (f" ({report.signed(report.relative(count, first), 1, ' %')})" if first else "")
+
+
+def _spread(of: Spread) -> str:
+    digits = 0 if of.median >= 100 else 1 if of.median >= 10 else 2
+    return f"{of.median:.{digits}f} ± {(of.high - of.low) / 2:.{digits}f}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write a run's report.html again from its report.json, and print the summary."""
 
@@ -349,6 +438,7 @@ VERBS: dict[str, Any] = {
     "rank": Rank,
     "prune": Prune,
     "evaluate": Evaluate,
+    "bench": Bench,
     "export": Export,
     "report": Report,
 }

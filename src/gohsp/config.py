@@ -20,6 +20,11 @@ from gohsp.settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WORKERS, Range, 
 T = TypeVar("T")
 Method = Literal["oneshot", "finetune", "gohsp"]
 METHODS: tuple[Method, ...] = ("oneshot", "finetune", "gohsp")
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Data types that models are timed in."""
+
+BATCH_SIZE, ROUNDS = whole(1, 2**16), whole(1, 10_000)
+"""Of what is timed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +84,11 @@ class LatencySettings:
     """
 
     batch_size: int = 1
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     rounds: int = 21
 
     def __post_init__(self) -> None:
-        require_settings(self, "latency", batch_size=whole(1, 2**16), rounds=whole(1, 10_000))
+        require_settings(self, "latency", batch_size=BATCH_SIZE, rounds=ROUNDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,23 +38,35 @@ _GRID = {"head": 4, "qk": 5, "vo": 5, "ffn": 8}
 
 
 def interleaved(contestants: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
-    """Median time of each contestant in milliseconds; they take turns, so that drift of the machine hits all alike.
+    """Median time of each contestant in milliseconds; see :func:`turns`."""
+    return [statistics.median(mine) for mine in turns(contestants, device, rounds)]
+
+
+def turns(contestants: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[list[float]]:
+    """Times of each contestant in milliseconds; they take turns, so that drift of the machine hits all alike.
+
+    The order is drawn anew in every round: what ran before leaves its data in the caches, which alone makes a few
+    percent.
 
     Args:
         contestants: What to time; each is called twice to warm up.
         device: The device that they work on; it is waited for.
         rounds: Turns.
+
+    Returns:
+        Times ``[contestants][rounds]``.
     """
     times: list[list[float]] = [[] for _ in contestants]
+    order = random.Random(0)
     for turn in range(rounds + 2):
-        for mine, call in zip(times, contestants, strict=True):
+        for place in order.sample(range(len(contestants)), len(contestants)):
             _wait(device)
             began = time.perf_counter()
-            call()
+            contestants[place]()
             _wait(device)
             if turn >= 2:
-                mine.append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(mine) for mine in times]
+                times[place].append(1e3 * (time.perf_counter() - began))
+    return times
 
 
 def _wait(device: torch.device) -> None:
@@ -73,12 +86,13 @@ def compare(networks: Sequence[nn.Module], images: Tensor, settings: LatencySett
         settings: Batch, data type, rounds.
     """
     device = next(networks[0].parameters()).device
-    batch = _batch(images, device, settings)
+    batch = batch_of(images, device, settings)
     timed = [copy.deepcopy(n).eval().to(_dtype(settings)) for n in networks]
     return interleaved([lambda n=n: n(batch) for n in timed], device, settings.rounds)
 
 
-def _batch(images: Tensor, device: torch.device, settings: LatencySettings) -> Tensor:
+def batch_of(images: Tensor, device: torch.device, settings: LatencySettings) -> Tensor:
+    """Images ``[B, C, H, W]``, at least one, repeated to the batch size, of the data type that is timed."""
     repeats = -(-settings.batch_size // len(images))
     batch = images.repeat(repeats, 1, 1, 1)[: settings.batch_size]
     return batch.to(device, _dtype(settings))
@@ -212,7 +226,7 @@ def _block_times(
 ) -> list[float]:
     """Times of the sub-layers' blocks with nothing in them but one sub-layer of each of these widths."""
     device = device_of(trunk.model)
-    batch = _batch(images, device, replace(settings, dtype="float32"))
+    batch = batch_of(images, device, replace(settings, dtype="float32"))
     blocks = list(network.blocks)
     contestants = []
     for index, trial in _resized_blocks(trunk, network, subs, trials):

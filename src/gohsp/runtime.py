@@ -14,10 +14,11 @@ from torch import nn
 
 from gohsp import models
 from gohsp.core.capture import device_of
-from gohsp.errors import RunError
+from gohsp.errors import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 
+Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data types that mixed precision computes in."""
@@ -59,11 +60,18 @@ def telling(progress: ProgressCallback, step: str, total: int) -> Iterator[Calla
     yield advance
 
 
-def pick_device(device: Literal["auto", "cpu"]) -> torch.device:
+def pick_device(device: Device) -> torch.device:
     """The accelerator that is there, or the CPU.
 
     Apple's (MPS) is left alone with a warning, since it cannot compute in float64, which moments and solves need.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for where there is none.
     """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device 'cuda' is not there, or this PyTorch cannot use it; give 'auto' or 'cpu'")
+        return torch.device("cuda")
     found = torch.accelerator.current_accelerator(check_available=True)
     if device == "cpu" or found is None:
         return torch.device("cpu")

@@ -33,6 +33,11 @@ def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a name is that of a repository on the hub, which is opened with its weights or not at all."""
+    return not _is_folder(name) and (_is_hub_id(name) or name.lower().startswith(timm.HUB))
+
+
 def open_model(
     name: str | os.PathLike[str],
     *,

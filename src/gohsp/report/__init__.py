@@ -35,9 +35,10 @@ from gohsp.report.schema import (
     TraceStep,
     parse,
 )
-from gohsp.report.summary import HEADERS, SummaryRow, summary_table
+from gohsp.report.summary import HEADERS, SummaryRow, quantity, relative, signed, summary_table
 
 __all__ = [
+    "FILE",
     "HEADERS",
     "SCHEMA_VERSION",
     "Admm",
@@ -59,10 +60,16 @@ __all__ = [
     "SummaryRow",
     "TraceStep",
     "parse",
+    "quantity",
     "read",
+    "relative",
+    "signed",
     "summary_table",
     "write",
 ]
+
+
+FILE = "report.json"
 
 
 def write(report: Report, folder: Path) -> None:
@@ -80,7 +87,7 @@ def write(report: Report, folder: Path) -> None:
     files.write_atomic(folder / "report.html", render_html(report))
     content = report.model_dump(mode="json")
     content["digest"] = _digest(content)
-    files.write_atomic(folder / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write_atomic(folder / FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read(folder: Path) -> Report:
@@ -95,7 +102,7 @@ def read(folder: Path) -> Report:
     Raises:
         RunError: There is no report, it cannot be read, is damaged, of another version, or does not follow the schema.
     """
-    path = folder / "report.json"
+    path = folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,0 +1,69 @@
+"""Models that cannot be measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+
+import gohsp
+from gohsp.errors import ConfigError, GohspError, UnsupportedModelError
+from refusals import Refusal
+
+TITLE = "Benchmarks"
+
+TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 1, "num_heads": 4, "num_classes": 5}
+
+
+def tiny(**arguments: Any) -> Any:
+    return timm.create_model("vit_tiny_patch16_224", **{**TINY, **arguments})
+
+
+def benched(small: Any = None, **options: Any) -> Callable[[Path], object]:
+    return lambda _: gohsp.bench({"dense": tiny(), "small": tiny() if small is None else small}, **options)
+
+
+def without_gpu(folder: Path) -> None:
+    with patch("torch.cuda.is_available", lambda: False):
+        benched(device="cuda")(folder)
+
+
+def uncompilable(folder: Path) -> None:
+    def fail(model: Any, **_: Any) -> Any:
+        def call(_images: torch.Tensor) -> object:
+            raise NotImplementedError("no C++ compiler")
+
+        return call
+
+    with patch("torch.compile", fail):
+        benched(compile=True)(folder)
+
+
+def refusal(given: str, act: Callable[[Path], object], error: type[GohspError], says: str) -> Refusal:
+    return Refusal(f"{given}, to be measured", act, error, says)
+
+
+CASES = (
+    refusal("no model", lambda _: gohsp.bench({}), ConfigError, "at least one model"),
+    refusal("models for images of different sizes", benched(tiny(img_size=16)), UnsupportedModelError,
+            "'dense' [1, 8, 8], 'small' [1, 16, 16]"),
+    refusal("models for images of different channels", benched(tiny(in_chans=3)), UnsupportedModelError, "[3, 8, 8]"),
+    refusal("a number", benched(3), UnsupportedModelError, "'small' cannot be called"),
+    refusal("functions alone, without images", lambda _: gohsp.bench({"f": print}), ConfigError, "give images"),
+    refusal("models on images that are no batch", benched(images=torch.ones(1, 8, 8)), UnsupportedModelError,
+            "[B, C, H, W]"),
+    refusal("models on images that one does not take", benched(images=torch.ones(1, 1, 16, 16)), UnsupportedModelError,
+            "'dense' cannot compute"),
+    refusal("models on an unknown device", benched(device="gpu"), ConfigError, "device 'gpu' is unknown"),
+    refusal("models on a GPU that is not there", without_gpu, ConfigError, "give 'auto' or 'cpu'"),
+    refusal("models in an unknown data type", benched(dtype="bf16"), ConfigError, "did you mean 'bfloat16'?"),
+    refusal("models at no batch size", benched(batch_sizes=[]), ConfigError, "batch_sizes must be a list"),
+    refusal("models at a batch size of 0", benched(batch_sizes=[0, 1]), ConfigError, "batch_sizes must be a whole"),
+    refusal("models in no round", benched(rounds=0), ConfigError, "rounds must be"),
+    refusal("a model that cannot be compiled", uncompilable, UnsupportedModelError, "'dense' cannot be compiled"),
+    refusal("a function, compiled", benched(len, compile=True), UnsupportedModelError, "leave compile out"),
+)  # fmt: skip
