@@ -7,6 +7,7 @@ read across a phone and fills half a desktop page.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -154,10 +155,29 @@ def head_graph(
 
     tiny = np.finfo(float).tiny
     radius = largest * np.sqrt(score / max(score.max(), tiny))
-    strength = matrix / max(matrix.max(), tiny)
-    for start in range(count):
-        likeliest = np.argsort(matrix[start])[::-1][: count if few else STRONGEST_EDGES]
-        for end in likeliest[matrix[start, likeliest] > 0]:
+    _draw_moves(axes, matrix / max(matrix.max(), tiny), place, radius, few)
+    for head in range(count):
+        _node(axes, place[head], radius[head], stays[head])
+        told = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
+        told += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
+        size, ink = 9 if few else 6 if left_at else 10, INK if stays[head] else REMOVED
+        _draw_label(axes, place[head], direction[head], radius[head], "\n".join(told), size=size, color=ink)
+    if key:
+        edges = "edge: transition probability" + ("" if few else f" ({STRONGEST_EDGES} likeliest a head)")
+        lines = ["node area: stationary probability", edges]
+        if left_at:
+            lines.append(("step" if few else "in brackets") + ": the last in which a head was ranked")
+        if kept is not None:
+            lines.append("filled: kept; hollow and crossed: removed")
+        figure.text(0.5, 5 / total, "\n".join(lines), size=7, color=MUTED, ha="center", va="bottom")
+    return figure
+
+
+def _draw_moves(axes: Axes, strength: np.ndarray, place: np.ndarray, radius: np.ndarray, few: bool) -> None:
+    """Arrows between nodes, all of a few and the likeliest of many."""
+    for start in range(len(strength)):
+        likeliest = np.argsort(strength[start])[::-1][: None if few else STRONGEST_EDGES]
+        for end in likeliest[strength[start, likeliest] > 0]:
             share = strength[start, end]
             arrow = FancyArrowPatch(
                 tuple(place[start]),
@@ -173,31 +193,20 @@ def head_graph(
             )
             axes.add_patch(arrow)
 
-    for head in range(count):
-        _node(axes, place[head], radius[head], stays[head])
-        across, up = direction[head].round(6)
-        x, y = place[head] + direction[head] * (radius[head] + 4)
-        told = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
-        told += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
-        axes.text(
-            x,
-            y,
-            "\n".join(told),
-            size=9 if few else 6 if left_at else 10,
-            color=INK if stays[head] else REMOVED,
-            linespacing=1.05,
-            ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
-            va="bottom" if up > 0.75 else "top" if up < -0.75 else "center",
-        )
-    if key:
-        edges = "edge: transition probability" + ("" if few else f" ({STRONGEST_EDGES} likeliest a head)")
-        lines = ["node area: stationary probability", edges]
-        if left_at:
-            lines.append(("step" if few else "in brackets") + ": the last in which a head was ranked")
-        if kept is not None:
-            lines.append("filled: kept; hollow and crossed: removed")
-        figure.text(0.5, 5 / total, "\n".join(lines), size=7, color=MUTED, ha="center", va="bottom")
-    return figure
+
+def _draw_label(axes: Axes, place: np.ndarray, direction: np.ndarray, radius: float, text: str, **how: Any) -> None:
+    """What stands beside a node, on the side away from the middle."""
+    across, up = direction.round(6)
+    x, y = place + direction * (radius + 4)
+    axes.text(
+        x,
+        y,
+        text,
+        linespacing=1.05,
+        ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
+        va="bottom" if up > 0.75 else "top" if up < -0.75 else "center",
+        **how,
+    )
 
 
 def attention_labels(report: Report) -> list[str]:
