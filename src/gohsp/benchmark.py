@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from gohsp.config import BATCH_SIZE, ROUNDS, Dtype, LatencySettings
-from gohsp.errors import ConfigError, UnsupportedModelError, nearest
+from gohsp.errors import ConfigError, UnsupportedModelError, nearest, one_line
 from gohsp.latency import batch_of, turns
 from gohsp.models import describe, input_size
-from gohsp.opening.outline import one_line
 from gohsp.runtime import Device, pick_device
 from gohsp.settings import require
 from gohsp.structure import count_macs
 
 Model = Callable[[Tensor], object]
 """What can be timed: a module, or anything else that is called on a batch of images."""
-
-_SHOWN = 300
-"""Characters that are shown of another library's error; those of compilers take pages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +223,7 @@ def _try(timed: Mapping[str, Model], batches: Sequence[Tensor], compiled: bool) 
                 except Exception as error:  # of whatever is called, or of a compiler: they have no base class in common
                     raise UnsupportedModelError(
                         f"'{name}' cannot {does} a batch {list(batch.shape)} of {batch.dtype} on {batch.device}: "
-                        f"{textwrap.shorten(one_line(error), _SHOWN)}"
+                        f"{one_line(error)}"
                     ) from error
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError
+from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError, one_line
 from gohsp.files import save_tensors, write_atomic
 from gohsp.models.libraries.processor import ImageProcessor
 from gohsp.structure import (
@@ -355,7 +355,7 @@ def load(
         NonFiniteError: A weight is NaN or infinite.
         UnsupportedModelError: ``into`` cannot be described.
     """
-    folder = _local_folder(folder_or_hub_id, revision, token)
+    folder = local_folder(folder_or_hub_id, revision=revision, token=token)
     config, weights = read_config(folder), folder / WEIGHTS
     widths = _widths_in(config, folder / CONFIG)
     own = config.library is None or into is not None
@@ -488,18 +488,32 @@ def _require_blocks(config: ModelConfig, header: Mapping[str, TensorInfo], weigh
         )
 
 
-def _local_folder(folder_or_hub_id: str | Path, revision: str | None, token: Token) -> Path:
+def local_folder(
+    folder_or_hub_id: str | Path,
+    files: Sequence[str] = FILES,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+) -> Path:
+    """A local folder as it is, or one of the hub's cache, to which a repository's files are fetched.
+
+    Raises:
+        CheckpointError: It is neither, or a local folder with a revision.
+    """
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"'{folder}' is a local folder, which has no revision {revision!r}; leave it out")
         return folder
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=FILES))
+        return Path(
+            snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=list(files))
+        )
     except Exception as error:  # errors of the hub's client and its HTTP library have no base class in common
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"'{folder_or_hub_id}' is neither a local folder nor a hub repository that can be reached{at}: {error}"
+            f"'{folder_or_hub_id}' is neither a local folder nor a hub repository that can be reached{at}: "
+            f"{one_line(error)}"
         ) from error
 
 

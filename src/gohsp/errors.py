@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST = 300
+"""Characters that are shown of another library's error."""
+
 
 class GohspError(Exception):
     """Base of every error that gohsp raises for bad input or a failed check."""
@@ -78,3 +81,9 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Return names in quotes, at most ``most`` of them: ``"'a', 'b' and 8 more"``."""
     shown = ", ".join(repr(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, for a message of ours: one line, of which compilers would take pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rstrip(".") if len(text) <= MOST else f"{text[:MOST]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from refusals import Refusal
 TITLE = "Exporting"
 
 Act = Callable[[Path], object]
+CALLS = itertools.count(1)
 
 
 class Module(nn.Module):
@@ -104,5 +106,5 @@ CASES = (
     Refusal("an output that is no tensor", exported(Module(), output=len), UnsupportedModelError, "of type int"),
     Refusal("an output that mixes images", returning(Tensor.mean), UnsupportedModelError, "one entry an image first"),
     Refusal("a forward that fixes the batch", returning(lambda x: x.view(len(x), -1)), ExportError, "x.shape[0]"),
-    Refusal("a model that is another each time", returning(torch.rand_like), ExportError, "computes something else"),
+    Refusal("another model each time", returning(lambda x: x * next(CALLS)), ExportError, "computes something else"),
 )

@@ -182,7 +182,7 @@ CASES = (
     Refusal("an image processor that is not known here",
             foreign(VIT, "preprocessor_config.json", '{"size": [16]}'), CheckpointError, "image processor"),
     Refusal("a hub's repository without asking for its weights", opened("me/vit"), CheckpointError, "are asked for"),
-    Refusal("a hub's repository without a network", offline("me/vit"), CheckpointError, "be fetched from the hub"),
+    Refusal("a hub's repository without a network", offline("me/vit"), CheckpointError, "that can be reached"),
     Refusal("a misspelt name of torchvision", opened("torchvision:vit_b16"), CheckpointError, "'vit_b_16'"),
     Refusal("a misspelt argument of torchvision's", opened("torchvision:vit_b_16", arguments={"img_size": 8}),
             CheckpointError, "'image_size'"),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gohsp import files, models
 from gohsp.core.objective import tensor_in
 from gohsp.data import Preprocessing
-from gohsp.errors import ConfigError, DataError, ExportError, StorageError, UnsupportedModelError, nearest
+from gohsp.errors import ConfigError, DataError, ExportError, StorageError, UnsupportedModelError, nearest, one_line
 from gohsp.exporting import onnx, openvino, program, traced
 from gohsp.settings import POSITIVE, require
 
@@ -254,7 +254,7 @@ def _converted(target: ModuleType, traced_program: torch.export.ExportedProgram,
     try:
         return target.converted(traced_program)
     except Exception as error:  # converters have no class of errors in common
-        raise ExportError(f"the model cannot be converted to {to}: {traced.one_line(error)}") from error
+        raise ExportError(f"the model cannot be converted to {to}: {one_line(error)}") from error
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def _checked(reference: nn.Module, file: Path, target: ModuleType, batches: list
         run = target.opened(file)
         pairs = [(reference(images).double(), run(images).double()) for images in batches]
     except Exception as error:  # runtimes have no class of errors in common
-        raise ExportError(f"{target.RUNTIME} cannot run the file: {traced.one_line(error)}") from error
+        raise ExportError(f"{target.RUNTIME} cannot run the file: {one_line(error)}") from error
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise ExportError(f"the file's output is {list(theirs.shape)}, the model's {list(ours.shape)}")

@@ -13,13 +13,10 @@ from torch.export import Dim, ExportedProgram
 
 from gohsp import models
 from gohsp.core.capture import require_finite
-from gohsp.errors import ExportError, UnsupportedModelError
+from gohsp.errors import ExportError, UnsupportedModelError, one_line
 
 INPUT, OUTPUT = "images", "output"
 """What a program's input and output are called, in every target."""
-
-MOST = 300
-"""Characters that are shown of another library's error; a tracer's goes on for pages."""
 
 
 class Counted(nn.Module):
@@ -119,9 +116,3 @@ def trace(model: Counted, images: Tensor, *, fused: bool) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # files and folders of the machine that exports
     return program
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of what another library's error says."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".") if len(text) <= MOST else f"{text[:MOST]}..."

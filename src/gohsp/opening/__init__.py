@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from gohsp import checkpoint, models
 from gohsp.errors import CheckpointError
 from gohsp.opening import timm, torchvision, transformers, weights
-from gohsp.opening.outline import one_line
 
 FILES = (checkpoint.CONFIG, checkpoint.PROCESSOR, weights.INDEX, "model*.safetensors")
 """What is fetched of a repository on the hub."""
@@ -79,7 +77,7 @@ def open_model(
     if _is_folder(name):
         model = _from_folder(Path(name), file, pretrained, given)
     elif pretrained and _is_hub_id(name):
-        model = _from_folder(_fetched(str(name)), None, False, given)
+        model = _from_folder(checkpoint.local_folder(str(name), FILES), None, False, given)
     elif str(name).startswith(torchvision.MARK):
         model = torchvision.from_name(str(name), file, pretrained, given, new_classifier)
     else:
@@ -105,13 +103,3 @@ def _from_folder(folder: Path, file: Path | None, pretrained: bool, arguments: M
         f"'{folder / checkpoint.CONFIG}' has no 'format_version', as gohsp writes it, no 'architectures', as "
         "transformers does, and no 'architecture', as timm does; give a folder that one of these wrote"
     )
-
-
-def _fetched(identifier: str) -> Path:
-    """The folder of a hub's repository, in the hub's cache."""
-    try:
-        return Path(snapshot_download(identifier, allow_patterns=list(FILES)))
-    except Exception as error:  # errors of the hub's client and its HTTP library have no base class in common
-        raise CheckpointError(
-            f"'{identifier}' is no local folder, and cannot be fetched from the hub: {one_line(error)}"
-        ) from error

@@ -38,8 +38,3 @@ def outline_of(make: Callable[[], nn.Module], label: str) -> nn.Module:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{label}: {error}") from error
     return outline
-
-
-def one_line(error: Exception) -> str:
-    """What another library's error says, for a message of ours."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -16,10 +16,10 @@ from timm.models import vision_transformer as plain
 from torch import Tensor, nn
 
 from gohsp import checkpoint, models
-from gohsp.errors import CheckpointError
+from gohsp.errors import CheckpointError, one_line
 from gohsp.models.libraries.arguments import check_arguments
 from gohsp.opening import weights
-from gohsp.opening.outline import one_line, outline_of
+from gohsp.opening.outline import outline_of
 
 logger = logging.getLogger(__name__)
 

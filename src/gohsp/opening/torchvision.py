@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError
+from gohsp.errors import CheckpointError, one_line
 from gohsp.models.libraries import torchvision as library
 from gohsp.opening import weights
-from gohsp.opening.outline import one_line, outline_of
+from gohsp.opening.outline import outline_of
 
 MARK = "torchvision:"
 _PATCHES = "conv_proj.weight"

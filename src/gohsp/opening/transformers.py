@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from gohsp import checkpoint, models
-from gohsp.errors import CheckpointError, UnsupportedModelError
+from gohsp.errors import CheckpointError, UnsupportedModelError, one_line
 from gohsp.models.libraries import transformers as library
 from gohsp.models.libraries.processor import ImageProcessor
 from gohsp.opening import weights
-from gohsp.opening.outline import one_line, outline_of
+from gohsp.opening.outline import outline_of
 
 logger = logging.getLogger(__name__)
 

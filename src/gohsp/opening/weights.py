@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp import checkpoint, models
-from gohsp.errors import CheckpointError
-from gohsp.opening.outline import one_line
+from gohsp.errors import CheckpointError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def _unpickled(path: Path) -> Any:
     except Exception as error:  # damage ends in whatever the part of the reader raises that meets it first
         raise CheckpointError(
             f"weights '{path}' cannot be read as tensors and plain values alone, and nothing else is: "
-            f"{one_line(error)[:300]}. It is damaged, or it holds objects; of a file that you trust keep the tensors "
+            f"{one_line(error)}. It is damaged, or it holds objects; of a file that you trust keep the tensors "
             "in another: torch.save(model.state_dict(), NEW_FILE)"
         ) from error
 
