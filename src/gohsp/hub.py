@@ -19,7 +19,7 @@ from torch import nn
 
 from gohsp import checkpoint, models, report
 from gohsp.checkpoint import FILES, PROCESSOR, WEIGHTS, ModelConfig, Token
-from gohsp.errors import CheckpointError, ConfigError, GohspError, StorageError, UnsupportedModelError
+from gohsp.errors import CheckpointError, ConfigError, GohspError, StorageError, UnsupportedModelError, one_line
 from gohsp.files import storing, write_atomic
 from gohsp.report import quantity, relative, signed
 from gohsp.structure import (
@@ -355,7 +355,7 @@ def _uploaded(folder: Path, repository: str, private: bool | None, token: Token)
         raise
     except Exception as error:  # errors of the hub's client and its HTTP library have no base class in common
         raise StorageError(
-            f"'{repository}' cannot be written on the hub ({' '.join(str(error).split())}); check the name, the "
+            f"'{repository}' cannot be written on the hub ({one_line(error)}); check the name, the "
             "network, and that the token may write there"
         ) from error
     return done.oid

@@ -19,7 +19,7 @@ from gohsp.core.fisher import TokenWeightFitter, blended
 from gohsp.core.gradients import Gradients, differentiated
 from gohsp.core.moments import SublayerMoments
 from gohsp.core.objective import mean_distance
-from gohsp.core.ranking import HeadRanking, HeadStatistics, HeadStatisticsFitter, rank_in_steps
+from gohsp.core.ranking import HeadRanking, HeadStatistics, HeadStatisticsFitter, count_rankings, rank_in_steps
 from gohsp.errors import BudgetError, NonFiniteError, PlanError
 from gohsp.runtime import fast_attention, telling
 from gohsp.session import Session
@@ -109,7 +109,7 @@ def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
         advance()
         return fitter.statistics
 
-    with telling(session.progress, "ranking of heads", settings.rankings) as advance:
+    with telling(session.progress, "ranking of heads", count_rankings(network, settings)) as advance:
         ranking = rank_in_steps(model, network, gather, settings, seed=session.config.seed)
     return Analysis(ranking, {name: tuple(of.tolist()) for name, of in tokens.weights.items()})
 

@@ -457,6 +457,12 @@ def test_of_two_heads_that_stand_in_for_each_other_one_stays(
     assert place(once)[1] < place(steps)[1]
 
 
+@pytest.mark.parametrize("steps", [2 * HEADS, 2 * HEADS + 1, 100])
+def test_there_are_no_more_steps_than_heads(steps: int, model: nn.Module, network: Network, images: Tensor) -> None:
+    left_at = flat(in_steps(model, network, images, RankingSettings(steps=steps)).left_at)
+    assert sorted(left_at.tolist()) == list(range(1, 2 * HEADS + 1))
+
+
 def test_random_scores_know_nothing_of_other_heads(model: nn.Module, network: Network, images: Tensor) -> None:
     settings = RankingSettings(method="random", steps=4)
     assert in_steps(model, network, images, settings) == rank_heads(model, network, [images], settings)

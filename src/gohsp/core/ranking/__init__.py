@@ -3,7 +3,7 @@
 from gohsp.core.ranking.graph import StationaryDistribution, stationary_distribution, transition_matrix
 from gohsp.core.ranking.ranking import HeadRanking, RankingSettings, rank, rank_by
 from gohsp.core.ranking.statistics import HeadStatistics, HeadStatisticsFitter
-from gohsp.core.ranking.stepwise import rank_in_steps
+from gohsp.core.ranking.stepwise import count_rankings, rank_in_steps
 
 __all__ = [
     "HeadRanking",
@@ -11,6 +11,7 @@ __all__ = [
     "HeadStatisticsFitter",
     "RankingSettings",
     "StationaryDistribution",
+    "count_rankings",
     "rank",
     "rank_by",
     "rank_in_steps",

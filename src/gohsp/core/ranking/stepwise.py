@@ -46,14 +46,14 @@ def rank_in_steps(
     """
     statistics = gather(model)
     first = rank_by(statistics, model, network, settings, seed=seed)
-    total = sum(statistics.heads.values())
-    if settings.rankings == 1 or total == 0:
+    total, steps = sum(statistics.heads.values()), count_rankings(network, settings)
+    if steps == 1:
         return first
     work = copy.deepcopy(model)
     scores, left_at = _flat(first), torch.ones(total, dtype=torch.int64)
     order: list[int] = []
-    for step in range(2, settings.steps + 1):
-        going = round(total * (step - 1) / settings.steps) - len(order)
+    for step in range(2, steps + 1):
+        going = round(total * (step - 1) / steps) - len(order)
         left = [head for head in range(total) if head not in order]
         order += sorted(left, key=lambda head: float(scores[head]))[:going]
         kept = torch.ones(total, dtype=torch.bool)
@@ -67,6 +67,11 @@ def rank_in_steps(
     order += sorted(set(range(total)) - set(order), key=lambda head: float(scores[head]))
     scores[order] = normalise(scores.sort().values)
     return replace(first, scores=_by_attention(scores, first), left_at=_by_attention(left_at, first))
+
+
+def count_rankings(network: Network, settings: RankingSettings) -> int:
+    """How often :func:`rank_in_steps` ranks: at least one head goes in every step."""
+    return max(1, min(settings.rankings, sum(sub.widths.heads for sub in network.attentions)))
 
 
 def silence(model: nn.Module, network: Network, heads: Tensor) -> None:
