@@ -182,7 +182,7 @@ def save(
 
 def _processor_text(model: nn.Module, path: Path) -> str | None:
     """What transformers does with an image for this model, for its users; gohsp keeps its own record."""
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("image_processor")
+    known = models.pretrained_cfg(model).get("image_processor")
     return None if known is None else _as_text(_processor_in(known, path).model_dump(exclude_none=True))
 
 
@@ -199,7 +199,7 @@ def _as_text(config: Mapping[str, Any]) -> str:
 
 
 def _preprocessing_of(model: nn.Module) -> dict[str, Any]:
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = models.pretrained_cfg(model)
     return {key: known[key] for key in Preprocessing.model_fields if known.get(key) is not None}
 
 
@@ -456,7 +456,7 @@ def _restore_labels(model: nn.Module, config: ModelConfig, folder: Path) -> None
         known["image_processor"] = processor.model_dump(exclude_none=True)
     if config.library is None or (config.library != "timm" and not known and config.class_names is None):
         return
-    before = getattr(model, "pretrained_cfg", None) or {}
+    before = models.pretrained_cfg(model)
     model.pretrained_cfg = {**before, **known, "label_names": None}  # type: ignore[assignment]
     try:
         models.set_class_names(model, config.class_names)

@@ -76,7 +76,7 @@ class Preprocessing:
         Raises:
             DataError: It has none.
         """
-        if not (getattr(model, "pretrained_cfg", None) or {}).get("mean"):
+        if not models.pretrained_cfg(model).get("mean"):
             raise DataError(
                 f"{type(model).__name__} does not say what it does with an image; give a model of transformers by its "
                 "folder, with its preprocessor_config.json, or set model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), "

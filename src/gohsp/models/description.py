@@ -90,13 +90,19 @@ def _unknown(name: str, module: nn.Module) -> UnsupportedModelError:
     )
 
 
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What a model tells of itself and of its images, in timm's place for it and in timm's words; empty without."""
+    told: Any = getattr(model, "pretrained_cfg", None)
+    return dict(told or {})
+
+
 def told_size(model: nn.Module) -> tuple[int, int] | None:
     """Height and width of an image; None if nothing tells them.
 
     ``pretrained_cfg["image_size"]`` goes first, where a model takes any size and its image processor names one. Then
     a module tells it, and last timm's configuration.
     """
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = pretrained_cfg(model)
     if chosen := known.get("image_size"):
         return chosen[0], chosen[1]
     given = (getattr(m, name, None) for m in model.modules() for name in ("img_size", "image_size"))

@@ -12,7 +12,7 @@ from torch import nn
 from gohsp.core.capture import evaluating
 from gohsp.core.objective import tensor_in
 from gohsp.errors import DataError, UnsupportedModelError
-from gohsp.models.description import example_image
+from gohsp.models.description import example_image, pretrained_cfg
 
 CLASSIFIERS = ("head", "head.fc", "classifier", "heads.head")
 """Where timm (of Swin and SAM, behind a pooling), transformers and torchvision have theirs."""
@@ -30,7 +30,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
     They stand in ``model.pretrained_cfg["label_names"]``, timm's place for them.
     """
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = pretrained_cfg(model).get("label_names")
     return tuple(names) if _are_names(names, num_classes(model)) else None
 
 
@@ -41,7 +41,7 @@ def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
         UnsupportedModelError: The model has no timm configuration to hold them.
         DataError: There is not one name, different from all others, for each output.
     """
-    config = getattr(model, "pretrained_cfg", None)
+    config = pretrained_cfg(model)
     if not config:
         raise UnsupportedModelError(
             f"a {type(model).__name__} without pretrained_cfg cannot hold class names; make it with timm.create_model"

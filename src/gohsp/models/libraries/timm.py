@@ -18,6 +18,7 @@ from torch import nn
 
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.models.attention import PrunedAttention
+from gohsp.models.description import pretrained_cfg
 from gohsp.models.labels import num_classes
 from gohsp.models.libraries.arguments import check_arguments
 from gohsp.models.libraries.shape import Shape
@@ -40,7 +41,7 @@ MODULES = (
 
 def recognises(model: nn.Module) -> bool:
     """Whether a model was made by its name in timm."""
-    known = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    known = pretrained_cfg(model).get("architecture")
     return type(model).__module__.startswith("timm.models.") and bool(known)
 
 
@@ -63,7 +64,7 @@ def architecture_name(model: nn.Module) -> str:
     Raises:
         UnsupportedModelError: The model was not made by ``timm.create_model``.
     """
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    name = pretrained_cfg(model).get("architecture")
     if not name:
         raise UnsupportedModelError(
             "this model does not know its architecture's name, so it could not be made again on loading; "
