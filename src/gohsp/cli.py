@@ -87,6 +87,11 @@ class ModelOptions:
     pretrained: bool = False
     """Fetch the weights that timm, torchvision or the hub has under the name."""
 
+    def opened(self, name: str) -> nn.Module:
+        """The model of that name, which must have weights."""
+        opening.require_weights(name, self.weights, self.pretrained)
+        return opening.open_model(name, weights=self.weights, pretrained=self.pretrained)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
@@ -115,7 +120,7 @@ class Rank:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.opened(self.model)
         names = [sub.name for sub in models.describe(model).attentions]
         if self.attention not in (None, *names):
             raise PlanError(f"--attention must be one of {names}, got '{self.attention}'")
@@ -236,7 +241,7 @@ class Evaluate:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.opened(self.model)
         models.require_classifier(model)
         device = pick_device("auto")
         split = data.open_split(data.DataSource(source=self.data), self.split)
@@ -287,7 +292,7 @@ class Export:
     def __call__(self, _command: Sequence[str]) -> None:
         """Export."""
         exporting.require_target(self.out, self.to, overwrite=self.overwrite)
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.opened(self.model)
         with console.notes.status("exporting"):
             done = exporting.export(model, self.out, self.to, tolerance=self.tolerance, overwrite=self.overwrite)
         for port in (done.input, done.output):

@@ -214,6 +214,8 @@ CASES = (
     Refusal("an image smaller than a patch", with_arguments(img_size=8), UnsupportedModelError, "cannot compute"),
     Refusal("weights and pretrained weights", opened(NAME, weights="w.safetensors", pretrained=True),
             CheckpointError, "not both"),
+    Refusal("a name without weights, not to be trained first",
+            lambda folder: gohsp.run(NAME, "digits", "params=-40%", folder / "run"), CheckpointError, "--pretrained"),
     Refusal("a weights file of an unknown kind", with_file("w.npz", b""), CheckpointError, "in one of"),
     Refusal("a pickled weights file that holds a module", with_pickle(nn.Linear(2, 2)), CheckpointError, "holds obj"),
     Refusal("a pickled weights file that calls a function", with_file("w.pth", b"cos\nsystem\n(S'true'\ntR."),

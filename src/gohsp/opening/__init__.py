@@ -36,6 +36,19 @@ def is_on_hub(name: str) -> bool:
     return not _is_folder(name) and (_is_hub_id(name) or name.lower().startswith(timm.HUB))
 
 
+def require_weights(name: object, weights: object, pretrained: bool) -> None:
+    """Refuse a name alone: what is made by it has weights that are drawn at random, and nothing to keep.
+
+    Raises:
+        CheckpointError: No folder, no weights file, and none to fetch.
+    """
+    if not (weights or pretrained or _is_folder(name)):
+        raise CheckpointError(
+            f"'{name}' is a name and no folder, so its weights would be random; give --weights FILE or --pretrained "
+            "(in Python weights= or pretrained=True)"
+        )
+
+
 def open_model(
     name: str | os.PathLike[str],
     *,

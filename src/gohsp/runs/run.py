@@ -194,11 +194,12 @@ def _open(
         if weights or pretrained:
             raise CheckpointError("a model that is given as a module brings its own weights; give no others")
         return models.working_copy(model)
-    arguments = dict(config.model_arguments)
+    arguments, trains = dict(config.model_arguments), config.dense.epochs > 0
+    if not trains:
+        opening.require_weights(model, weights, pretrained)
     if opening.brings_arguments(model):
         opened = opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
         return models.working_copy(opened)
-    trains = config.dense.epochs > 0
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1
     torch.manual_seed(config.seed)
