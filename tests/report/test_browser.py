@@ -43,8 +43,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    small = make_content(3)
-    report, other = parse(sampled(small)), parse(without_labels(make_content(3, seed=5)))
+    small = make_content(2)
+    report, other = parse(sampled(small)), parse(without_labels(make_content(2, seed=5)))
     made = {"report": render_html(report), "comparison": render_comparison({"a": report, "b/" + 40 * "long": other})}
     for name, html in made.items():
         (folder / f"{name}.html").write_text(html, encoding="utf-8")

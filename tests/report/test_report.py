@@ -436,7 +436,7 @@ def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str
     assert "Top-1 accuracy" not in page.text
     assert "1,024 images without labels" in page.text
     assert page.text.index("Agrees with dense") < page.text.index("MACs per image")  # it leads
-    assert headers(report)[3:] == ("agrees with dense (%)", "distance (nats)")
+    assert headers(report)[3:] == ("agreement (%)", "distance (nats)")
     assert [row.cells()[3:] for row in summary_table(report)] == [
         [("100.0", ""), ("0.000", "")],
         [("79.6", ""), ("0.321", "")],

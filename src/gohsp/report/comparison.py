@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gohsp.report.schema import Metrics, Report
 from gohsp.report.summary import METHODS, UNITS, quantity, relative, signed, standard_error
@@ -36,12 +36,14 @@ class Measure:
         digits: Behind the point.
         of_dense: Its value for a dense model.
         of_run: Its value for what a run made; None where it has none.
+        drawn: Whether it has pictures, too; not where another one tells the same more plainly.
     """
 
     name: str
     digits: int
     of_dense: Callable[[Metrics], float | None]
     of_run: Callable[[Report], float | None]
+    drawn: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +72,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A model in a picture of quality against cost.
+    """A model in a picture of quality against cost, or several in one place.
 
     Attributes:
-        mark: The run's number; empty for a dense model.
+        mark: The runs' numbers; empty for a dense model.
         origin: Which dense model it is, or was cut from.
         x: Cost.
         y: Quality.
@@ -136,7 +138,7 @@ _TOP1 = Measure(
     name="top-1 (%)", digits=1, of_dense=lambda metrics: metrics.top1, of_run=lambda report: report.pruned.top1
 )
 _AGREEMENT = Measure(
-    name="agrees with dense (%)",
+    name="agreement (%)",
     digits=1,
     of_dense=lambda _: 100.0,
     of_run=lambda report: report.fidelity.agreement if report.fidelity else None,
@@ -149,7 +151,11 @@ def _distance(objective: str) -> Measure:
         return fidelity.distance if fidelity and fidelity.objective == objective else None
 
     return Measure(
-        name=f"distance ({UNITS.get(objective, objective)})", digits=3, of_dense=lambda _: 0.0, of_run=of_run
+        name=f"distance ({UNITS.get(objective, objective)})",
+        digits=3,
+        of_dense=lambda _: 0.0,
+        of_run=of_run,
+        drawn=objective != "classification",
     )
 
 
@@ -168,7 +174,7 @@ def costs_of(reports: Mapping[str, Report]) -> list[Cost]:
         )
         if len(origins_of(reports)) > 1
         else Cost(
-            name="time of the dense model's (%)",
+            name="time (% of dense)",
             of_dense=lambda report: 100.0 if report.speed else None,
             of_run=lambda report: 100 * report.speed.pruned_ms / report.speed.dense_ms if report.speed else None,
         )
@@ -192,7 +198,20 @@ def points_of(reports: Mapping[str, Report], cost: Cost, measure: Measure) -> li
             for mark, name, x, y in places
             if x is not None and y is not None
         ]
-    return sorted(points, key=lambda point: point.mark != "")
+    return _merged(sorted(points, key=lambda point: point.mark != ""))
+
+
+def _merged(points: Sequence[Point]) -> list[Point]:
+    """Points of which no two lie in the same place, where one would hide the other."""
+    merged: dict[tuple[float, float, bool], Point] = {}
+    for point in points:
+        place = (point.x, point.y, point.mark == "")
+        if (there := merged.get(place)) is not None:
+            point = replace(
+                point, mark=", ".join(filter(None, (there.mark, point.mark))), told=f"{there.told}; {point.told}"
+            )
+        merged[place] = point
+    return list(merged.values())
 
 
 def _told(name: str, cost: Cost, x: float, measure: Measure, y: float) -> str:
@@ -205,7 +224,7 @@ def _told(name: str, cost: Cost, x: float, measure: Measure, y: float) -> str:
 
 def headers_of(measures: Sequence[Measure]) -> tuple[str, ...]:
     """What stands above the table's columns."""
-    return ("run", "budget", "method", "parameters", "MACs", *(measure.name for measure in measures), "ms a batch")
+    return ("run", "asked for", "parameters", "MACs", *(measure.name for measure in measures), "ms a batch")
 
 
 def rows_of(reports: Mapping[str, Report], measures: Sequence[Measure]) -> Iterator[Row]:
@@ -214,7 +233,7 @@ def rows_of(reports: Mapping[str, Report], measures: Sequence[Measure]) -> Itera
     for origin in origins_of(reports):
         yield _row("", f"dense {origin.name}", origin.dense, [of.of_dense(origin.dense) for of in measures], measures)
         for name, run in origin.runs.items():
-            made = ((run.budget.requested, ""), (METHODS[run.method], ""))
+            made = (run.budget.requested, METHODS[run.method])
             values = [measure.of_run(run) for measure in measures]
             yield _row(marks[name], name, run.pruned, values, measures, origin.dense, made, _time(run))
             if run.dense_retrained is not None:
@@ -230,7 +249,7 @@ def _row(
     values: Sequence[float | None],
     measures: Sequence[Measure],
     dense: Metrics | None = None,
-    made: Sequence[tuple[str, str]] = (("", ""), ("", "")),
+    made: tuple[str, str] = ("", ""),
     time: tuple[str, str] = ("", ""),
 ) -> Row:
     def sized(count: int, before: int | None) -> tuple[str, str]:
@@ -247,13 +266,13 @@ def _row(
     params, macs = (dense.params, dense.macs) if dense else (None, None)
     scores = [scored(measure, value) for measure, value in zip(measures, values, strict=True)]
     sizes = (sized(metrics.params, params), sized(metrics.macs, macs))
-    return Row(mark=mark, name=name, cells=[*made, *sizes, *scores, time])
+    return Row(mark=mark, name=name, cells=[made, *sizes, *scores, time])
 
 
 def _time(run: Report) -> tuple[str, str]:
     if run.speed is None:
         return "–", ""
-    return f"{run.speed.pruned_ms:.3g}", f"{run.speed.dense_ms / run.speed.pruned_ms:.2f} × as fast"
+    return f"{run.speed.pruned_ms:.3g}", f"{run.speed.dense_ms / run.speed.pruned_ms:.2f} ×"
 
 
 # What a reader must know

@@ -174,9 +174,11 @@ def _looks(report: Report) -> dict[str, list[dict[str, Any]]]:
 def _tradeoffs(reports: Mapping[str, Report], origins: Sequence[Origin]) -> list[tuple[str, str]]:
     """Titles and pictures of quality against cost."""
     found = []
-    for measure in comparison.measures_of(reports):
+    for measure in filter(lambda measure: measure.drawn, comparison.measures_of(reports)):
         for cost in comparison.costs_of(reports):
             points = comparison.points_of(reports, cost, measure)
+            if not any(point.mark for point in points):
+                continue
             figure = plots.tradeoff(points, [origin.name for origin in origins], cost.name, measure.name)
             title = f"{measure.name} against {cost.name}"
             title = title[0].upper() + title[1:]

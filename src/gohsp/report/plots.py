@@ -404,13 +404,22 @@ def tradeoff(points: Sequence[Point], origins: Sequence[str], across: str, up: s
         colour = _ORIGINS[point.origin % len(_ORIGINS)]
         if point.mark:
             axes.plot(point.x, point.y, "o", markersize=14, color=colour, markeredgecolor=PAPER)
-            axes.text(point.x, point.y, point.mark, color=PAPER, size=_SMALL, weight="bold", ha="center", va="center")
+            box = {
+                "boxstyle": "round,pad=0.3,rounding_size=0.9",
+                "facecolor": colour,
+                "edgecolor": "none",
+            }  # of several
+            where = {"ha": "center", "va": "center", "bbox": box}
+            axes.text(point.x, point.y, point.mark, color=PAPER, size=_SMALL, weight="bold", **where)
         else:
             axes.plot(point.x, point.y, "D", markersize=8, color=PAPER, markeredgecolor=colour, markeredgewidth=1.8)
         _tip(axes, point.told, point.x, point.y)
     axes.margins(0.14)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if "%" in up:
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set_xlabel(across, size=_TEXT)
     axes.set_ylabel(up, size=_TEXT)
     axes.grid(color=PALE, linewidth=0.8)

@@ -77,7 +77,7 @@ def headers(report: Report) -> tuple[str, ...]:
         return (*sizes, "top-1 (%)", "top-5 (%)", "loss (nats)")
     if fidelity is None:
         return sizes
-    agrees = () if fidelity.agreement is None else ("agrees with dense (%)",)
+    agrees = () if fidelity.agreement is None else ("agreement (%)",)
     return (*sizes, *agrees, f"distance ({UNITS.get(fidelity.objective, fidelity.objective)})")
 
 
