@@ -11,7 +11,7 @@ import pytest
 
 from gohsp.report.html import render_comparison, render_html
 from gohsp.report.schema import parse
-from reports import make_content, sampled, without_labels
+from reports import edited, make_content, sampled, without_labels
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -44,8 +44,9 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     small = make_content(2)
-    report, other = parse(sampled(small)), parse(without_labels(make_content(2, seed=5)))
-    made = {"report": render_html(report), "comparison": render_comparison({"a": report, "b/" + 40 * "long": other})}
+    other = edited(without_labels(make_content(2, seed=5)), "pruned", {"params": 2_000_000, "macs": 100_000_000})
+    report, runs = parse(sampled(small)), {"a": parse(small), "b/" + 40 * "long": parse(other)}
+    made = {"report": render_html(report), "comparison": render_comparison(runs)}
     for name, html in made.items():
         (folder / f"{name}.html").write_text(html, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
@@ -67,7 +68,7 @@ def test_a_page_is_whole_at_every_width(browser: Any, pages: dict[str, Path], na
         page.evaluate("() => document.querySelectorAll('details').forEach(part => part.open = true)")
         found = page.evaluate(PICTURES)
         assert all(found["images"]), "a picture is missing"
-        assert len(found["images"]) == (15 if name == "report" else 0)
+        assert len(found["images"]) == (18 if name == "report" else 0)
         assert found["drawn"]
         assert all(height > 100 for height in found["drawn"])
         assert found["wide"] <= 0, f"{found['wide']} pixels hang over at {width}"
@@ -80,7 +81,7 @@ def test_values_are_told_to_mouse_and_keyboard_and_stay_on_the_page(browser: Any
     page = browser.new_page(viewport={"width": 420, "height": 900})
     page.goto(pages["comparison"].as_uri())
     spots = page.locator(".plot i[tabindex]")
-    assert spots.count() == 3 * 4
+    assert spots.count() == 2 * (2 + 3)  # one run has no top-1
     for index in range(spots.count()):
         spots.nth(index).focus()
         told = spots.nth(index).locator("b")

@@ -66,11 +66,12 @@ def test_runs_in_one_place_share_a_point(first: dict[str, Any]) -> None:
 
 
 def test_time_of_several_dense_models_is_told_in_milliseconds(first: dict[str, Any]) -> None:
-    reports = reports_of(first, edited(first, "model/architecture", "vit_small"))
+    other = edited(first, "model/architecture", "vit_small") | {"speed": SPEED | {"dense_ms": 30.0, "pruned_ms": 10.0}}
+    reports = reports_of(first, other)
     time = comparison.costs_of(reports)[2]
     (top1,) = comparison.measures_of(reports)
     assert time.name == "milliseconds a batch"
-    assert [p.x for p in comparison.points_of(reports, time, top1)] == [20, 20, 16, 16]
+    assert [p.x for p in comparison.points_of(reports, time, top1)] == [20, 30, 16, 10]
     untimed = reports_of(edited(first, "speed"), edited(first, "speed"))
     assert [cost.name for cost in comparison.costs_of(untimed)] == ["parameters", "MACs per image"]
 

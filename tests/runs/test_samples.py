@@ -17,7 +17,7 @@ from gohsp import api, config, steps
 from gohsp.report import Samples
 from gohsp.runs import samples as module
 from gohsp.runs.samples import samples
-from gohsp.structure import AttentionKept, Kept, keep_all
+from gohsp.structure import AttentionKept, Kept, SublayerKept, keep_all
 
 GONE = {"blocks.1.attn": (1, 3)}
 
@@ -31,7 +31,7 @@ def looked_at(model: nn.Module, images: Tensor, *, other: nn.Module | None = Non
     settings = config.from_mapping({"precision": "no", "data": {"shown": shown}, "calibration": {"holdout": 4}})
     session = api.open_session(model, images, config=settings)
     network = api.models.describe(model, images[:1])
-    kept: dict = dict(keep_all(network))
+    kept: dict[str, SublayerKept] = {name: keep_all(of) for name, of in network.widths.items()}
     for sub in network.attentions:
         if gone := next((heads for name, heads in GONE.items() if sub.name.endswith(name)), ()):
             kept[sub.name] = without(kept, sub.name, gone)
