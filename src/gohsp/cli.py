@@ -8,12 +8,13 @@ import dataclasses
 import importlib.resources
 import json
 import logging
+import os
 import signal
 import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,10 @@ from gohsp.api import rank
 from gohsp.benchmark import Benchmark, Spread, bench
 from gohsp.config import Config, Dtype
 from gohsp.core.ranking import RankingSettings
-from gohsp.errors import GohspError, PlanError, StorageError
+from gohsp.errors import GohspError, PlanError, RunError, StorageError
 from gohsp.evaluation import evaluate
 from gohsp.report import Report as RunReport
+from gohsp.report import comparison
 from gohsp.runs import folder as folders
 from gohsp.runtime import Device, Precision, pick_device, require_one_process, resolve_precision, telling
 from gohsp.settings import POSITIVE, SEED, WORKERS, require, whole
@@ -391,25 +393,75 @@ def _spread(of: Spread) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write a run's report.html again from its report.json, and print the summary."""
+    """Write a run's report.html again and print its summary; of several runs, write a page that compares them."""
 
-    run: Positional[Path]
-    """Folder of a finished run."""
+    runs: Positional[tuple[Path, ...]]
+    """Folders of finished runs."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The page that compares several runs; by default comparison.html."""
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Report."""
-        content = report.read(self.run)
-        report.write(content, self.run)
-        show_summary(content, self.run)
+        out = self._page()
+        reports = {name: _finished(run) for name, run in zip(_names(self.runs), self.runs, strict=True)}
+        if out is None:
+            (content,), (run,) = reports.values(), self.runs
+            report.write(content, run)
+            show_summary(content, run)
+        else:
+            report.compare(reports, out)
+            show_comparison(reports)
+            _say(f"wrote {out}")
+
+    def _page(self) -> Path | None:
+        """Where a comparison goes; None of one run."""
+        if not self.runs:
+            raise RunError("no run is named; give the folder of one, or of several to compare")
+        if len(self.runs) == 1:
+            if self.out is not None:
+                raise RunError("--out names a page that compares several runs; give more runs, or leave it out")
+            return None
+        places = [run.resolve() for run in self.runs]
+        if twice := [run for run, place in zip(self.runs, places, strict=True) if places.count(place) > 1]:
+            raise RunError(f"'{twice[-1]}' is given twice; give each run once")
+        out = Path("comparison.html" if self.out is None else self.out)
+        if out.suffix != ".html" or out.is_dir():
+            raise RunError(f"--out '{out}' must name a file that ends in .html")
+        return out
+
+
+def _finished(run: Path) -> RunReport:
+    """The report of a run, which must be finished."""
+    if folders.unfinished(run):
+        raise RunError(f"'{run}' holds a run that is not finished; go on with it by its command and --resume")
+    return report.read(run)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What tells runs apart, as short as can be: their paths from the folder that holds them all."""
+    places = [run.resolve() for run in runs]
+    above = Path(os.path.commonpath([place.parent for place in places]))
+    return [str(place.relative_to(above)) for place in places]
 
 
 def show_summary(content: RunReport, folder: Path) -> None:
     """Print the before/after table."""
-    table = Table(*report.HEADERS, title=f"{content.model.architecture} at {content.budget.requested}")
+    table = Table(*report.headers(content), title=f"{content.model.architecture} at {content.budget.requested}")
     for row in report.summary_table(content):
         table.add_row(*(f"{value} ({change})" if change else value for value, change in row.cells()))
     console.results.print(table)
     _say(f"model and report in {folder} (open {folder / 'report.html'})")
+
+
+def show_comparison(reports: Mapping[str, RunReport]) -> None:
+    """Print the table of several runs, and what keeps them from being compared."""
+    measures = comparison.measures_of(reports)
+    table = Table("", *comparison.headers_of(measures))
+    for row in comparison.rows_of(reports, measures):
+        table.add_row(row.mark, escape(row.name), *(f"{value}\n{change}".rstrip() for value, change in row.cells))
+    console.results.print(table)
+    for caution in comparison.cautions(reports):
+        console.results.print(caution, style="yellow")
 
 
 def _say(text: str) -> None:

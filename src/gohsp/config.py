@@ -54,6 +54,7 @@ class DataSettings:
         validation_split: Scored on, nothing else.
         image_key: Column of the images, if it cannot be told.
         label_key: Column of the labels, if it cannot be told.
+        shown: Held-out images that the report shows; 0 keeps all images out of it, where they must not be passed on.
         strict: Whether one unreadable image ends the run; otherwise it is left out and counted.
         resident: Whether training and validation images stay, decoded and cropped, on the training device and are
             augmented there: for many small images. Then ``training.augment`` is ``none`` or ``light``.
@@ -63,11 +64,12 @@ class DataSettings:
     validation_split: str = "validation"
     image_key: str | None = None
     label_key: str | None = None
+    shown: int = 3
     strict: bool = False
     resident: bool = False
 
     def __post_init__(self) -> None:
-        require_settings(self, "data")
+        require_settings(self, "data", shown=whole(0, 8))
         for name in ("train_split", "validation_split"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"data.{name} must name a split, such as 'train', got {getattr(self, name)!r}")

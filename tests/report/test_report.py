@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from gohsp.core import healing
 from gohsp.core.ranking.ranking import HeadRanking, RankingSettings
 from gohsp.errors import RunError, StorageError
 from gohsp.report import (
-    HEADERS,
     Heal,
     HealStep,
     Plan,
     Ranking,
     Report,
+    headers,
     parse,
     plots,
     read,
@@ -39,163 +38,12 @@ from gohsp.report import (
     write,
 )
 from gohsp.report.blocks import blocks_of
-from gohsp.report.html import duration, index_ranges, render_html
+from gohsp.report.html import THEME, duration, index_ranges, render_html
 from gohsp.report.summary import quantity, signed
 from gohsp.structure import AttentionWidths
+from reports import Page, edited, make_content, of_features, one_shot, sampled, without, without_labels
 
 SCRIPT = "<script>alert('x')</script>"
-
-
-def make_content(blocks: int = 12, heads: int = 3, units: int = 768, seed: int = 0) -> dict[str, Any]:
-    """Plausible JSON of a fine-tuning run of a ViT with `blocks` blocks of `heads` heads of 64 dimensions."""
-    rng = np.random.default_rng(seed)
-    dense, pruned, kept, scores, transition = {}, {}, {}, {}, {}
-
-    def pick(total: int, count: int) -> list[int]:
-        return sorted(int(i) for i in rng.choice(total, count, replace=False))
-
-    for block in range(blocks):
-        attention, ffn = f"blocks.{block}.attn", f"blocks.{block}.mlp"
-        edges = rng.uniform(0.1, 0.69, (heads, heads))
-        edges = edges + edges.T
-        np.fill_diagonal(edges, 0)
-        matrix = edges / edges.sum(1, keepdims=True) if heads > 1 else np.ones((1, 1))
-        score = rng.dirichlet(np.full(heads, 6.0))
-        stay = max(1, heads - int(rng.integers(0, heads // 2 + 1)))
-        qk, vo = int(rng.choice([16, 24, 32])), int(rng.choice([32, 48, 64]))
-        hidden = units - 64 * int(rng.integers(1, units // 80)) if block > 0 else units
-        dense |= {attention: {"heads": heads, "qk": 64, "vo": 64}, ffn: {"units": units}}
-        pruned |= {attention: {"heads": stay, "qk": qk, "vo": vo}, ffn: {"units": hidden}}
-        kept[attention] = {
-            "heads": sorted(int(h) for h in np.argsort(score)[::-1][:stay]),
-            "qk": [pick(64, qk) for _ in range(stay)],
-            "vo": [pick(64, vo) for _ in range(stay)],
-        }
-        kept[ffn] = {"units": pick(units, hidden)}
-        scores[attention], transition[attention] = score.tolist(), matrix.tolist()
-
-    def curve(epochs: int, first: float, last: float) -> list[dict[str, Any]]:
-        top1 = last + (first - last) * np.exp(-1.5 * np.arange(epochs))
-        return [
-            {
-                "epoch": i + 1,
-                "train_loss": float(2.4 - value / 50),
-                "top1": float(value),
-                "loss": float(2.2 - value / 50),
-                "learning_rate": 1e-4 * (1 - i / epochs),
-                "seconds": 61.5,
-            }
-            for i, value in enumerate(top1)
-        ]
-
-    steps = 24
-    return {
-        "schema_version": 4,
-        "gohsp": "0.2.0",
-        "created": "2025-11-22T17:30:00+00:00",
-        "command": ["gohsp", "prune", "settings/deit tiny.toml", "--budget", "params=-40%"],
-        "seed": 0,
-        "machine": {"device": "cpu", "processor": "Example CPU 9000", "cores": 2, "python": "3.11.7"},
-        "versions": {"torch": "2.8.0", "timm": "1.0.31"},
-        "method": "gohsp",
-        "model": {
-            "library": "timm",
-            "architecture": "deit_tiny_patch16_224",
-            "arguments": {"num_classes": 10, "img_size": 112},
-        },
-        "data": {
-            "source": "hfds/imagewoof-160",
-            "train_split": "train",
-            "validation_split": "validation",
-            "image_size": 112,
-            "classes": 10,
-            "calibration_images": 1024,
-            "train_images": 5000,
-            "validation_images": 2000,
-            "unreadable_images": 0,
-        },
-        "budget": {"kind": "params", "requested": "params=-40%", "limit": 3_316_000, "achieved": 3_315_000},
-        "dense": {
-            "params": 5_525_000,
-            "macs": 320_000_000,
-            "top1": 83.8,
-            "top5": 98.5,
-            "loss": 0.52,
-            "n": 2000,
-        },
-        "dense_retrained": {
-            "params": 5_525_000,
-            "macs": 320_000_000,
-            "top1": 84.25,
-            "top5": 98.6,
-            "loss": 0.50,
-            "n": 2000,
-        },
-        "pruned": {
-            "params": 3_315_000,
-            "macs": 176_000_000,
-            "top1": 81.7,
-            "top5": 98.0,
-            "loss": 0.61,
-            "n": 2000,
-        },
-        "fidelity": {
-            "objective": "classification",
-            "images": 128,
-            "distance": 0.321,
-            "predicted_distance": 0.25,
-            "agreement": 79.6,
-        },
-        "plan": {"dense": dense, "pruned": pruned, "kept": kept, "stages": 2},
-        "ranking": {
-            "method": "chain",
-            "edge": "jsd",
-            "scope": "layer",
-            "damping": 0.3,
-            "teleport": "contribution",
-            "scores": scores,
-            "transition": transition,
-            "iterations": 17,
-            "residual": 3.1e-11,
-            "images": 1000,
-            "notes": [],
-            "steps": 2,
-            "left_at": {name: [1 + head % 2 for head in range(len(of))] for name, of in scores.items()},
-        },
-        "admm": {
-            "status": "converged",
-            "metric": "data",
-            "penalty": "decoupled",
-            "trace": [
-                {
-                    "step": i,
-                    "epoch": (i + 1) / steps,
-                    "rho": float(0.004 * 50 ** (i / (steps - 1))),
-                    "primal": float(0.6 * np.exp(-i / 6)),
-                    "dual": float(0.2 * np.exp(-i / 9)) if i else 0.0,
-                    "flips": max(0, 40 - 2 * i),
-                }
-                for i in range(steps)
-            ],
-            "loss_before_cut": 0.5712,
-            "loss_after_cut": 0.5934,
-        },
-        "equality": {"max_relative_difference": 3e-7, "tolerance": 1e-5, "images": 8},
-        "curves": {
-            "dense": curve(5, 55.0, 83.8),
-            "admm": curve(1, 76.9, 76.9),
-            "finetune": curve(2, 80.1, 81.7),
-            "dense_retrained": curve(3, 83.9, 84.25),
-        },
-        "timings": {"train dense": 1850.0, "rank": 34.2, "allocate": 210.0, "admm": 410.0, "finetune": 805.5},
-        "config": {"seed": 0, "budget": "params=-40%", "train": {"epochs": 3, "optimizer": "adamw"}},
-    }
-
-
-def one_shot(content: dict[str, Any]) -> dict[str, Any]:
-    """The same run without any training."""
-    content = {key: value for key, value in content.items() if key not in ("admm", "dense_retrained")}
-    return content | {"method": "oneshot", "curves": {}}
 
 
 TINY = make_content()
@@ -220,34 +68,12 @@ def large() -> Report:
 # --- schema ---------------------------------------------------------------------------------------------
 
 
-def edited(content: dict[str, Any], path: str, value: Any = None, *, drop: bool = False) -> dict[str, Any]:
-    """A deep copy with the entry at a path such as "plan/dense/blocks.0.mlp" set, or dropped."""
-    content = copy.deepcopy(content)
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
-    level: Any = content
-    for part in parents:
-        level = level[part]
-    if drop:
-        del level[last]
-    else:
-        level[last] = value
-    return content
-
-
-def without(content: dict[str, Any], sublayer: str) -> dict[str, Any]:
-    """A deep copy in which a sub-layer is removed whole."""
-    content = copy.deepcopy(content)
-    table = content["plan"]["pruned"][sublayer]
-    content["plan"]["pruned"][sublayer] = dict.fromkeys(table, 0)
-    content["plan"]["kept"][sublayer] = {key: [] for key in table}
-    return content
-
-
 def test_valid_reports_pass(tiny: Report, large: Report) -> None:
     for report in (tiny, large, parse(one_shot(TINY)), parse(without(TINY, "blocks.3.attn"))):
         assert parse(json.loads(report.model_dump_json())) == report
     assert json.loads(tiny.model_dump_json()) == json.loads(json.dumps(TINY)) | {
         "heal": None,
+        "samples": None,
         "speed": None,
         "data": TINY["data"] | {"class_names": None},
     }
@@ -503,7 +329,7 @@ def test_summary_numbers(tiny: Report) -> None:
     assert retrained.top1_change == pytest.approx(0.45)
     # Binomial: sqrt(0.838 * 0.162 / 2000) = 0.824 %
     assert dense.top1_error == pytest.approx(0.824, abs=5e-4)
-    assert len(pruned.cells()) == len(HEADERS)
+    assert len(pruned.cells()) == len(headers(tiny))
     assert pruned.cells() == [
         ("pruned", ""),
         ("3.31 M", "−40.0 %"),
@@ -539,37 +365,6 @@ def test_texts_of_numbers() -> None:
 
 
 # --- the page -------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """What the tests ask of a page: its tags with attributes, its ids and text, and that tags balance."""
-
-    VOID = frozenset({"meta", "br", "link", "img", "hr", "input"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def labels(self) -> list[str | None]:
-        return [attributes["aria-label"] for tag, attributes in self.tags if tag == "svg"]
 
 
 @pytest.fixture(scope="module")
@@ -632,16 +427,6 @@ def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
     assert "trained longer" not in page.text
 
 
-def without_labels(content: dict[str, Any]) -> dict[str, Any]:
-    """What the one-shot method writes."""
-    content = copy.deepcopy(one_shot(content))
-    for name in ("dense", "pruned"):
-        content[name] = {key: content[name][key] for key in ("params", "macs")}
-    for key in ("validation_split", "train_images", "validation_images", "unreadable_images"):
-        del content["data"][key]
-    return content
-
-
 def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str, Any]) -> None:
     report = parse(without_labels(small))
     page = Page(render_html(report))
@@ -650,12 +435,18 @@ def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str
     assert "No labels were read" in page.text
     assert "Top-1 accuracy" not in page.text
     assert "1,024 images without labels" in page.text
-    assert summary_table(report)[1].cells()[3] == ("–", "")
+    assert page.text.index("Agrees with dense") < page.text.index("MACs per image")  # it leads
+    assert headers(report)[3:] == ("agreement (%)", "distance (nats)")
+    assert [row.cells()[3:] for row in summary_table(report)] == [
+        [("100.0", ""), ("0.000", "")],
+        [("79.6", ""), ("0.321", "")],
+    ]
     bare = without_labels(small) | {"fidelity": None, "command": []}
     text = Page(render_html(parse(edited(bare, "data/calibration_images", None)))).text
     assert "Agrees with dense" not in text
     assert "Right after the cut" not in text
     assert "Command" not in text
+    assert "(nats)" not in text
 
 
 def test_scores_are_complete_or_absent(small: dict[str, Any]) -> None:
@@ -668,23 +459,15 @@ def test_fidelity_is_told_in_nats_for_classes(page: Page) -> None:
     assert "0.321 nats (0.250 predicted)" in page.text
 
 
-def of_features(content: dict[str, Any], objective: str = "features") -> dict[str, Any]:
-    """A one-shot run on a model of the user's own that tells no classes apart."""
-    content = without_labels(content)
-    content["fidelity"] |= {"objective": objective, "agreement": None, "predicted_distance": None}
-    content["model"] = {"architecture": "MyBackbone"}
-    del content["data"]["classes"]
-    return content
-
-
 def test_fidelity_is_told_as_a_share_of_the_variance_for_features(small: dict[str, Any]) -> None:
     text = Page(render_html(parse(of_features(small)))).text
     assert "Distance to dense" in text
     assert "MyBackbone, pruned" in text
     assert re.search(r"half the mean squared difference .*\n.*0\.321 of the outputs' variance\.", text)
     assert "tells no classes apart" in text
-    for wrong in ("nats.", "agree", "first prediction", "classes ·", "Model arguments", "None", "predicted)"):
-        assert wrong not in text.replace("loss (nats)", "")
+    assert "distance (of variance)" in text
+    for wrong in ("nats", "agree", "first prediction", "classes ·", "Model arguments", "None", "predicted)"):
+        assert wrong not in text
 
 
 def test_fidelity_by_the_users_own_objective(small: dict[str, Any]) -> None:
@@ -792,6 +575,40 @@ def test_blocks_have_short_distinct_labels(names: list[str], labels: list[str]) 
     assert [name for block in blocks for name in (block.attention, block.ffn) if name] == names
 
 
+def test_a_few_images_are_shown_with_what_heads_and_models_make_of_them(small: dict[str, Any]) -> None:
+    content = sampled(small)
+    page = Page(render_html(parse(content)))
+    shown = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(str(of["src"]).startswith("data:image/webp;base64,") for of in shown)
+    told = [str(of["alt"]) for of in shown]
+    assert told[:9] == [
+        f"{what} {image}"
+        for what in ("held-out image", "the dense model's output for image", "the pruned model's output for image")
+        for image in (1, 2, 3)
+    ]
+    assert told[12:] == [f"where head {head} looks in image {image}" for head in (2, 0) for image in (1, 2, 3)]
+    kept = content["plan"]["kept"]["blocks.0.attn"]["heads"]
+    fates = re.findall(r"head (\d)\s*(kept|removed)", re.sub("<.*?>", " ", render_html(parse(content))))
+    assert fates[:2] == [(str(head), "kept" if head in kept else "removed") for head in (2, 0)]
+    heads_alone = {key: content["samples"][key] for key in ("images", "heads")}
+    assert "Outputs before and after" not in Page(render_html(parse(content | {"samples": heads_alone}))).text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("samples/images", ["x' onload='"], r"'samples\.images\[0\]'.*pattern"),
+        ("samples/before", [], r"have 0 and 3 pictures for 3 images"),
+        ("samples/after", ["AAAA"], r"have 3 and 1 pictures for 3 images"),
+        ("samples/heads/0/maps", [], r"head 2 of 'blocks\.0\.attn' has 0 maps for 3 images"),
+        ("samples/heads/0/head", 3, r"samples\.heads names head 3 of 'blocks\.0\.attn', which is not ranked"),
+    ],
+)
+def test_samples_fit_each_other(small: dict[str, Any], path: str, value: Any, told: str) -> None:
+    with pytest.raises(RunError, match=told):
+        parse(edited(sampled(small), path, value))
+
+
 def test_large_model_renders(large: Report) -> None:
     html = render_html(large)
     assert len(Page(html).labels()) == 3 + 24
@@ -843,6 +660,55 @@ def test_warnings_are_shown_where_due(small: dict[str, Any], page: Page) -> None
         assert part in text
     assert "does not compute what the masked dense model computes" in text
     assert "exceeded by 20.63 %" in text
+
+
+def told_of(figure: Any) -> list[tuple[str, tuple[float, float, float, float]]]:
+    FigureCanvasAgg(figure).draw()
+    return plots.tips(figure)
+
+
+def test_every_value_is_told_where_it_is_pointed_at(small: dict[str, Any]) -> None:
+    report = parse(small)
+    plan, scores = report.plan, report.ranking.scores["blocks.1.attn"]
+    widths = dict(told_of(plots.kept_widths(report)))
+    kept = plan.pruned["blocks.1.mlp"].units  # type: ignore[union-attr]
+    assert f"block 1, FFN units: {kept} of 768 kept ({100 * kept / 768:.0f} %)" in widths
+    assert len(widths) == 2 * 4
+    importance = dict(told_of(plots.head_importance(report)))
+    fate = "kept" if 2 in plan.kept_heads("blocks.1.attn") else "removed"
+    assert f"block 1, head 2: score {scores[2]:.4f}, {fate}, last ranked in step 1" in importance
+    assert len(importance) == 2 * 3
+    ((told, _), *others) = told_of(plots.head_graph([[0.5, 0.5], [1.0, 0.0]], [0.6, 0.4]))
+    assert told == "head 0, 0.6000; moves on to 1 (0.50)"
+    assert len(others) == 1
+    training = [text for text, _ in told_of(plots.training(report))]
+    assert "pruned, fine-tuned, epoch 2: top-1 80.5 %, loss 0.591, training loss 0.791" in training
+    assert "Z-step 0: primal 0.6, dual 0, ρ 0.004, 40 flips" in training
+
+
+def test_places_to_point_at_lie_on_what_they_tell_of(small: dict[str, Any]) -> None:
+    figure = plots.head_importance(parse(small))
+    boxes = dict(told_of(figure))
+    axes = figure.axes[0].get_position()
+    left, top, width, height = boxes[next(text for text in boxes if text.startswith("block 0, head 0:"))]
+    assert left == pytest.approx(100 * axes.x0)
+    assert top == pytest.approx(100 * (1 - axes.y1))
+    assert (width, height) == pytest.approx((100 * axes.width / 3, 100 * axes.height / 2))
+    points = plots.training(parse(small))
+    (at, *_) = [box for text, box in told_of(points) if text.startswith("dense, epoch 1:")]
+    x, y = points.axes[1].transData.transform((1, small["curves"]["dense"][0]["top1"]))
+    whole = points.bbox
+    assert at[0] + at[2] / 2 == pytest.approx(100 * x / whole.width)
+    assert at[1] + at[3] / 2 == pytest.approx(100 * (1 - y / whole.height))
+
+
+def test_pictures_follow_the_page_light_or_dark(html: str) -> None:
+    pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert not [colour for colour in THEME if colour in pictures]
+    assert {f"var(--{name})" for name in THEME.values()} - set(re.findall(r"var\(--[\w-]+\)", pictures)) == set()
+    style = html[html.index("<style>") : html.index("</style>")]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    assert all(f"--{name}:" in light and f"--{name}:" in dark for name in THEME.values())
 
 
 # --- the pictures ---------------------------------------------------------------------------------------
@@ -964,7 +830,7 @@ def test_graph_draws_the_chain() -> None:
     nodes = [line for line in axes.get_lines() if line.get_marker() == "o"]
     areas = np.array([node.get_markersize() ** 2 for node in nodes])
     np.testing.assert_allclose(areas / areas[0], [1.0, 0.8, 0.2])
-    assert [node.get_markerfacecolor() for node in nodes] == [plots.KEPT, plots.KEPT, "white"]
+    assert [node.get_markerfacecolor() for node in nodes] == [plots.KEPT, plots.KEPT, plots.PAPER]
     crosses = [line for line in axes.get_lines() if line.get_marker() == "x"]
     assert len(crosses) == 1
     assert crosses[0].get_xydata().tolist() == nodes[2].get_xydata().tolist()

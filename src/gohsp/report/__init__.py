@@ -23,6 +23,7 @@ from gohsp.report.schema import (
     Epoch,
     Equality,
     Fidelity,
+    HeadMaps,
     Heal,
     HealStep,
     Machine,
@@ -31,15 +32,15 @@ from gohsp.report.schema import (
     Plan,
     Ranking,
     Report,
+    Samples,
     Speed,
     TraceStep,
     parse,
 )
-from gohsp.report.summary import HEADERS, SummaryRow, quantity, relative, signed, summary_table
+from gohsp.report.summary import SummaryRow, headers, quantity, relative, signed, summary_table
 
 __all__ = [
     "FILE",
-    "HEADERS",
     "SCHEMA_VERSION",
     "Admm",
     "Budget",
@@ -48,6 +49,7 @@ __all__ = [
     "Epoch",
     "Equality",
     "Fidelity",
+    "HeadMaps",
     "Heal",
     "HealStep",
     "Machine",
@@ -56,9 +58,12 @@ __all__ = [
     "Plan",
     "Ranking",
     "Report",
+    "Samples",
     "Speed",
     "SummaryRow",
     "TraceStep",
+    "compare",
+    "headers",
     "parse",
     "quantity",
     "read",
@@ -117,6 +122,21 @@ def read(folder: Path) -> Report:
     if digest != _digest(content):
         raise RunError(f"'{path}' is not as it was written, its digest differs: restore it or run again")
     return report
+
+
+def compare(reports: Mapping[str, Report], path: Path) -> None:
+    """Write a page that shows several runs side by side.
+
+    Args:
+        reports: Reports, by what the runs are called on the page.
+        path: The HTML file; replaced if it is there.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    from gohsp.report.html import render_comparison
+
+    files.write_atomic(path, render_comparison(reports))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

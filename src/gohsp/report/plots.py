@@ -14,33 +14,68 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gohsp.errors import RunError
 from gohsp.report.blocks import Block, block_name, blocks_of, short_labels
-from gohsp.report.schema import Epoch, Report, TraceStep
+from gohsp.report.comparison import Point
+from gohsp.report.schema import Epoch, Plan, Report, TraceStep
 from gohsp.structure import Widths
 
-INK, EDGE, MUTED, LINE, PALE = "#1f2937", "#475569", "#6b7280", "#9ca3af", "#e5e7eb"
-KEPT, REMOVED = "#2563eb", "#c2410c"
+INK, EDGE, MUTED, LINE, PALE, PAPER = "#1f2937", "#475569", "#6b7280", "#9ca3af", "#e5e7eb", "#ffffff"
+KEPT, REMOVED, SOFT = "#2563eb", "#c2410c", "#7c3aed"
+"""Colours that follow the page's, light or dark."""
+
+ON_PALE, ON_DEEP = "#1f2936", "#fffffe"
+"""Inks on the colours of a heat map, which are the same on any page."""
+
 STAGES = {  # colour, line style and name of each training curve; the style tells them apart without colour
-    "dense": ("#6b7280", "-", "dense"),
-    "admm": ("#7c3aed", "-", "ADMM"),
-    "finetune": ("#2563eb", "-", "pruned, fine-tuned"),
-    "dense_retrained": ("#c2410c", "--", "dense, trained longer"),
+    "dense": (MUTED, "-", "dense"),
+    "admm": (SOFT, "-", "ADMM"),
+    "finetune": (KEPT, "-", "pruned, fine-tuned"),
+    "dense_retrained": (REMOVED, "--", "dense, trained longer"),
 }
 KINDS = {"heads": "heads", "qk": "q/k width", "vo": "v/o width", "units": "FFN units"}
+
+_ORIGINS = (KEPT, SOFT, REMOVED, EDGE)
+"""Colours of dense models and of what was cut from them."""
 
 # Up to this many heads, scores are written out and every edge is drawn.
 FEW_HEADS = 8
 STRONGEST_EDGES = 3
 _WIDTH = 4.8
+_REACH = 0.09
+"""Inches around a point at which it is pointed at."""
+
 _LONGEST_LABEL = 14
 _SMALL, _TEXT = 8, 9
 _HEAT: LinearSegmentedColormap = LinearSegmentedColormap.from_list(
-    "heat", ["#eff6ff", "#bfdbfe", "#60a5fa", "#2563eb", "#172554"]
+    "heat", ["#eff6ff", "#bfdbfe", "#60a5fa", "#2564eb", "#172554"]
 )
+
+
+def _tip(axes: Axes, text: str, x: float, y: float, width: float = 0, height: float = 0) -> None:
+    """Say what a page shows where a reader points at a part of a picture: a box in data units, or a point.
+
+    It is an artist that is never drawn, with the text as its id.
+    """
+    axes.add_artist(Rectangle((x, y), width, height, visible=False, gid=text))
+
+
+def tips(figure: Figure) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """What to tell of the parts of a figure that was drawn.
+
+    Returns:
+        Texts, each with its box: left, top, width and height in percent of the figure.
+    """
+    whole, told = figure.bbox, []
+    for artist in figure.findobj(lambda artist: artist.get_gid() is not None):
+        box = artist.get_window_extent()
+        box = box.padded(0 if box.width else figure.dpi * _REACH)
+        left, top = box.x0 / whole.width, 1 - box.y1 / whole.height
+        told.append((artist.get_gid() or "", (left, top, box.width / whole.width, box.height / whole.height)))
+    return [(text, tuple(100 * share for share in box)) for text, box in told]  # type: ignore[misc]
 
 
 def head_importance(report: Report) -> Figure:
@@ -65,39 +100,66 @@ def head_importance(report: Report) -> Figure:
         grid[index, : len(row)] = row
     scale = Normalize(float(np.nanmin(grid)), float(np.nanmax(grid)))
 
+    figure, axes = _heat_map(grid, scale, "importance score (no unit)")
+    removed = [(r, h) for r, row in enumerate(scores) for h in range(len(row)) if h not in kept[r]]
+    few, labels = heads <= FEW_HEADS, attention_labels(report)
+    for index, (name, row) in enumerate(report.ranking.scores.items()):
+        for head, score in enumerate(row):
+            _tip(axes, f"block {labels[index]}, {_head_told(report, name, head)}", head, index, 1, 1)
+            if few:
+                _cell(axes, index, head, f"{score:.3f}", scale(score))
+    cross = _cross(axes, [(row, head + (0.16 if few else 0.5)) for row, head in removed], "removed head")
+    axes.set_xticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
+    _block_axis(axes, np.arange(rows) + 0.5, labels)
+    axes.set_xlabel("head", size=_TEXT)
+    if removed:
+        _legend(axes, cross)
+    return figure
+
+
+def _heat_map(grid: np.ndarray, scale: Normalize, name: str) -> tuple[Figure, Axes]:
+    """Cells ``[rows, columns]``, of which NaN are left out, beside a bar that says what their colours mean."""
+    rows = len(grid)
     figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * rows)), layout="constrained")
     axes = figure.subplots()
-    mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors="white", linewidth=1.5)
-    removed = [(r, h) for r, row in enumerate(scores) for h in range(len(row)) if h not in kept[r]]
-    few = heads <= FEW_HEADS
-    for index, row in enumerate(scores):
-        for head, score in enumerate(row) if few else ():
-            ink = "white" if scale(score) > 0.62 else INK
-            axes.text(head + 0.5, index + 0.5, f"{score:.3f}", color=ink, size=_SMALL, ha="center", va="center")
-    cross = axes.plot(
-        [head + (0.16 if few else 0.5) for _, head in removed],
-        [index + 0.5 for index, _ in removed],
-        "X",
-        markersize=7,
-        color=REMOVED,
-        markeredgecolor="white",
-        label="removed head",
-    )
-    axes.set_xticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
-    _block_axis(axes, np.arange(rows) + 0.5, attention_labels(report))
-    axes.set_xlabel("head", size=_TEXT)
-    _tidy(axes)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.tick_params(length=0)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, norm=scale, edgecolors=PAPER, linewidth=1.5)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05, aspect=max(20, 2 * rows))
-    bar.set_label("importance score (no unit)", size=_TEXT, color=INK)
+    bar.set_label(name, size=_TEXT, color=INK)
     bar.ax.tick_params(labelsize=_SMALL, colors=INK, length=2)
     for solids in bar.ax.collections:
         solids.set(rasterized=False, edgecolor="face")  # else the one bitmap in a vector picture
     bar.outline.set_visible(False)  # pyrefly: ignore
-    if removed:
-        _legend(axes, cross)
-    return figure
+    _tidy(axes)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def _cell(axes: Axes, row: int, column: int, text: str, shade: float) -> None:
+    """Write into a cell of a heat map, whose colour is as far along the scale as ``shade``."""
+    ink = ON_DEEP if shade > 0.62 else ON_PALE
+    axes.text(column + 0.5, row + 0.5, text, color=ink, size=_SMALL, ha="center", va="center")
+
+
+def _cross(axes: Axes, places: Sequence[tuple[int, float]], name: str) -> list[Line2D]:
+    """Mark what was removed, in rows of a heat map."""
+    return axes.plot(
+        [across for _, across in places],
+        [row + 0.5 for row, _ in places],
+        "X",
+        markersize=7,
+        color=REMOVED,
+        markeredgecolor=PAPER,
+        label=name,
+    )
+
+
+def _head_told(report: Report, attention: str, head: int) -> str:
+    """A head's score and fate."""
+    steps, kept = report.ranking.last_steps(attention), head in report.plan.kept_heads(attention)
+    last = f", last ranked in step {steps[head]}" if steps else ""
+    score = report.ranking.scores[attention][head]
+    return f"head {head}: score {score:.4f}, {'kept' if kept else 'removed'}{last}"
 
 
 def head_graph(
@@ -158,10 +220,13 @@ def head_graph(
     _draw_moves(axes, matrix / max(matrix.max(), tiny), place, radius, few)
     for head in range(count):
         _node(axes, place[head], radius[head], stays[head])
-        told = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
-        told += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
+        reach = max(radius[head], 4.0)
+        told = f"head {head}, {score[head]:.4f}{_moves_told(matrix[head])}"
+        _tip(axes, told, *(place[head] - reach), 2 * reach, 2 * reach)
+        lines = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
+        lines += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
         size, ink = 9 if few else 6 if left_at else 10, INK if stays[head] else REMOVED
-        _draw_label(axes, place[head], direction[head], radius[head], "\n".join(told), size=size, color=ink)
+        _draw_label(axes, place[head], direction[head], radius[head], "\n".join(lines), size=size, color=ink)
     if key:
         edges = "edge: transition probability" + ("" if few else f" ({STRONGEST_EDGES} likeliest a head)")
         lines = ["node area: stationary probability", edges]
@@ -171,6 +236,12 @@ def head_graph(
             lines.append("filled: kept; hollow and crossed: removed")
         figure.text(0.5, 5 / total, "\n".join(lines), size=7, color=MUTED, ha="center", va="bottom")
     return figure
+
+
+def _moves_told(chances: np.ndarray) -> str:
+    """The likeliest moves from a head to others."""
+    likeliest = [head for head in np.argsort(chances)[::-1][:STRONGEST_EDGES] if chances[head] > 0]
+    return "; moves on to " * bool(likeliest) + ", ".join(f"{head} ({chances[head]:.2f})" for head in likeliest)
 
 
 def _draw_moves(axes: Axes, strength: np.ndarray, place: np.ndarray, radius: np.ndarray, few: bool) -> None:
@@ -233,10 +304,12 @@ def kept_widths(report: Report) -> Figure:
     kinds = [kind for kind in KINDS if any(dense[kind])]
     figure = Figure(figsize=(_WIDTH, max(2.4, 1.2 + 0.27 * len(blocks))), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    labels = [block.label for block in blocks]
     crosses = [
-        _draw_widths(axes, dense[kind], pruned[kind], KINDS[kind]) for axes, kind in zip(panels, kinds, strict=True)
+        _draw_widths(axes, labels, dense[kind], pruned[kind], KINDS[kind])
+        for axes, kind in zip(panels, kinds, strict=True)
     ]
-    _block_axis(panels[0], np.arange(len(blocks)), [block.label for block in blocks])
+    _block_axis(panels[0], np.arange(len(blocks)), labels)
     figure.supxlabel("kept share of the dense width (%)", size=_TEXT, color=INK)
     if drawn := [cross for cross in crosses if len(cross.get_xdata())]:  # type: ignore[arg-type]
         figure.legend(handles=drawn[:1], loc="outside upper left", frameon=False, fontsize=_SMALL)
@@ -249,7 +322,7 @@ def _column(widths: Widths, blocks: Sequence[Block], kind: str) -> list[int]:
     return [getattr(widths[name], kind) if name else 0 for name in names]
 
 
-def _draw_widths(axes: Axes, dense: Sequence[int], pruned: Sequence[int], name: str) -> Line2D:
+def _draw_widths(axes: Axes, labels: Sequence[str], dense: Sequence[int], pruned: Sequence[int], name: str) -> Line2D:
     """Draw one panel of :func:`kept_widths`; returns the crosses of removed sub-layers."""
     rows = [row for row, before in enumerate(dense) if before]
     axes.barh(rows, np.ones(len(rows)), color=PALE, height=0.72)
@@ -261,10 +334,11 @@ def _draw_widths(axes: Axes, dense: Sequence[int], pruned: Sequence[int], name: 
         "X",
         markersize=6,
         color=REMOVED,
-        markeredgecolor="white",
+        markeredgecolor=PAPER,
         label="removed sub-layer",
     )
     for row in rows:
+        _tip(axes, f"block {labels[row]}, {name}: {_share_told(pruned[row], dense[row])}", 0, row - 0.36, 1, 0.72)
         axes.text(1.06, row, str(pruned[row]), size=_SMALL, color=INK if pruned[row] else REMOVED, va="center")
     least, most = min(dense[row] for row in rows), max(dense)
     axes.set_title(f"{name}\nof {least if least == most else f'{least}–{most}'}", size=_TEXT, color=INK)
@@ -275,6 +349,98 @@ def _draw_widths(axes: Axes, dense: Sequence[int], pruned: Sequence[int], name: 
     axes.spines["bottom"].set_bounds(0, 1)
     axes.tick_params(axis="y", length=0)
     return cross
+
+
+def widths_beside(plans: Mapping[str, Plan], kind: str) -> Figure | None:
+    """Draw what several plans for one dense model keep of one kind: one row a block, one column a plan.
+
+    Args:
+        plans: The plans, by what the columns are called; their dense widths are the same.
+        kind: ``heads``, ``qk``, ``vo`` or ``units``.
+
+    Returns:
+        A figure, its cells coloured by the kept share; None where the dense model has nothing of that kind.
+    """
+    first = next(iter(plans.values()))
+    blocks = blocks_of(first)
+    dense = _column(first.dense, blocks, kind)
+    if not any(dense):
+        return None
+    kept = [_column(plan.pruned, blocks, kind) for plan in plans.values()]
+    share = [[100 * of[row] / before if before else np.nan for of in kept] for row, before in enumerate(dense)]
+    scale = Normalize(0, 100)
+    figure, axes = _heat_map(np.array(share), scale, "kept share of the dense width (%)")
+    cells = [(row, column) for row, before in enumerate(dense) if before for column in range(len(plans))]
+    for row, column in cells:
+        width, mark = kept[column][row], list(plans)[column]
+        _tip(axes, f"run {mark}, block {blocks[row].label}: {_share_told(width, dense[row])}", column, row, 1, 1)
+        if width and len(plans) <= FEW_HEADS:
+            _cell(axes, row, column, str(width), scale(share[row][column]))
+    removed = [(row, column + 0.5) for row, column in cells if not kept[column][row]]
+    cross = _cross(axes, removed, "removed sub-layer")
+    axes.set_xticks(np.arange(len(plans)) + 0.5, list(plans))
+    axes.set_xlabel("run", size=_TEXT)
+    _block_axis(axes, np.arange(len(blocks)) + 0.5, [block.label for block in blocks])
+    if removed:
+        _legend(axes, cross)
+    return figure
+
+
+def tradeoff(points: Sequence[Point], origins: Sequence[str], across: str, up: str) -> Figure:
+    """Draw quality against cost: numbered circles for what runs made, diamonds for the dense models.
+
+    Args:
+        points: The models.
+        origins: Names of the dense models.
+        across: What the cost is.
+        up: What the quality is.
+
+    Returns:
+        A figure.
+    """
+    figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for point in points:
+        colour = _ORIGINS[point.origin % len(_ORIGINS)]
+        if point.mark:
+            axes.plot(point.x, point.y, "o", markersize=14, color=colour, markeredgecolor=PAPER)
+            box = {
+                "boxstyle": "round,pad=0.3,rounding_size=0.9",
+                "facecolor": colour,
+                "edgecolor": "none",
+            }  # of several
+            where = {"ha": "center", "va": "center", "bbox": box}
+            axes.text(point.x, point.y, point.mark, color=PAPER, size=_SMALL, weight="bold", **where)
+        else:
+            axes.plot(point.x, point.y, "D", markersize=8, color=PAPER, markeredgecolor=colour, markeredgewidth=1.8)
+        _tip(axes, point.told, point.x, point.y)
+    axes.margins(0.14)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if "%" in up:
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    axes.set_xlabel(across, size=_TEXT)
+    axes.set_ylabel(up, size=_TEXT)
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    _tidy(axes)
+    shown = {point.origin for point in points if not point.mark}
+    _legend(
+        axes,
+        [
+            Line2D(
+                [], [], color=PAPER, marker="D", markeredgecolor=_ORIGINS[index % len(_ORIGINS)], label=f"dense {name}"
+            )
+            for index, name in enumerate(origins)
+            if index in shown
+        ],
+    )
+    return figure
+
+
+def _share_told(kept: int, of: int) -> str:
+    return f"{kept} of {of} kept ({100 * kept / of:.0f} %)"
 
 
 def training(report: Report) -> Figure:
@@ -333,6 +499,12 @@ def _draw_residuals(axes: Axes, trace: Sequence[TraceStep]) -> None:
     penalty.spines["right"].set_visible(True)
     penalty.set_ylabel("penalty ρ", size=_TEXT)
     _legend(axes, lines)
+    for step in trace:
+        told = (
+            f"Z-step {step.step}: primal {step.primal:.3g}, dual {step.dual:.3g}, ρ {step.rho:.3g}, {step.flips} flips"
+        )
+        for value in filter(None, (step.primal, step.dual)):
+            _tip(axes, told, step.epoch, value)
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], metric: str) -> None:
@@ -344,6 +516,9 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], metric: str)
         y = np.array([getattr(epoch, metric) for epoch in epochs], dtype=float)
         known = ~np.isnan(y)
         handles += axes.plot(np.array(x)[known], y[known], style, color=colour, marker="o", markersize=3.5, label=name)
+        for at, epoch in zip(x, epochs, strict=True):
+            if (value := getattr(epoch, metric)) is not None:
+                _tip(axes, f"{name}, epoch {epoch.epoch}: {_epoch_told(epoch)}", at, value)
         if metric == "loss":
             axes.plot(x, [epoch.train_loss for epoch in epochs], ":", color=colour)
     if metric == "loss":
@@ -357,6 +532,12 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], metric: str)
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     _legend(axes, handles)
+
+
+def _epoch_told(epoch: Epoch) -> str:
+    top1 = "" if epoch.top1 is None else f"top-1 {epoch.top1:.1f} %, "
+    loss = "" if epoch.loss is None else f"loss {epoch.loss:.3f}, "
+    return f"{top1}{loss}training loss {epoch.train_loss:.3f}"
 
 
 def _stage_starts(curves: Mapping[str, Sequence[Epoch]]) -> dict[str, int]:
@@ -389,9 +570,9 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 def _node(axes: Axes, place: np.ndarray, radius: float, stays: bool) -> None:
     size = 2 * radius
     if stays:
-        axes.plot(*place, "o", markersize=size, color=KEPT, markeredgecolor="white")
+        axes.plot(*place, "o", markersize=size, color=KEPT, markeredgecolor=PAPER)
         return
-    axes.plot(*place, "o", markersize=size, color="white", markeredgecolor=REMOVED, markeredgewidth=1.2)
+    axes.plot(*place, "o", markersize=size, color=PAPER, markeredgecolor=REMOVED, markeredgewidth=1.2)
     axes.plot(*place, "x", markersize=size / 2, color=REMOVED, markeredgewidth=1.4)
 
 

@@ -87,6 +87,9 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Many = Annotated[tuple[T, ...], Field(strict=False)]
 """A list, as JSON has it, or a tuple."""
 FreeDict = dict[str, JsonValue]
+Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
+"""A WebP file in Base64."""
+
 WidthsTable = Annotated[dict[str, SublayerWidths], PlainValidator(_widths), PlainSerializer(widths_to_json)]
 KeptTable = Annotated[dict[str, SublayerKept], PlainValidator(_kept), PlainSerializer(kept_to_json)]
 
@@ -360,6 +363,38 @@ class Curves(_Level):
     dense_retrained: Many[Epoch] = ()
 
 
+class HeadMaps(_Level):
+    """Where a head of the dense model looks, a veil over each image of :class:`Samples`."""
+
+    attention: str
+    head: Count
+    maps: Many[Picture]
+
+
+class Samples(_Level):
+    """A few held-out images, and what heads and models make of them.
+
+    ``before`` and ``after`` are the outputs of the dense and the pruned model, where these are maps.
+    """
+
+    images: Many[Picture]
+    heads: Many[HeadMaps] = ()
+    before: Many[Picture] = ()
+    after: Many[Picture] = ()
+
+    @model_validator(mode="after")
+    def _one_an_image(self) -> Self:
+        images, before, after = len(self.images), len(self.before), len(self.after)
+        if (before, after) not in ((0, 0), (images, images)):
+            raise ValueError(f"before and after have {before} and {after} pictures for {images} images")
+        for of in self.heads:
+            if len(of.maps) != len(self.images):
+                raise ValueError(
+                    f"head {of.head} of '{of.attention}' has {len(of.maps)} maps for {len(self.images)} images"
+                )
+        return self
+
+
 class Report(_Level):
     """What a run did and why: the whole of ``report.json`` but its digest.
 
@@ -389,6 +424,7 @@ class Report(_Level):
     admm: Admm | None = None
     equality: Equality
     curves: Curves = Curves()
+    samples: Samples | None = None
     timings: dict[str, NonNegative]
     config: FreeDict
 
@@ -402,6 +438,13 @@ class Report(_Level):
                 raise ValueError(
                     f"ranking.scores has {given.get(name, 0)} heads of '{name}', plan.dense has {heads.get(name, 0)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _shown_heads_are_there(self) -> Self:
+        for shown in self.samples.heads if self.samples else ():
+            if shown.head >= len(self.ranking.scores.get(shown.attention, ())):
+                raise ValueError(f"samples.heads names head {shown.head} of '{shown.attention}', which is not ranked")
         return self
 
 

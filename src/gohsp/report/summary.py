@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from gohsp.report.schema import Metrics, Report
 
-HEADERS = ("model", "parameters", "MACs", "top-1 (%)", "top-5 (%)", "loss (nats)")
+METHODS = {"oneshot": "one-shot", "finetune": "cut and fine-tuned", "gohsp": "ADMM, cut and fine-tuned"}
+UNITS = {"classification": "nats", "features": "of variance"}
+"""What a distance of outputs is counted in, by the objective; another objective is its own unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,8 @@ class SummaryRow:
         top1_error: Its standard error in percentage points, from the number of images scored.
         top5: Top-5 accuracy in percent.
         loss: Mean cross-entropy in nats.
+        agreement: Share of images with the dense model's first prediction, before fine-tuning, in percent.
+        distance: Mean distance of the outputs from the dense model's, likewise.
         params_change: In percent.
         macs_change: In percent.
         top1_change: In percentage points.
@@ -36,6 +40,8 @@ class SummaryRow:
     top1_error: float | None
     top5: float | None
     loss: float | None
+    agreement: float | None
+    distance: float | None
     params_change: float | None
     macs_change: float | None
     top1_change: float | None
@@ -43,24 +49,47 @@ class SummaryRow:
     loss_change: float | None
 
     def cells(self) -> list[tuple[str, str]]:
-        """A (value, change) pair of texts for each of `HEADERS`; an unknown change is empty."""
-        top1 = "–" if self.top1 is None else f"{self.top1:.1f} ± {self.top1_error:.1f}"
-        return [
+        """A (value, change) pair of texts for each of the table's :func:`headers`; an unknown change is empty."""
+        sizes = [
             (self.model, ""),
             (quantity(self.params), signed(self.params_change, 1, " %")),
             (quantity(self.macs), signed(self.macs_change, 1, " %")),
-            (top1, signed(self.top1_change, 1)),
-            (_fixed(self.top5, 1), signed(self.top5_change, 1)),
-            (_fixed(self.loss, 3), signed(self.loss_change, 3)),
         ]
+        if self.top1 is not None:
+            return [
+                *sizes,
+                (f"{self.top1:.1f} ± {self.top1_error:.1f}", signed(self.top1_change, 1)),
+                (f"{self.top5:.1f}", signed(self.top5_change, 1)),
+                (f"{self.loss:.3f}", signed(self.loss_change, 3)),
+            ]
+        kept = ((self.agreement, 1), (self.distance, 3))
+        return sizes + [(f"{value:.{digits}f}", "") for value, digits in kept if value is not None]
+
+
+def headers(report: Report) -> tuple[str, ...]:
+    """What stands above the columns of the before/after table: scores, or without labels fidelity, where there is any.
+
+    Args:
+        report: The report.
+    """
+    sizes, fidelity = ("model", "parameters", "MACs"), report.fidelity
+    if report.pruned.top1 is not None:
+        return (*sizes, "top-1 (%)", "top-5 (%)", "loss (nats)")
+    if fidelity is None:
+        return sizes
+    agrees = () if fidelity.agreement is None else ("agreement (%)",)
+    return (*sizes, *agrees, f"distance ({UNITS.get(fidelity.objective, fidelity.objective)})")
 
 
 def summary_table(report: Report) -> list[SummaryRow]:
     """The before/after table: dense, dense trained on (where there is one) and pruned."""
-    rows = [_row("dense", report.dense, None)]
+    fidelity = report.fidelity
+    agreement, distance = (fidelity.agreement, fidelity.distance) if fidelity else (None, None)
+    itself = (None if agreement is None else 100.0, None if distance is None else 0.0)
+    rows = [_row("dense", report.dense, None, *itself)]
     if report.dense_retrained is not None:
-        rows.append(_row("dense, trained longer", report.dense_retrained, report.dense))
-    return [*rows, _row("pruned", report.pruned, report.dense)]
+        rows.append(_row("dense, trained longer", report.dense_retrained, report.dense, None, None))
+    return [*rows, _row("pruned", report.pruned, report.dense, agreement, distance)]
 
 
 def relative(value: float, reference: float) -> float:
@@ -87,7 +116,9 @@ def signed(value: float | None, digits: int, unit: str = "") -> str:
     return text.replace("-", "−") + unit
 
 
-def _row(model: str, metrics: Metrics, dense: Metrics | None) -> SummaryRow:
+def _row(
+    model: str, metrics: Metrics, dense: Metrics | None, agreement: float | None, distance: float | None
+) -> SummaryRow:
     def change(score: str) -> float | None:
         now, before = getattr(metrics, score), getattr(dense, score, None)
         return None if now is None or before is None else now - before
@@ -97,9 +128,11 @@ def _row(model: str, metrics: Metrics, dense: Metrics | None) -> SummaryRow:
         params=metrics.params,
         macs=metrics.macs,
         top1=metrics.top1,
-        top1_error=_standard_error(metrics),
+        top1_error=standard_error(metrics),
         top5=metrics.top5,
         loss=metrics.loss,
+        agreement=agreement,
+        distance=distance,
         params_change=relative(metrics.params, dense.params) if dense else None,
         macs_change=relative(metrics.macs, dense.macs) if dense else None,
         top1_change=change("top1"),
@@ -108,13 +141,9 @@ def _row(model: str, metrics: Metrics, dense: Metrics | None) -> SummaryRow:
     )
 
 
-def _standard_error(metrics: Metrics) -> float | None:
+def standard_error(metrics: Metrics) -> float | None:
     """Of top-1 accuracy, in percentage points."""
     if metrics.top1 is None or metrics.n is None:
         return None
     share = metrics.top1 / 100
     return 100 * math.sqrt(share * (1 - share) / metrics.n)
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

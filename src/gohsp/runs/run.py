@@ -28,6 +28,7 @@ from gohsp.report import Report
 from gohsp.runs import folder as folders
 from gohsp.runs.folder import RunFolder
 from gohsp.runs.images import class_names, draw_images, labelled_images
+from gohsp.runs.samples import samples
 from gohsp.runs.steps import KeptSteps
 from gohsp.runtime import ProgressCallback, pick_device, require_one_process, resolve_precision, unheard
 from gohsp.session import Session
@@ -362,6 +363,7 @@ def _report(
             finetune=_epochs(pruned.finetune),
             dense_retrained=_epochs(again[0].curve) if again else (),
         ),
+        samples=samples(session, task.dense, pruned.model, network, pruned.ranking, pruned.kept),
         timings=dict(session.steps.seconds),
         config=configs.to_mapping(config),
     )
