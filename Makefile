@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fmt errors
+.PHONY: demo test check docs fmt errors
 
 demo: $(READY)
 	$(BIN)/gohsp demo --out runs/demo --overwrite
@@ -19,6 +19,9 @@ check: $(READY)
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/results_page.py --check
+
+docs: $(READY)
+	$(BIN)/zensical build --clean --strict
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
