@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gohsp
 from gohsp import cli
 from gohsp.config import Config, StageSettings
-from gohsp.errors import ConfigError
+from gohsp.errors import ConfigError, GohspError
 
 
 class Remembered(GeneralTracker):
@@ -108,28 +108,21 @@ def test_a_tracker_that_is_not_there_is_refused(name: str):
         gohsp.tracking([name]).__enter__()
 
 
-def test_the_command_line_tells_trackers_and_bars(
-    tmp_path: Path, make_model: Any, opened: list[Remembered], capsys: pytest.CaptureFixture[str]
+def test_the_command_line_tells_trackers(
+    tmp_path: Path, opened: list[Remembered], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    gohsp.save(make_model(img_size=8, patch_size=4, in_chans=1, num_classes=10), tmp_path / "dense")
-    arguments = [
-        "prune",
-        str(tmp_path / "dense"),
-        "--data",
-        "digits",
-        "--budget",
-        "params=-20%",
-        "--method",
-        "finetune",
-    ]
-    arguments += ["--device", "cpu", "--precision", "no", "--calibration.images", "32", "--finetune.epochs", "1"]
-    arguments += ["--training.batch-size", "256", "--no-compare-dense", "--out", str(tmp_path / "run")]
+    def run(*_: Any, progress: Any, **_options: Any) -> Any:
+        progress(gohsp.Progress("finetune", 1, 2))
+        progress(gohsp.Progress("finetune", 2, 2, {"epoch": 1, "train_loss": 0.5}))
+        raise GohspError("enough")
+
+    monkeypatch.setattr("gohsp.runs.run", run)
+    arguments = ["prune", "dense", "--data", "digits", "--budget", "params=-20%", "--out", str(tmp_path / "run")]
     assert cli.main([*arguments, "--tracker", "wandb"]) == 1
     assert "tracker 'wandb'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    assert cli.main([*arguments, "--tracker", "tensorboard"]) == 0
+    assert cli.main(arguments) == 1
+    assert opened == []
+    assert cli.main([*arguments, "--tracker", "tensorboard", "--seed", "3"]) == 1
     (tracker,) = opened
-    assert tracker.folder == str(tmp_path / "run" / "logs")
-    assert [sorted(values) for _, values in tracker.logged] == [
-        [f"finetune/{name}" for name in ("epoch", "learning_rate", "loss", "seconds", "top1", "train_loss")]
-    ]
+    assert (tracker.folder, tracker.settings["seed"], tracker.finished) == (str(tmp_path / "run" / "logs"), 3, True)
+    assert tracker.logged == [(1, {"finetune/epoch": 1, "finetune/train_loss": 0.5})]
