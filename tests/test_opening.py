@@ -321,11 +321,10 @@ def test_a_wrapped_model_is_taken_out_of_its_wrapper(name: str, tmp_path: Path, 
     assert f"the model inside it, model.{attribute}, is taken" in caplog.text
     gohsp.save(wrapped, tmp_path / "model")
     assert type(gohsp.load(tmp_path / "model")) is type(model)
-    result = gohsp.prune(wrapped, images, "params=-20%", config=ONESHOT)
+    widths = network.widths | {"blocks.0.mlp": gohsp.FfnWidths(units=8)}
+    result = gohsp.prune(wrapped, images, "params=-1%", widths=widths, config=ONESHOT)
     assert type(result.model) is type(model)
-    assert result.kept == gohsp.prune(model, images, "params=-20%", config=ONESHOT).kept
     assert type(gohsp.compact(wrapped, keep_everything(network), images).model) is type(model)
-    assert gohsp.rank(wrapped, images, config=ONESHOT) == result.ranking
     gohsp.save(result.model, tmp_path / "small", own=True)
     assert type(gohsp.apply(wrapped, tmp_path / "small")) is type(model)
     if name != "compiled":  # which has the names of what it wraps, and computes the same

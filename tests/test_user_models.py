@@ -114,8 +114,12 @@ def _in_training(model: Any) -> Any:
 
 
 def _compiled(model: Any) -> Any:
-    model.compile(backend="eager")
-    model(IMAGES)  # compiled by now
+    """Compiled in place; nothing that is watched may be."""
+
+    def backend(*_: Any) -> Any:
+        raise AssertionError("it was compiled")
+
+    model.compile(backend=backend)
     return model
 
 
@@ -127,7 +131,9 @@ def _recomputing(model: Any) -> Any:
 @pytest.mark.parametrize("change", [_in_training, _compiled, _recomputing])
 def test_a_model_amid_training_is_pruned_alike(change: Callable[[Any], Any], usual: gohsp.Pruned) -> None:
     model = change(vit(drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5))
+    called = model._compiled_call_impl
     result = pruned(model)
+    assert model._compiled_call_impl is called
     assert result.kept == usual.kept
     with torch.no_grad():
         torch.testing.assert_close(result.model(IMAGES), usual.model(IMAGES))

@@ -322,13 +322,27 @@ def _passed_over(
 
 def _pass(model: nn.Module, image: Tensor) -> None:
     try:
-        model(image)
+        with _uncompiled(model):
+            model(image)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
             "takes, and of a model that takes more than images mappings of all that it takes by name, such as "
             "{'images': ..., 'sizes': ...}"
         ) from error
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules run as they are written, though they were compiled in place: no hook is passed by, and none compiled."""
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 class _ReadError(BaseException):
