@@ -307,6 +307,7 @@ def test_a_run_prunes_trains_and_scores_a_folder_of_transformers(vit: Path, tmp_
         {
             "device": "cpu",
             "method": "finetune",
+            "at": "vit",
             "precision": "no",
             "finetune": {"epochs": 0},
             "calibration": {"images": 32, "holdout": 8},
@@ -314,6 +315,8 @@ def test_a_run_prunes_trains_and_scores_a_folder_of_transformers(vit: Path, tmp_
         }
     )
     result = gohsp.run(vit, "digits", "params=-10%", tmp_path / "run", config=config)
+    assert json.loads((tmp_path / "run/config.json").read_text())["at"] == "vit"
+    assert not result.model._forward_pre_hooks
     assert result.report.model.library == "transformers"
     assert result.report.budget.achieved <= result.report.budget.limit
     assert same(gohsp.load(tmp_path / "run"), result.model)

@@ -312,27 +312,29 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.usefixtures("one_process")
-def test_a_wrapped_model_is_refused_by_the_attribute_to_pass(name: str, tmp_path: Path):
+def test_a_wrapped_model_is_taken_out_of_its_wrapper(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     wrap, attribute = WRAPPERS[name]
-    model = tiny()
-    network, wrapped, images = gohsp.describe(model), wrap(model), torch.randn(2, 1, 8, 8)
-    for act in (
-        lambda: gohsp.describe(wrapped),
-        lambda: gohsp.save(wrapped, tmp_path / "model"),
-        lambda: gohsp.compact(wrapped, keep_everything(network), images),
-        lambda: gohsp.prune(wrapped, images, "params=-20%"),
-        lambda: gohsp.rank(wrapped, images),
-        lambda: run(wrapped, tmp_path / "run"),
-    ):
-        with pytest.raises(UnsupportedModelError, match=rf"model\.{attribute}$"):
-            act()
-    assert not (tmp_path / "model").exists()
-    assert not (tmp_path / "run").exists()
-    inside = wrapped.get_submodule("_orig_mod.module" if name == "twice" else attribute)
-    assert gohsp.describe(inside) == network
+    model, images = tiny(), torch.randn(64, 1, 8, 8)
+    wrapped = wrap(model)
+    network = gohsp.describe(model)
+    assert gohsp.describe(wrapped) == network
+    assert f"the model inside it, model.{attribute}, is taken" in caplog.text
+    gohsp.save(wrapped, tmp_path / "model")
+    assert type(gohsp.load(tmp_path / "model")) is type(model)
+    widths = network.widths | {"blocks.0.mlp": gohsp.FfnWidths(units=8)}
+    result = gohsp.prune(wrapped, images, "params=-1%", widths=widths, config=ONESHOT)
+    assert type(result.model) is type(model)
+    assert type(gohsp.compact(wrapped, keep_everything(network), images).model) is type(model)
+    gohsp.save(result.model, tmp_path / "small", own=True)
+    assert type(gohsp.apply(wrapped, tmp_path / "small")) is type(model)
     if name != "compiled":  # which has the names of what it wraps, and computes the same
         with pytest.raises(UnsupportedModelError, match="the very model that was described"):
             collect_moments(wrapped, network, [images])
+
+
+def test_a_run_takes_a_wrapped_model(tmp_path: Path):
+    result = run(nn.DataParallel(tiny()), tmp_path / "run")
+    assert type(result.model) is type(tiny())
 
 
 @pytest.mark.parametrize("wrap", [Wrapper, torch.optim.swa_utils.AveragedModel], ids=["own", "average"])

@@ -148,6 +148,7 @@ def prune(
     budget: str,
     *,
     method: Method | None = None,
+    at: str | None = None,
     uniform: bool | None = None,
     objective: ObjectiveLike = None,
     exclude: Sequence[str] = (),
@@ -161,14 +162,19 @@ def prune(
     """Prune a Vision Transformer, or a model with one inside, to a budget.
 
     Args:
-        model: The model, left as it is. It is pruned on the device where it is and in float32; what is made of it has
-            its data type again, and no frozen weights.
+        model: The model, left as it is. It is pruned on the device where it is and in float32, and all weights are
+            trained by methods that train; what is made of it has its data types again, and what was frozen is. It is
+            taken out of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, and a warning says so.
         images: Preprocessed images: a ``DataLoader``, or any iterable of tensors ``[C, H, W]`` or ``[B, C, H, W]``, of
             pairs that begin with one, or of mappings that hold one. The first thousand are read, and no label; methods
-            that train take all of it, in pairs, anew in every epoch.
+            that train take all of it, in pairs, anew in every epoch. A model that takes more than images is called with
+            what else the first mapping holds by the names of its arguments; of what has an entry for each image, with
+            the first, for all images.
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on its device.
         method: ``oneshot``, ``finetune`` or ``gohsp``; None takes the configuration's, by default ``oneshot``.
+        at: Name of the module that is pruned, such as ``vision_model``. The rest of the model is left as it is, and
+            need not be known; the budget is of the whole model. None takes the configuration's, by default all of it.
         uniform: Whether all blocks get one width of each kind, so that the model's library makes the result by its own
             settings, and loads it without gohsp (:func:`gohsp.save_plain`). What the settings cannot say is not cut,
             and a warning names it. None takes the configuration's, by default False.
@@ -190,10 +196,13 @@ def prune(
     config = config or Config()
     if method is not None:
         config = replace(config, method=method)
+    if at is not None:
+        config = replace(config, at=at)
     if uniform is not None:
         config = replace(config, uniform=uniform)
+    model = models.unwrapped(model)
     goal, unlabelled = parse_budget(budget), images if calibration is None else calibration
-    example, unlabelled = _example(model, unlabelled)
+    example, unlabelled = _example(model, unlabelled, config.at)
     dense, network = _checked(model, example, goal, exclude, widths, curves, config)
     if config.trains:
         require_optimizer(config.training.optimizer)
@@ -202,19 +211,20 @@ def prune(
     session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     pruned = run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
-    pruned.model.to(next(model.parameters()).dtype)
+    models.finished(pruned.model, model)
     return pruned
 
 
-def _example(model: nn.Module, images: Iterable[Any]) -> tuple[Tensor | None, Iterable[Any]]:
-    """An image to describe a model with, where it does not tell what size it takes, and all images again."""
-    models.blocks_of(model)  # what has none is refused before an image is read
-    return (None, images) if models.told_size(model) is not None else peeked(images)
+def _example(model: nn.Module, images: Iterable[Any], at: str) -> tuple[models.Example | None, Iterable[Any]]:
+    """What to describe a model with, where it does not tell what size it takes or takes more, and all images again."""
+    models.blocks_of(model, at)  # what has none is refused before an image is read
+    told = models.told_size(model) is not None and not models.takes_more(model)
+    return (None, images) if told else peeked(images)
 
 
 def _checked(
     model: nn.Module,
-    example: Tensor | None,
+    example: models.Example | None,
     goal: Budget,
     exclude: Sequence[str],
     widths: Widths | None,
@@ -222,9 +232,9 @@ def _checked(
     config: Config,
 ) -> tuple[nn.Module, Network]:
     """A copy of the model and its description, after all that can be known to fail has been tried."""
-    dense = models.working_copy(model, example)
+    dense = models.working_copy(model, example, config.at)
     models.check_finite(dense)
-    network = excluding(models.describe(dense, example), exclude)
+    network = excluding(models.describe(dense, example, config.at), exclude)
     _require_curves_of(network, curves, config)
     network = to_cut(dense, network, config)
     require_possible(network, goal, widths, config)
@@ -291,7 +301,7 @@ def open_session(
         images = calibration_set(
             images, count=settings.images, holdout=settings.holdout, mirror=settings.mirror, store=Spool
         )
-    widest = models.describe(model, images.first(1)[0]).embed_dim
+    widest = models.describe(model, images.first(1)[0], config.at).embed_dim
     if images.count < widest:
         logger.warning(
             "%d calibration images are fewer than the model's %d channels: at any one token, such as the class token, "
@@ -420,7 +430,7 @@ def run_steps(
     if config.trains and labelled is not None and config.finetune.epochs > 0:
         tuned = do("finetune", Trained, lambda: train_stage(session, "finetune", small, dense, labelled), small).curve
     return Pruned(
-        model=(models.remade(small) if config.uniform else small).eval(),
+        model=(models.remade(small, config.at) if config.uniform else small).eval(),
         network=network,
         widths=widths,
         kept=made.kept,
@@ -563,7 +573,7 @@ def rank(
         model: The model; left as it is.
         images: As of :func:`prune`; the first 256 are read.
         objective: As of :func:`prune`.
-        config: Of which ``ranking``, ``seed`` and ``precision`` count.
+        config: Of which ``at``, ``ranking``, ``seed`` and ``precision`` count.
         progress: Is told how far it is.
 
     Raises:
@@ -593,7 +603,7 @@ def measure_curves(
         images: As of :func:`prune`.
         objective: As of :func:`prune`.
         exclude: As of :func:`prune`.
-        config: Of which ``widths``, ``ranking``, ``repair``, ``calibration``, ``seed`` and ``precision`` count.
+        config: Of which ``at``, ``widths``, ``ranking``, ``repair``, ``calibration``, ``seed`` and ``precision`` count.
         progress: Is told how far it is.
     """
     session, dense, network = _open(model, images, exclude, objective, config, progress)
@@ -615,8 +625,8 @@ def allocate(
         curves: What :func:`measure_curves` gave.
         budget: Such as ``params=-40%``.
         exclude: As of :func:`prune`.
-        config: Of which ``widths`` and ``uniform`` count. With ``uniform`` a model is cut in what settings of its
-            library can say; a description alone, in all that may be cut.
+        config: Of which ``at`` (of a model), ``widths`` and ``uniform`` count. With ``uniform`` a model is cut in what
+            settings of its library can say; a description alone, in all that may be cut.
 
     Raises:
         BudgetError: No allowed widths meet the budget.
@@ -624,7 +634,7 @@ def allocate(
         PlanError: The curves are not of this model.
     """
     config = config or Config()
-    network = excluding(model if isinstance(model, Network) else models.describe(model), exclude)
+    network = excluding(model if isinstance(model, Network) else models.describe(model, at=config.at), exclude)
     goal = parse_budget(budget)
     if goal.kind == "latency":
         raise ConfigError("a latency budget is met by measuring on the way; use gohsp.prune, which takes curves, too")
@@ -672,17 +682,20 @@ def cut(
         images: As of :func:`prune`.
         widths: Widths of all its sub-layers.
         objective: As of :func:`prune`.
-        config: Of which ``repair``, ``ranking``, ``calibration``, ``seed`` and ``precision`` count.
+        config: Of which ``at``, ``repair``, ``ranking``, ``calibration``, ``seed`` and ``precision`` count.
         progress: Is told how far it is.
 
     Raises:
         PlanError: ``widths`` do not fit the model.
     """
-    example, images = _example(model, images)
-    check_widths(models.describe(model, example), widths)
+    config, model = config or Config(), models.unwrapped(model)
+    example, images = _example(model, images, config.at)
+    check_widths(models.describe(model, example, config.at), widths)
     session, dense, network = _open(model, images, (), objective, config, progress)
     work = copy.deepcopy(dense)
-    return CutModel(work, steps.cut(session, dense, work, network, steps.analyse(session, dense, network), widths))
+    kept = steps.cut(session, dense, work, network, steps.analyse(session, dense, network), widths)
+    models.unfeed(work)
+    return CutModel(work, kept)
 
 
 def heal(
@@ -701,14 +714,17 @@ def heal(
         dense: The dense model; left as it is.
         images: As of :func:`prune`.
         objective: As of :func:`prune`.
-        config: Of which ``heal``, ``calibration``, ``seed`` and ``precision`` count; by default 3 epochs.
+        config: Of which ``at``, ``heal``, ``calibration``, ``seed`` and ``precision`` count; by default 3 epochs.
         progress: Is told how far it is.
     """
     config = config or Config()
     if config.heal.epochs == 0:
         config = replace(config, heal=replace(config.heal, epochs=3))
+    model, dense = models.unwrapped(model), models.unwrapped(dense)
+    example, images = _example(dense, images, config.at)
     session, teacher, network = _open(dense, images, (), objective, config, progress)
-    return steps.heal(session, teacher, model, network, steps.analyse(session, teacher, network))
+    with models.fed(model, example), models.trainable(model):
+        return steps.heal(session, teacher, model, network, steps.analyse(session, teacher, network))
 
 
 def finetune(
@@ -762,8 +778,9 @@ def _open(
     config: Config | None,
     progress: ProgressCallback | None,
 ) -> tuple[Session, nn.Module, Network]:
-    example, images = _example(model, images)
-    dense = models.working_copy(model, example)
+    config, model = config or Config(), models.unwrapped(model)
+    example, images = _example(model, images, config.at)
+    dense = models.working_copy(model, example, config.at)
     models.check_finite(dense)
-    network = excluding(models.describe(dense, example), exclude)
+    network = excluding(models.describe(dense, example, config.at), exclude)
     return open_session(dense, images, config=config, objective=objective, progress=progress), dense, network

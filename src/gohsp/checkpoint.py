@@ -91,6 +91,7 @@ class ModelConfig(_Level):
         architecture: Its plain name there.
         arguments: What differs from that name's defaults (:mod:`gohsp.models.libraries.arguments`).
         preprocessing: For evaluation.
+        at: Name of the module whose sub-layers these are, since more of the model cannot be described; else empty.
         widths: Of every sub-layer, by name.
         class_names: In the order of the classifier's outputs; None where they are not known.
         kept: Units of the dense original that stayed, for the record.
@@ -105,6 +106,7 @@ class ModelConfig(_Level):
     architecture: Annotated[str, Field(pattern=r"^\w{1,128}$")] | None
     arguments: dict[str, JsonValue]
     preprocessing: Preprocessing
+    at: Name = ""
     widths: dict[Name, dict[Literal["heads", "qk", "vo", "units"], Width]] = Field(max_length=1024)
     class_names: list[str] | None = None
     kept: dict[str, JsonValue] | None = None
@@ -130,6 +132,8 @@ def save(
     folder: str | Path,
     *,
     own: bool = False,
+    at: str = "",
+    images: models.Example | None = None,
     kept: Kept | None = None,
     made_by: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -141,6 +145,9 @@ def save(
             and weights, and ``load(folder, into=module)`` puts them into a module of the same code.
         folder: Where to; made if missing. Its model files are replaced.
         own: Whether to take a timm model, too, for a module of the user's own.
+        at: Name of the module that was pruned, where blocks elsewhere in the model are such as cannot be.
+        images: An image that the model takes, or a mapping with one and what it takes besides, as of
+            :func:`gohsp.describe`; None for noise of the size that it seems to take.
         kept: Which units of the dense original it kept, for the record.
         made_by: How it was made (versions, budget, settings), for the record.
         metrics: Its measured figures, for the record.
@@ -151,15 +158,16 @@ def save(
         CheckpointError: Its preprocessing is none that gohsp knows.
         StorageError: The folder cannot be written.
     """
-    folder = Path(folder)
-    network = models.describe(model)
+    folder, model = Path(folder), models.unwrapped(model)
+    network = models.describe(model, images, at)
     models.check_finite(model)
     own = own or not models.is_library_model(model)
-    specification = models.OWN if own else models.require_remakeable(model)
+    specification = models.OWN if own else models.require_remakeable(model, at)
     config = {
         "format_version": FORMAT_VERSION,
         **specification,
         "preprocessing": _preprocessing_of(model),
+        **({"at": at} if at else {}),  # which earlier versions would not read
         "widths": widths_to_json(network.widths),
         "class_names": models.class_names(model),
         "kept": kept_to_json(kept) if kept else None,
@@ -355,6 +363,7 @@ def load(
         UnsupportedModelError: ``into`` cannot be described.
     """
     folder = local_folder(folder_or_hub_id, revision=revision, token=token)
+    into = None if into is None else models.unwrapped(into)
     config, weights = read_config(folder), folder / WEIGHTS
     widths = _widths_in(config, folder / CONFIG)
     own = config.library is None or into is not None
@@ -362,7 +371,7 @@ def load(
     if into is None:
         model = _made(config, widths, header, folder)
     else:
-        model = _cut_down(into, widths, folder)
+        model = _cut_down(into, config.at, widths, folder)
         device = next(into.parameters()).device if device is None else device
     if problems := models.fit_problems(model.state_dict(), header):
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
@@ -423,9 +432,9 @@ def _made(
 def _resized(config: ModelConfig, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
     try:
         model = models.build(config.specification)
-        _require_sublayers(models.describe(model), widths)
+        _require_sublayers(models.describe(model, at=config.at), widths)
         models.resize(model, widths)
-        models.describe(model)
+        models.describe(model, at=config.at)
     except (ValueError, KeyError, UnsupportedModelError, PlanError) as error:
         raise CheckpointError(f"'{folder / CONFIG}': widths do not fit the architecture: {error}") from error
     return model
@@ -439,10 +448,11 @@ def _require_sublayers(network: Network, widths: Mapping[str, SublayerWidths]) -
             raise PlanError(f"'{name}' has {type(given).__name__}, the architecture {type(needed).__name__}")
 
 
-def _cut_down(into: nn.Module, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
-    """A copy of a module, cut to other widths."""
+def _cut_down(into: nn.Module, at: str, widths: Mapping[str, SublayerWidths], folder: Path) -> nn.Module:
+    """A copy of a module, cut to other widths; its blocks that the folder does not name never ran."""
     try:
-        check_widths(models.describe(into), widths)
+        network = models.described_still(into, at)
+        check_widths(network, {**network.widths, **widths})
     except PlanError as error:
         raise CheckpointError(f"the widths in '{folder / CONFIG}' do not fit the module: {error}") from error
     return models.resized(into, widths)

@@ -121,6 +121,8 @@ class Rank:
     """How many."""
     attention: str | None = None
     """The attention whose graph is drawn; by default the first."""
+    at: str = ""
+    """Name of the module whose heads are ranked, such as vision_model; by default all of the model."""
     out: Folder = "ranking"
     """Folder for ranking.json and graph.png."""
     seed: int = 0
@@ -135,7 +137,7 @@ class Rank:
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
         model = self.source.opened(self.model)
-        names = [sub.name for sub in models.describe(model).attentions]
+        names = [sub.name for sub in models.describe(model, at=self.at).attentions]
         if self.attention not in (None, *names):
             raise PlanError(f"--attention must be one of {names}, got '{self.attention}'")
         batches = data.calibration_images(
@@ -147,7 +149,7 @@ class Rank:
         )
         out, drawn = _made(self.out), self.attention or names[0]
         with console.notes.status("ranking heads"):
-            config = Config(ranking=self.settings, seed=self.seed)
+            config = Config(at=self.at, ranking=self.settings, seed=self.seed)
             ranking = report.Ranking.of(rank(model.to(pick_device("auto")), batches, config=config))
         text = json.dumps(ranking.model_dump(mode="json"), indent=2) + "\n"
         files.write_atomic(out / "ranking.json", text)

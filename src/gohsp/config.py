@@ -218,6 +218,8 @@ class Config:
     Attributes:
         method: ``oneshot`` ranks, allocates, cuts and repairs: a thousand unlabelled images, minutes. ``finetune``
             trains the result, with labels. ``gohsp``, the paper's, trains with ADMM's pull before the cut, too.
+        at: Name of the module that is pruned, such as ``vision_model``; empty for all of the model. The rest stays as
+            it is, and counts in the budget.
         uniform: Whether all blocks get one width of each kind, as far as settings of the model's library can say it, so
             that the library makes the pruned model without gohsp; what they cannot say is not cut.
         seed: Of everything that is drawn; 0 to 4,294,967,295.
@@ -239,6 +241,7 @@ class Config:
     """
 
     method: Method = "oneshot"
+    at: str = ""
     uniform: bool = False
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"

@@ -126,10 +126,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file as it comes; for use within :func:`storing` and what builds on it."""
+    """Write a safetensors file as it comes; for use within :func:`storing` and what builds on it.
+
+    What several names share in memory, as tied weights, is written under each of them.
+    """
     from safetensors.torch import save_file  # which imports PyTorch
 
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        plain[name] = tensor.clone() if tensor.data_ptr() in taken else tensor
+        taken.add(tensor.data_ptr())
+    save_file(plain, path)
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

@@ -283,7 +283,7 @@ def _cut_so_far(
     trial = copy.deepcopy(dense)
     kept = cut(session, dense, trial, network, analysis, widths)
     small = compact(session, trial, kept).model
-    left = _with_limits(models.describe(small, session.probe), network, session)
+    left = _with_limits(models.describe(small, session.probe, session.config.at), network, session)
     ranking = replace(analysis.ranking, scores=_scores_left(analysis.ranking, kept))
     return small, left, token_analysis(session, small, left, ranking)
 
@@ -476,7 +476,7 @@ def masked(
 
 def compact(session: Session, work: nn.Module, kept: Kept) -> models.Compaction:
     """The small model, checked to compute what the masked one computes."""
-    return models.compact(work, kept, session.probe, output=session.objective.output)
+    return models.compact(work, kept, session.probe, at=session.config.at, output=session.objective.output)
 
 
 # Heal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +81,6 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: of_transformers("CLIPTextConfig", "CLIPTextModel", vocab_size=50, **TEXT),
         r"the model cannot compute an image of \[3, 32, 32\]",
     ),
-    "two towers": (lambda: clip(), r"of a model that takes more than images the part that does not, such as model.vis"),
     "a hybrid": (
         lambda: timm.create_model("maxvit_rmlp_pico_rw_256", img_size=32),
         r"MaxxVit has no block that can be pruned",
@@ -100,13 +98,6 @@ WRONG: dict[str, tuple[Any, str]] = {
 }
 
 
-def clip() -> Any:
-    library: Any = pytest.importorskip("transformers")
-    vision = {**TEXT, "image_size": 32, "patch_size": 8}
-    text = {**TEXT, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8}
-    return library.CLIPModel(library.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-
-
 @pytest.mark.parametrize("name", WRONG)
 def test_it_is_refused(name: str) -> None:
     make, message = WRONG[name]
@@ -122,16 +113,3 @@ def test_a_model_without_memory_is_described_but_not_pruned() -> None:
     assert gohsp.describe(model).attentions
     with pytest.raises(NonFiniteError, match="is on the meta device and holds no values; load the weights first"):
         gohsp.prune(model, [IMAGES], "params=-30%")
-
-
-def test_of_two_towers_the_page_prunes_one_and_puts_it_back() -> None:
-    model, images = clip(), torch.randn(32, 3, 32, 32)
-    both = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "pixel_values": images[:2]}
-    before, size = model(**both), sum(parameter.numel() for parameter in model.vision_model.parameters())
-    page = Path(__file__).parents[2] / "docs" / "families.md"
-    (line,) = (line for line in page.read_text().splitlines() if line.startswith("clip.vision_model = "))
-    exec(line, {"gohsp": gohsp, "clip": model, "images": images.split(8)})
-    after = model(**both)
-    assert sum(parameter.numel() for parameter in model.vision_model.parameters()) <= 0.6 * size
-    assert after.logits_per_image.shape == (2, 1)
-    assert torch.equal(after.text_embeds, before.text_embeds)

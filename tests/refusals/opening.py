@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import gohsp
-from gohsp.errors import CheckpointError, NonFiniteError, RunError, UnsupportedModelError
+from gohsp.errors import CheckpointError, NonFiniteError, PlanError, RunError, UnsupportedModelError
 from refusals import Refusal
 
 TITLE = "Opening a model"
@@ -127,6 +127,17 @@ def _two_models(state: dict[str, torch.Tensor]) -> None:
         state |= {f"student.{name}": tensor, f"teacher.{name}": tensor.clone()}
 
 
+class _Aside(nn.Module):
+    """A model beside one that its forward does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.aside = tiny(), tiny()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.used(images)
+
+
 def _classifier_of_four(model: Any) -> None:
     model.head = nn.Linear(64, 10)
 
@@ -234,8 +245,13 @@ CASES = (
             CheckpointError, "'head.bias' is torch.int8"),
     Refusal("weights with NaN", with_weights(lambda s: s["head.bias"].fill_(float("nan"))), NonFiniteError, "NaN"),
     Refusal("a model on the meta device", lambda f: gohsp.save(tiny().to("meta"), f), NonFiniteError, "meta device"),
-    Refusal("a model that torch.compile wraps", described(torch.compile), UnsupportedModelError, "model._orig_mod"),
-    Refusal("a model that DataParallel wraps", described(nn.DataParallel), UnsupportedModelError, "model.module"),
+    Refusal("a part of a model that DataParallel wraps", described(lambda m: nn.Sequential(nn.DataParallel(m))),
+            UnsupportedModelError, "model.0 = model.0.module"),
+    Refusal("a part that the model does not have", lambda _: gohsp.describe(tiny(), at="block"), PlanError, "'blocks'"),
+    Refusal("a part without blocks", lambda _: gohsp.describe(tiny(), at="head"), UnsupportedModelError,
+            "module 'head'"),
+    Refusal("a part that no image passes through", lambda _: gohsp.describe(_Aside(), at="aside"),
+            UnsupportedModelError, "no image passes through"),
     Refusal("a weight norm", _on_fc1(parametrizations.weight_norm), UnsupportedModelError, "remove_parametrizations"),
     Refusal("a weight norm of the old kind", _on_fc1(torch.nn.utils.weight_norm), UnsupportedModelError,
             "remove_weight_norm"),

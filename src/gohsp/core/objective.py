@@ -102,7 +102,7 @@ def tensor_in(returned: Any) -> Tensor:
     """
     if isinstance(returned, Tensor):
         return returned
-    for field in ("logits", "pooler_output", "image_embeds", "last_hidden_state"):
+    for field in ("logits", "pooler_output", "image_embeds", "image_features", "last_hidden_state"):
         found = returned.get(field) if isinstance(returned, dict) else getattr(returned, field, None)
         if isinstance(found, Tensor):
             return found

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from gohsp.errors import DataError
+from gohsp.models.feeding import Example, image_key
 
 BATCH = 64
 """Calibration images a batch. Folds of cross-validation are drawn within one, so it does not follow the user's."""
-
-IMAGE_KEYS = ("pixel_values", "images", "image", "img", "inputs")
-"""Where the images of a mapping are looked for, in this order."""
 
 NO_IMAGES = "there are no images; give an iterable that yields at least one, better a thousand"
 
@@ -84,7 +82,7 @@ def calibration_set(
 
     Args:
         images: Tensors ``[C, H, W]`` or ``[B, C, H, W]``, preprocessed; or pairs that begin with one; or mappings that
-            hold one (:data:`IMAGE_KEYS`). Labels are not read.
+            hold one (:data:`gohsp.models.feeding.IMAGE_KEYS`). Labels are not read.
         count: Images to calibrate on, at most.
         holdout: Further images, at most; of few images a twentieth is held out. A lone image is both.
         mirror: Whether mirror images are as good.
@@ -94,7 +92,7 @@ def calibration_set(
         DataError: No iterable, no images, or images of another kind or of several sizes.
     """
     taken, sizes = store(), []
-    for batch in _rebatched(_checked(images), count + holdout):
+    for batch in _rebatched((batch for _, batch in _checked(images)), count + holdout):
         taken.append(batch)
         sizes.append(len(batch))
     total = sum(sizes)
@@ -103,8 +101,8 @@ def calibration_set(
     return divided(taken, sizes, min(holdout, -(-total // 20)), mirror=mirror)
 
 
-def peeked(images: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
-    """The first image ``[1, C, H, W]``, and all images again: what can be read once is not read.
+def peeked(images: Iterable[Any]) -> tuple[Example, Iterable[Any]]:
+    """The first images ``[B, C, H, W]``, or the mapping that holds them, and all images again: nothing is lost.
 
     Raises:
         DataError: No iterable, no images, or images of another kind.
@@ -115,11 +113,11 @@ def peeked(images: Iterable[Any]) -> tuple[Tensor, Iterable[Any]]:
     return _first(images), images
 
 
-def _first(images: Iterable[Any]) -> Tensor:
-    found = next((batch for batch in _checked(images) if len(batch)), None)
-    if found is None:
-        raise DataError(NO_IMAGES)
-    return found[:1]
+def _first(images: Iterable[Any]) -> Example:
+    for given, batch in _checked(images):
+        if len(batch):
+            return given if isinstance(given, Mapping) else batch[:1]
+    raise DataError(NO_IMAGES)
 
 
 def divided(batches: Sequence[Tensor], sizes: Sequence[int], holdout: int, *, mirror: bool) -> CalibrationSet:
@@ -146,8 +144,8 @@ def divided(batches: Sequence[Tensor], sizes: Sequence[int], holdout: int, *, mi
     return CalibrationSet(Part(batches, tuple(first)), Part(batches, tuple(last)), mirror)
 
 
-def _checked(images: Iterable[Any]) -> Iterator[Tensor]:
-    """Batches ``[B, C, H, W]``, as they come."""
+def _checked(images: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """What is given, as it comes, and the images ``[B, C, H, W]`` in it."""
     if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
         raise DataError(
             f"images must be an iterable of tensors, pairs or mappings, such as a DataLoader, got a "
@@ -166,16 +164,13 @@ def _checked(images: Iterable[Any]) -> Iterator[Tensor]:
         if size is not None and batch.shape[1:] != size:
             raise DataError(f"images differ in size: {list(size)} and {list(batch.shape[1:])}; resize them to one")
         size = batch.shape[1:]
-        yield batch.detach().cpu()
+        yield given, batch.detach().cpu()
 
 
 def _image_in(given: Any) -> Tensor:
     found = given
     if isinstance(given, Mapping):
-        key = next((key for key in IMAGE_KEYS if key in given), None)
-        if key is None:
-            raise DataError(f"a mapping of images must have one of the keys {list(IMAGE_KEYS)}, got {list(given)[:8]}")
-        found = given[key]
+        found = given[image_key(given)]
     elif isinstance(given, tuple | list) and given:
         found = given[0]
     if not isinstance(found, Tensor):

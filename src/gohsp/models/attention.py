@@ -312,11 +312,14 @@ def sized(like: Tensor, axis: int, count: int) -> nn.Parameter:
 
 
 def resized_linear(old: Any, *, in_features: int | None = None, out_features: int | None = None) -> nn.Linear:
-    """A linear map of another width; its weights are newly drawn."""
-    return nn.Linear(
+    """A linear map of another width; its weights are newly drawn, and frozen where they were."""
+    new = nn.Linear(
         old.in_features if in_features is None else in_features,
         old.out_features if out_features is None else out_features,
         bias=old.bias is not None,
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+    return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 
 from torch import Tensor, nn
@@ -9,22 +10,28 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from gohsp.errors import UnsupportedModelError
+from gohsp.structure import is_in
 
 
-def require_plain(model: nn.Module) -> None:
+def require_plain(model: nn.Module, blocks: Iterable[str], at: str = "") -> None:
     """Check that every module computes with parameters that are its own, by its class's own ``forward``.
+
+    Args:
+        model: The model.
+        blocks: Names of the blocks that are to be cut; parameters that others share stay as they are.
+        at: Name of the module that holds them; outside of it weights may be anything.
 
     Raises:
         UnsupportedModelError: Parametrised, masked, normalised or adapted weights, a parameter that several modules
             share, or a replaced ``forward``; the message names the module and what to do.
     """
     for name, module in model.named_modules():
-        if problem := _disguise(module):
+        if problem := (_disguise(module) if is_in(name, at) else None) or _replaced(module):
             raise UnsupportedModelError(f"module '{name}' {problem}" if name else f"the model {problem}")
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = owners.setdefault(id(parameter), name)
-        if owner != name:
+        if owner != name and any(is_in(shared, block) for shared in (owner, name) for block in blocks):
             raise UnsupportedModelError(
                 f"'{name}' is the same parameter as '{owner}', and a cut of one would be a cut of both; give each "
                 "module a copy of its own: torch.nn.Parameter(parameter.detach().clone())"
@@ -70,10 +77,15 @@ def _disguise(module: nn.Module) -> str | None:
         return "has a weight norm; make its weights plain by torch.nn.utils.remove_weight_norm(module)"
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         return "is an adapter (LoRA) around a module; merge it: model = peft_model.merge_and_unload()"
-    # Accelerate leaves the class's own there when it unwraps a model altogether.
-    if vars(module).get("forward") not in (None, MethodType(type(module).forward, module)):
-        return (
-            "has a forward that was set on the instance; put its class's own back by del module.forward, or by "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) for a model that Accelerate prepared"
-        )
     return None
+
+
+def _replaced(module: nn.Module) -> str | None:
+    """What is wrong with a forward that is not the class's own, which a copy would call on the module it was set on."""
+    # Accelerate leaves the class's own there when it unwraps a model altogether.
+    if vars(module).get("forward") in (None, MethodType(type(module).forward, module)):
+        return None
+    return (
+        "has a forward that was set on the instance; put its class's own back by del module.forward, or by "
+        "accelerator.unwrap_model(model, keep_fp32_wrapper=False) for a model that Accelerate prepared"
+    )

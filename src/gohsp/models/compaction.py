@@ -14,7 +14,8 @@ from gohsp.core import surgery
 from gohsp.core.capture import device_of
 from gohsp.core.objective import tensor_in
 from gohsp.errors import EqualityError
-from gohsp.models.description import describe, resize
+from gohsp.models.description import describe, resize, unwrapped
+from gohsp.models.feeding import Example, fed, images_in
 from gohsp.structure import Kept, kept_widths
 
 EQUALITY_TOLERANCE = 1e-5
@@ -36,33 +37,38 @@ class Compaction:
     images: int
 
 
-def compact(model: nn.Module, kept: Kept, images: Tensor, *, output: Callable[[Any], Tensor] = tensor_in) -> Compaction:
+def compact(
+    model: nn.Module, kept: Kept, images: Example, *, at: str = "", output: Callable[[Any], Tensor] = tensor_in
+) -> Compaction:
     """Cut a model down to what is ``kept`` and check that the result computes what the masked model computes.
 
     Args:
         model: The model, which is left as it is.
         kept: What stays of each sub-layer.
-        images: A few images ``[B, C, H, W]`` to compare the two models on.
+        images: A few images ``[B, C, H, W]`` to compare the two models on, or a mapping that holds them.
+        at: Name of the module that is cut, as of :func:`gohsp.describe`.
         output: Takes what the model returns to the tensor that is compared.
 
     Raises:
         PlanError: The cut does not fit the model.
         EqualityError: The two models differ by more than :data:`EQUALITY_TOLERANCE`.
     """
-    network = describe(model, images)
+    model = unwrapped(model)
+    network = describe(model, images, at)
     state = surgery.cut_state(model, network, kept)
     masked = copy.deepcopy(model).eval()
     small = copy.deepcopy(model).eval()
     surgery.mask(masked, network, kept)
     resize(small, kept_widths(kept))
     small.load_state_dict(state, strict=True)
-    difference = relative_difference(masked, small, images, output=output)
+    with fed(masked, images), fed(small, images):
+        difference = relative_difference(masked, small, images_in(images), output=output)
     if not difference <= EQUALITY_TOLERANCE:
         raise EqualityError(
             f"the compacted model differs from the masked one by {difference:.1e} of the output's scale "
             f"(allowed {EQUALITY_TOLERANCE:.0e}); this is a defect of gohsp, please report the architecture"
         )
-    return Compaction(small.train(model.training), difference, len(images))
+    return Compaction(small.train(model.training), difference, len(images_in(images)))
 
 
 def relative_difference(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,39 +14,73 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gohsp.core.capture import evaluating, replaced_forward, taken
-from gohsp.errors import NonFiniteError, UnsupportedModelError
+from gohsp.core.capture import evaluating, observe_inputs, replaced_forward, taken
+from gohsp.errors import NonFiniteError, PlanError, UnsupportedModelError, nearest
 from gohsp.models import families
 from gohsp.models.checks import require_plain
 from gohsp.models.families import SUPPORTED, Family, Reading, class_name
-from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths
+from gohsp.models.feeding import Example, fed, feed, images_in, is_fed, unfeed
+from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths, is_in
 
-WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+logger = logging.getLogger(__name__)
+
+INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Wrappers that a model is taken out of, and where it is in them."""
+
+WRAPPERS = (*INSIDE, "FullyShardedDataParallel")
 """Classes whose forward is not that of the module inside, so that hooks in it may not be called."""
 
 DEFAULT_SIZE = (224, 224)
 """Height and width of the image that a model which takes any size is described with."""
 
 
-def blocks_of(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's or DDP's wrapper; a warning says that it is taken out."""
+    inside = INSIDE.get(type(model).__name__)
+    if inside is None or not isinstance(model, nn.Module):
+        return model
+    logger.warning("a %s stands around the model; the model inside it, model.%s, is taken", class_name(model), inside)
+    return unwrapped(model.get_submodule(inside))
+
+
+def blocks_of(model: nn.Module, at: str = "") -> dict[str, tuple[nn.Module, Family]]:
     """Every block that can be pruned, by its name, and its family.
 
+    Args:
+        model: The model.
+        at: Name of the module to look into; empty for all of the model.
+
     Raises:
+        PlanError: The model has no module of that name.
         UnsupportedModelError: No module, a wrapper around one, or a module without such a block.
     """
     what = f"a {type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{what} cannot be pruned; give a torch.nn.Module. Supported: {SUPPORTED}")
-    found = _known_blocks(model)
+    part = _part(model, at)
+    found = _known_blocks(model, lambda name: is_in(name, at))
     _require_unwrapped(model, found)
-    _require_all_known(model, found)
+    _require_all_known(model, found, at)
     if not found:
-        raise UnsupportedModelError(f"{what} has no block that can be pruned{_repeated(model)}; supported: {SUPPORTED}")
+        what = f"module '{at}', a {class_name(part)}," if at else what
+        raise UnsupportedModelError(f"{what} has no block that can be pruned{_repeated(part)}; supported: {SUPPORTED}")
     return found
 
 
-def _known_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
-    known = ((name, module, families.family_of(name, module)) for name, module in model.named_modules())
+def _part(model: nn.Module, at: str) -> nn.Module:
+    named = dict(model.named_modules(remove_duplicate=False))
+    if at not in named:
+        parts = [name for name, module in named.items() if name and list(module.children()) and not _is_numbered(name)]
+        raise PlanError(f"at names {at!r}, which is no module of this {class_name(model)}; {nearest(str(at), parts)}")
+    return named[at]
+
+
+def _is_numbered(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _known_blocks(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, tuple[nn.Module, Family]]:
+    known = ((name, module, families.family_of(name, module)) for name, module in model.named_modules() if wanted(name))
     return {name: (module, family) for name, module, family in known if family is not None}
 
 
@@ -64,13 +99,13 @@ def _require_unwrapped(model: nn.Module, found: Iterable[str]) -> None:
         )
 
 
-def _require_all_known(model: nn.Module, found: Mapping[str, object]) -> None:
+def _require_all_known(model: nn.Module, found: Mapping[str, object], at: str) -> None:
     """Check that blocks which stand beside one that is known are known, too."""
     containers = {name.rpartition(".")[0] for name in found}
     for container in containers:
         for label, module in model.get_submodule(container).named_children():
             name = f"{container}.{label}" if container else label
-            if name not in found and (hasattr(module, "attn") or hasattr(module, "mlp")):
+            if is_in(name, at) and name not in found and (hasattr(module, "attn") or hasattr(module, "mlp")):
                 raise _unknown(name, module)
 
 
@@ -126,25 +161,33 @@ def example_image(model: nn.Module, count: int = 1) -> Tensor:
     return noise.to(weight.device, weight.dtype)
 
 
-def describe(model: nn.Module, images: Tensor | None = None) -> Network:
+def describe(model: nn.Module, images: Example | None = None, at: str = "") -> Network:
     """Describe a model, dense or already pruned: its sub-layers in the order in which they run.
 
-    The model's own forward runs once, with its blocks passed over; how to make the model need not be known.
+    The model's own forward runs once, with its blocks passed over; how to make the model need not be known. Blocks that
+    no image passes through, as those of a text tower, are no sub-layers.
 
     Args:
         model: A model with blocks of a supported family, wherever they are in it.
-        images: An image or more ``[B, C, H, W]`` that it takes, of any type; None for noise of the size that it seems
-            to take.
+        images: An image or more ``[B, C, H, W]`` that it takes, of any type; or a mapping that holds them beside what
+            else it takes by name. None for noise of the size that it seems to take.
+        at: Name of the module whose blocks are described, such as ``vision_model``; empty for those of all of the
+            model. Costs are always those of the whole model.
 
     Raises:
+        PlanError: The model has no module of that name.
         UnsupportedModelError: It has no block that can be pruned; a module is of a class that cannot be, or is not what
             it seems (parametrised, adapted, quantised, tied); or an image cannot pass through it.
     """
-    known = blocks_of(model)
-    require_plain(model)
+    model = unwrapped(model)
+    known = blocks_of(model, at)
+    require_plain(model, known, at)
     weight = next(model.parameters())
-    image = example_image(model) if images is None else images[:1].to(weight.device, weight.dtype)
-    seen = _seen(model, known, image)
+    image = example_image(model) if images is None else images_in(images)[:1].to(weight.device, weight.dtype)
+    with fed(model, images):
+        if is_fed(model):
+            known = _seeing(model, known, image)
+        seen = _seen(model, known, image)
     sublayers: list[Sublayer] = []
     for name, reading in seen.readings.items():
         block, family = known[name]
@@ -157,12 +200,50 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Network:
             )
         sublayers += (_held(sub, seen.by_head[name]) for sub in found)
     if not sublayers:
-        raise UnsupportedModelError(
-            "none of the model's blocks takes part in its forward pass, so nothing can be pruned"
-        )
+        raise _unseen(at)
+    return _network(model, sublayers, seen.macs)
+
+
+def described_still(model: nn.Module, at: str = "") -> Network:
+    """Describe a model without a pass: its blocks whether they run or not, and no multiply-accumulates.
+
+    Raises:
+        PlanError, UnsupportedModelError: As of :func:`describe`.
+    """
+    known, reading = blocks_of(model, at), Reading(tokens=1, keys=1)  # of which widths and parameters know nothing
+    require_plain(model, known, at)
+    found = [sub for name, (block, family) in known.items() for sub in families.describe(family, name, block, reading)]
+    return _network(model, found, 0)
+
+
+def _network(model: nn.Module, sublayers: Sequence[Sublayer], fixed_macs: int) -> Network:
     pruned = sum(PARAMS.sublayer(sub, sub.widths) for sub in sublayers)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Network(sublayers=tuple(sublayers), fixed_params=total - pruned, fixed_macs=seen.macs)
+    return Network(sublayers=tuple(sublayers), fixed_params=total - pruned, fixed_macs=fixed_macs)
+
+
+def _unseen(at: str) -> UnsupportedModelError:
+    if at:
+        return UnsupportedModelError(
+            f"no image passes through the blocks of module '{at}', which may be a text tower: that cannot be pruned; "
+            "name a module that images pass through"
+        )
+    return UnsupportedModelError("none of the model's blocks takes part in its forward pass, so nothing can be pruned")
+
+
+def _seeing(
+    model: nn.Module, blocks: Mapping[str, tuple[nn.Module, Family]], image: Tensor
+) -> dict[str, tuple[nn.Module, Family]]:
+    """The blocks whose input depends on the image, which gradients tell; those of a text tower's does not."""
+    depend: set[str] = set()
+
+    def watching(name: str) -> Callable[[Any], None]:
+        return lambda stream: depend.add(name) if isinstance(stream, Tensor) and stream.requires_grad else None
+
+    watch = {name: watching(name) for name in blocks}
+    with torch.enable_grad(), evaluating(model), trainable(model, False), observe_inputs(model, watch):
+        _pass(model, image.detach().requires_grad_().clone())
+    return {name: block for name, block in blocks.items() if name in depend}
 
 
 def _held(sub: Sublayer, by_head: frozenset[int]) -> Sublayer:
@@ -229,19 +310,39 @@ def _passed_over(
     def passing(name: str, own_forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: pass_over(name, own_forward, args, kwargs)
 
+    # PyTorch's counter trips over parameters that require gradients and enter a module as its input.
+    with ExitStack() as stack, torch.no_grad(), evaluating(model), trainable(model, False):
+        for name, (block, _) in blocks.items():
+            stack.enter_context(replaced_forward(block, passing(name, block.forward)))
+        with counter:
+            _pass(model, image)
+    seen.macs = counter.get_total_flops() // 2 // len(image)
+    return seen
+
+
+def _pass(model: nn.Module, image: Tensor) -> None:
     try:
-        with ExitStack() as stack, torch.no_grad(), evaluating(model), _frozen(model):
-            for name, (block, _) in blocks.items():
-                stack.enter_context(replaced_forward(block, passing(name, block.forward)))
-            with counter:
-                model(image)
+        with _uncompiled(model):
+            model(image)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
-            "takes, and of a model that takes more than images the part that does not, such as model.vision_model"
+            "takes, and of a model that takes more than images mappings of all that it takes by name, such as "
+            "{'images': ..., 'sizes': ...}"
         ) from error
-    seen.macs = counter.get_total_flops() // 2 // len(image)
-    return seen
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules run as they are written, though they were compiled in place: no hook is passed by, and none compiled."""
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 class _ReadError(BaseException):
@@ -272,26 +373,26 @@ def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Te
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients; PyTorch's counter trips over those that enter a module as its input."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
+def trainable(model: nn.Module, trains: bool = True) -> Iterator[None]:
+    """All parameters require gradients, or none, while the context is open; then each does or not as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(trains and parameter.is_floating_point())
     try:
         yield
     finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def resize(model: nn.Module, widths: Widths) -> None:
     """Rebuild blocks at other widths, in place; what is rebuilt has weights that are not initialised.
 
-    A block that is not named stays: it is in the model and takes no part in its forward pass.
+    A block that is not named stays: it is no part of what is pruned, or takes no part in the forward pass.
     """
-    for name, (block, family) in blocks_of(model).items():
-        if any(sub.startswith(f"{name}.") for sub in widths):
-            families.resize(family, name, block, widths)
+    named = _known_blocks(model, lambda name: any(is_in(sub, name) for sub in widths))
+    for name, (block, family) in named.items():
+        families.resize(family, name, block, widths)
 
 
 def resized(model: nn.Module, widths: Widths) -> nn.Module:
@@ -319,22 +420,53 @@ def plain_attention(*models: nn.Module) -> Iterator[None]:
             module.fused_attn = True
 
 
-def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
+def working_copy(model: nn.Module, images: Example | None = None, at: str = "") -> nn.Module:
     """A copy to prune: float32, in evaluation mode, no weight frozen, one output for all heads of a distilled model.
 
-    Attention whose inside cannot be watched (``nn.MultiheadAttention``) becomes our own, with the same weights.
+    It can be called with images alone, until it is :func:`finished`. Attention whose inside cannot be watched
+    (``nn.MultiheadAttention``) becomes our own, with the same weights.
+
+    Args:
+        model: The model.
+        images: As of :func:`describe`.
+        at: As of :func:`describe`.
 
     Raises:
+        PlanError: The model has no module ``at``.
         UnsupportedModelError: The model cannot be described, and so neither be pruned.
     """
-    describe(model, images)  # refused before the copy: not everything that is refused can be copied
+    model = unwrapped(model)
+    describe(model, images, at)  # refused before the copy: not everything that is refused can be copied
     copied = copy.deepcopy(model).float().requires_grad_().eval()
-    for block, family in _known_blocks(copied).values():
+    feed(copied, images)
+    for block, family in blocks_of(copied, at).values():
         families.opened(family, block)
     for module in copied.modules():
         if getattr(module, "distilled_training", False):  # in training it would return the logits of both heads apart
             module.set_distilled_training(False)  # type: ignore[operator]
     return copied
+
+
+def finished(made: nn.Module, given: nn.Module) -> nn.Module:
+    """What was made of a working copy, as the model that was given is: of its data types, frozen where that is.
+
+    Args:
+        made: What was made, changed in place.
+        given: The model that the working copy is of.
+    """
+    unfeed(made)
+    before = dict(given.named_parameters())
+    for name, parameter in made.named_parameters():
+        like = before.get(name)
+        if like is None:  # the vector that is left of a sub-layer
+            inside = name.rpartition(".")[0]
+            like = next((of for old, of in before.items() if is_in(old, inside)), parameter)
+        parameter.data = parameter.data.to(like.dtype)
+        parameter.requires_grad_(like.requires_grad)
+    types = {name: buffer.dtype for name, buffer in given.named_buffers()}
+    for name, buffer in made.named_buffers():
+        buffer.data = buffer.data.to(types.get(name, buffer.dtype))
+    return made
 
 
 def check_finite(model: nn.Module) -> None:

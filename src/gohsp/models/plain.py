@@ -19,12 +19,11 @@ from gohsp.core import allocation
 from gohsp.core.allocation import WidthSettings
 from gohsp.errors import UnsupportedModelError
 from gohsp.files import storing
-from gohsp.models import families
-from gohsp.models.description import blocks_of, describe
-from gohsp.models.families import Reading, class_name
+from gohsp.models.description import describe, described_still
+from gohsp.models.families import class_name
 from gohsp.models.libraries import LIBRARIES, fit_problems, library, library_of, listed, output_problems
 from gohsp.models.libraries.shape import shape_of
-from gohsp.structure import FIELDS, KINDS, PARAMS, Absent, Ffn, Kind, Network, Sublayer, Widths
+from gohsp.structure import FIELDS, KINDS, Absent, Ffn, Kind, Network, Sublayer, Widths
 
 logger = logging.getLogger(__name__)
 
@@ -100,25 +99,14 @@ def _problem(maker: ModuleType, name: str, part: nn.Module, network: Network, wi
     try:
         with torch.device("meta"):
             made = maker.make_plain(part, maker.plain_settings(part, shape_of(network, widths)))
-        found, outside = _made_of(made)
+        found = described_still(made)  # no image passes through, which takes memory
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, UnsupportedModelError) as error:
         return str(error)
     for sub, of in wanted.items():
-        if found.get(sub) != of:
-            return f"'{sub}' would have {found.get(sub)} in place of {of}"
-    return None if outside == _made_of(part)[1] else "what is outside the blocks would change with them"
-
-
-def _made_of(model: nn.Module) -> tuple[Widths, int]:
-    """Widths of all sub-layers, and the parameters elsewhere; no image passes through, which takes memory."""
-    reading = Reading(tokens=1, keys=1)  # of which widths and parameters know nothing
-    subs = [
-        sub
-        for name, (block, family) in blocks_of(model).items()
-        for sub in families.describe(family, name, block, reading)
-    ]
-    inside = sum(PARAMS.sublayer(sub, sub.widths) for sub in subs)
-    return {sub.name: sub.widths for sub in subs}, sum(map(torch.Tensor.numel, model.parameters())) - inside
+        if found.widths.get(sub) != of:
+            return f"'{sub}' would have {found.widths.get(sub)} in place of {of}"
+    same = found.fixed_params == described_still(part).fixed_params
+    return None if same else "what is outside the blocks would change with them"
 
 
 def _say_what_is_held(name: str | None, part: nn.Module, network: Network, tried: Network) -> None:
@@ -163,9 +151,9 @@ def plain(model: nn.Module) -> tuple[nn.Module, Any]:
     return made.train(model.training), settings
 
 
-def remade(model: nn.Module) -> nn.Module:
+def remade(model: nn.Module, at: str = "") -> nn.Module:
     """A uniform model with its library's own one, made by settings alone, in the place of what it was cut from."""
-    name, part = _library_part(model, describe(model))
+    name, part = _library_part(model, describe(model, at=at))
     made, _ = plain(part)
     if not name:
         return made

@@ -136,11 +136,11 @@ def run(
     )
     splits = _open_splits(source, config)
     dense = _open(model, weights, pretrained, revision, config, splits[0])
-    network = api.to_cut(dense, excluding(models.describe(dense), exclude), config)
+    network = api.to_cut(dense, excluding(models.describe(dense, at=config.at), exclude), config)
     models.check_finite(dense)
     data.Preprocessing.from_model(dense)  # refuses a model that does not say what it does with an image
     if models.is_library_model(dense):
-        models.require_remakeable(dense)
+        models.require_remakeable(dense, config.at)
     api.require_possible(network, goal, widths, config)
     labels = _labels(dense, splits, config) if config.trains else [None]
     request = {
@@ -197,17 +197,18 @@ def _open(
     if isinstance(model, nn.Module):
         if weights or pretrained or revision:
             raise CheckpointError("a model that is given as a module brings its own weights; give no others")
-        return models.working_copy(model)
+        return models.working_copy(model, at=config.at)
     arguments, trains = dict(config.model_arguments), config.dense.epochs > 0
     given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "revision": revision}
     if not trains:
         opening.require_weights(model, weights, pretrained)
     if opening.brings_arguments(model):
-        return models.working_copy(opening.open_model(model, **given, arguments=arguments))
+        return models.working_copy(opening.open_model(model, **given, arguments=arguments), at=config.at)
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1
     torch.manual_seed(config.seed)
-    return models.working_copy(opening.open_model(model, **given, arguments=arguments, new_classifier=trains))
+    opened = opening.open_model(model, **given, arguments=arguments, new_classifier=trains)
+    return models.working_copy(opened, at=config.at)
 
 
 def _labels(dense: nn.Module, splits: Sequence[data.Split], config: Config) -> list[np.ndarray]:
@@ -264,7 +265,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
             trained = kept_steps.do(
                 "dense", Trained, lambda: api.train_stage(session, "dense", dense, None, labelled), dense
             )
-            checkpoint.save(dense, folder.path / "dense")
+            checkpoint.save(dense, folder.path / "dense", at=config.at)
         scores = _scored(session, "dense_score", dense, labelled)
 
     def chosen(widths: Widths) -> None:
@@ -280,6 +281,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     checkpoint.save(
         pruned.model,
         folder.path,
+        at=config.at,
         kept=pruned.kept,
         made_by={"gohsp": made.gohsp, "versions": made.versions, "budget": task.goal.requested},
         metrics=dataclasses.asdict(measured),
@@ -288,6 +290,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
         models.save_plain(pruned.model, folder.path / "plain")
     report.write(made, folder.path)
     folder.clear_state()
+    models.unfeed(pruned.model)
     return RunResult(pruned.model, made, folder.path)
 
 
@@ -330,7 +333,7 @@ def _report(
     labelled: Labelled | None,
 ) -> Report:
     config, network = task.config, task.network
-    small = models.describe(pruned.model, session.probe)
+    small = models.describe(pruned.model, session.probe, config.at)
     speed = _speed(session, task.dense, pruned.model)
     return Report(
         **_provenance(task),

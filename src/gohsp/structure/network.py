@@ -281,7 +281,7 @@ def excluding(network: Network, exclude: Iterable[str]) -> Network:
     for entry in exclude:
         if entry in KINDS:
             kinds.add(entry)
-        elif any(_is_in(sub.name, entry) for sub in network.sublayers):
+        elif entry and any(is_in(sub.name, entry) for sub in network.sublayers):
             names.append(entry)
         else:
             raise PlanError(
@@ -291,7 +291,7 @@ def excluding(network: Network, exclude: Iterable[str]) -> Network:
     def left(sub: Sublayer) -> Sublayer:
         if isinstance(sub, Absent):
             return sub
-        whole = any(_is_in(sub.name, name) for name in names)
+        whole = any(is_in(sub.name, name) for name in names)
         prunable = frozenset() if whole else sub.prunable - kinds
         return replace(
             sub, prunable=prunable, removable=sub.removable and not whole and not kinds & set(sub.widths.kinds)
@@ -300,8 +300,9 @@ def excluding(network: Network, exclude: Iterable[str]) -> Network:
     return replace(network, sublayers=tuple(left(sub) for sub in network.sublayers))
 
 
-def _is_in(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
+def is_in(name: str, module: str) -> bool:
+    """Whether a name is that of a module, or of something in it; ``""`` is the whole model."""
+    return not module or name == module or name.startswith(f"{module}.")
 
 
 def check_widths(network: Network, widths: Widths) -> None:

@@ -525,6 +525,7 @@ def _resize_ffn(branch: Branch, layout: FfnLayout, block: nn.Module, widths: Ffn
 def _remove(branch: Branch, block: nn.Module, readout: Any, *, pair: bool) -> None:
     """Leave a vector of a sub-layer; where that may not go for good, what runs is fit to be timed."""
     left = Constant(readout.out_features, pair=pair, device=readout.weight.device, dtype=readout.weight.dtype)
+    left.requires_grad_(readout.weight.requires_grad)
     if branch.module is not None:
         _set(block, branch.module, left)
     elif branch.layout is not None:

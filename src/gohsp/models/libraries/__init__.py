@@ -22,6 +22,7 @@ from gohsp.errors import CheckpointError, UnsupportedModelError, require_package
 from gohsp.models.compaction import EQUALITY_TOLERANCE, relative_difference
 from gohsp.models.description import describe, example_image, resize
 from gohsp.models.families import class_name
+from gohsp.models.feeding import fed
 from gohsp.structure import Widths
 
 LIBRARIES = ("timm", "torchvision", "transformers")
@@ -122,11 +123,15 @@ def fill_buffers(model: nn.Module, spec: Mapping[str, Any], widths: Widths) -> N
             model.get_submodule(parent)._buffers[buffer] = real.get_buffer(name)
 
 
-def require_remakeable(model: nn.Module) -> dict[str, Any]:
+def require_remakeable(model: nn.Module, at: str = "") -> dict[str, Any]:
     """Check that a model can be made again from what a folder would hold of it, and computes the same.
 
     It is built anew from its specification and widths, given the same weights, and compared by its outputs on an image
     of noise. This costs two forward passes of one image.
+
+    Args:
+        model: The model.
+        at: Name of the module that was cut; empty for all of the model.
 
     Returns:
         The model's :func:`specification`.
@@ -136,7 +141,7 @@ def require_remakeable(model: nn.Module) -> dict[str, Any]:
             modules, tensors or outputs that differ.
         NonFiniteError: It computes NaN or infinite values.
     """
-    spec, network = specification(model), describe(model)
+    spec, network = specification(model), describe(model, at=at)
     try:
         again = build(spec, network.widths)
     except CheckpointError as error:
@@ -202,7 +207,7 @@ def _other_modules(again: nn.Module, model: nn.Module) -> list[str]:
 def output_problems(model: nn.Module, again: nn.Module) -> list[str]:
     """How the outputs of a model made again, with the same weights, differ from the model's on an image of noise."""
     image, dtype = example_image(model), next(model.parameters()).dtype
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), fed(model, image), fed(again, image):
         require_finite("the model's output", tensor_in(model(image)))
         difference = relative_difference(model, again.eval(), image, output=tensor_in)
     # What is computed in half precision differs by the order of its sums.

@@ -72,10 +72,20 @@ def architecture_name(model: nn.Module) -> str:
 
 def architecture_arguments(model: nn.Module) -> dict[str, Any]:
     """What its configuration has other than by default."""
-    config: Any = model.config
+    return _changed(model.config)
+
+
+def _changed(config: Any) -> dict[str, Any]:
     known = set(type(config)().to_dict()) - set(LEFT_OUT)
     changed = {key: value for key, value in config.to_diff_dict().items() if key in known and _is_plain(value)}
+    changed |= {key: _changed(part) for key, part in _parts(config).items() if key in known}
     return {key: _as_text(value) if key == "id2label" else value for key, value in changed.items()}
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    """The configurations that one is made of: CLIP's has one for each tower."""
+    settings = {key: getattr(config, key, None) for key in config.to_dict()}
+    return {key: value for key, value in settings.items() if hasattr(value, "to_diff_dict")}
 
 
 def _as_text(labels: Mapping[Any, Any]) -> dict[str, str]:
@@ -94,11 +104,17 @@ def check(name: str, arguments: Mapping[str, Any], where: str) -> None:
             none of that kind.
         MissingPackageError: transformers is not installed.
     """
-    known = _class(name, where).config_class().to_dict()
+    _check_settings(name, _class(name, where).config_class(), arguments, where)
+
+
+def _check_settings(name: str, usual: Any, arguments: Mapping[str, Any], where: str) -> None:
+    known, parts = usual.to_dict(), _parts(usual)
     for key, value in arguments.items():
         if key not in known or key in LEFT_OUT:
             raise CheckpointError(f"{where}: '{key}' is no setting of a '{name}'; {nearest(str(key), known)}")
-        if not _is_allowed(key, value):
+        if key in parts and isinstance(value, Mapping):
+            _check_settings(type(parts[key]).__name__, parts[key], value, where)
+        elif key in parts or not _is_allowed(key, value):
             raise CheckpointError(f"{where}: '{key}' is {value!r:.80}, which is no setting that a model is made by")
 
 
@@ -148,10 +164,16 @@ def settings_in(content: Mapping[str, Any], where: str) -> tuple[str, dict[str, 
     names = content.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CheckpointError(f"{where}: 'architectures' must be a list with the name of one class")
-    usual = _class(names[0], where).config_class().to_dict()
-    given = {k: v for k, v in content.items() if k in usual and k not in LEFT_OUT and v != usual[k]}
+    given = _told(content, _class(names[0], where).config_class())
     check(names[0], given, where)
     return names[0], given
+
+
+def _told(content: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """What a table says other than a configuration has by default; what none of that class has is left out."""
+    known, parts = usual.to_dict(), _parts(usual)
+    told = {k: v for k, v in content.items() if k in known and k not in LEFT_OUT and v != known[k]}
+    return {k: _told(v, parts[k]) if k in parts and isinstance(v, Mapping) else v for k, v in told.items()}
 
 
 def with_weights(
