@@ -26,6 +26,7 @@ from gohsp.models.libraries import (
     listed,
     require_remakeable,
     specification,
+    stored,
 )
 from gohsp.models.plain import remade, save_plain, sayable
 
@@ -60,6 +61,7 @@ __all__ = [
     "sayable",
     "set_class_names",
     "specification",
+    "stored",
     "told_size",
     "working_copy",
 ]
