@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 import gohsp
 from gohsp import cli, models
@@ -200,6 +202,28 @@ def test_code_of_a_folder_does_not_run(vit: Path, tmp_path: Path):
     gohsp.save(gohsp.open_model(vit), tmp_path / "small")
     assert not (tmp_path / "ran").exists()
     assert "auto_map" not in (tmp_path / "small/preprocessor_config.json").read_text()
+
+
+RESAMPLED: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": {"interpolate_pos_encoding": True},
+    "DeiTForImageClassification": {"interpolate_pos_encoding": True},
+    "CLIPVisionModelWithProjection": {"interpolate_pos_encoding": True},
+    "SiglipVisionModel": {"interpolate_pos_encoding": True},
+    "Dinov2Model": {},  # which always does it
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLED)
+def test_position_embeddings_are_resampled_as_the_model_itself_does(tmp_path: Path, name: str, caplog: Any):
+    cls = getattr(library(), name)
+    model = alive(cls(cls.config_class(**HF)))
+    model.save_pretrained(tmp_path)
+    opened = gohsp.open_model(rewritten(tmp_path, image_size=32))
+    assert "position embeddings are resampled" in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = tensor_in(model(images, **RESAMPLED[name]))
+        torch.testing.assert_close(tensor_in(opened(images)), expected, rtol=0, atol=1e-5)
 
 
 # What happens to an image
@@ -433,6 +457,34 @@ def test_torchvisions_own_weights_are_read_as_tensors_alone(tmp_path: Path, monk
     with pytest.raises(CheckpointError, match="of torchvision's 'vit_b_16' cannot be fetched"):
         of_torchvision(pretrained=True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_swin_of_torchvision_is_opened_and_loaded_in_one_line(tmp_path: Path):
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": [7, 7], "num_classes": 10}
+    for name in ("swin_t", "swin_v2_t"):
+        model = alive(gohsp.open_model(f"torchvision:{name}", arguments=sizes))
+        assert type(model).__module__ == "torchvision.models.swin_transformer"
+        side = 224 if name == "swin_t" else 256
+        assert Preprocessing.from_model(model).image_size == side
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        assert same(gohsp.open_model(f"torchvision:{name}", arguments=sizes, weights=tmp_path / "w.pth"), model, 64)
+        widths = gohsp.describe(model).widths
+        widths["features.1.0.mlp"] = replace(widths["features.1.0.mlp"], units=40)
+        models.resize(model, widths)
+        gohsp.save(alive(model), tmp_path / name)
+        loaded = gohsp.load(tmp_path / name)
+        assert same(loaded, model, 64)
+        assert Preprocessing.from_model(loaded).image_size == side
+
+
+def test_position_embeddings_of_torchvision_are_resampled_by_its_own_function(tmp_path: Path, caplog: Any):
+    model = alive(of_torchvision())
+    torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "w.pth")
+    larger = {**TORCHVISION, "image_size": 32}
+    opened = gohsp.open_model("torchvision:vit_b_16", arguments=larger, weights=tmp_path / "w.pth")
+    expected = interpolate_embeddings(32, 8, dict(model.state_dict()))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened.state_dict().items())
+    assert "position embeddings are resampled to 32 px" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["torchvision:", "torchvision:vit_b_61", "torchvision:resnet18", "torchvision:a/b"])

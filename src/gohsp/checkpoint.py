@@ -179,7 +179,7 @@ def save(
     text, processor = _as_text(config), _processor_text(model, folder / PROCESSOR)
     _checked(_decoded(text, folder / CONFIG), folder / CONFIG)  # what is written can be read
     # Weights first: a folder whose config is the new one always has the new weights too.
-    save_tensors(folder / WEIGHTS, model.state_dict())
+    save_tensors(folder / WEIGHTS, model.state_dict() if own else models.stored(model))
     if processor is None:
         (folder / PROCESSOR).unlink(missing_ok=True)  # of a model that stood there before
     else:
@@ -373,10 +373,11 @@ def load(
     else:
         model = _cut_down(into, config.at, widths, folder)
         device = next(into.parameters()).device if device is None else device
-    if problems := models.fit_problems(model.state_dict(), header):
+    expected = model.state_dict() if config.library is None else models.stored(model)
+    if problems := models.fit_problems(expected, header):
         raise CheckpointError(f"'{weights}' does not fit the model: {models.listed(problems)}")
     tensors = read_tensors(weights, device or "cpu")
-    model.load_state_dict(tensors, strict=True, assign=into is None)
+    model.load_state_dict(tensors, strict=config.library is None, assign=into is None)
     if into is None:
         models.fill_buffers(model, config.specification, widths)
     models.check_finite(model)

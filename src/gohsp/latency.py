@@ -229,11 +229,10 @@ def _block_times(
     batch = batch_of(images, device, replace(settings, dtype="float32"))
     blocks = list(network.blocks)
     contestants = []
-    for index, trial in _resized_blocks(trunk, network, subs, trials):
-        block = trial.to(_dtype(settings)).eval()
-        call = trunk.calls[blocks.index(index)]
-        stream = trunk.enter(batch, blocks.index(index)).to(_dtype(settings))
-        contestants.append(lambda block=block, call=call, x=stream: block(x, *call.args, **call.kwargs))
+    for name, trial in _resized_blocks(trunk, network, subs, trials):
+        block, index = trial.to(_dtype(settings)).eval(), blocks.index(name)
+        stream = trunk.enter(batch, index).to(_dtype(settings))
+        contestants.append(lambda block=block, index=index, x=stream: trunk.sent(index, block, x))
     return interleaved(contestants, device, settings.rounds)
 
 

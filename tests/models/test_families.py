@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from zoo import ZOO, images_for, made
 import gohsp
 from gohsp import AdmmSettings, Config, admm
 from gohsp.config import from_mapping
-from gohsp.core.capture import Call, attention_rows, behind, in_stream, open_trunk, rows_of, taken
+from gohsp.core.capture import Call, attention_rows, behind, in_stream, open_trunk, rows_of, rows_of_input, taken
 from gohsp.core.objective import tensor_in
 from gohsp.errors import CheckpointError, UnsupportedModelError
 from gohsp.evaluation import evaluate
@@ -135,8 +135,15 @@ def test_it_is_described_whole(family: Described) -> None:
 
 def test_blocks_run_alone_are_the_models_own(family: Described) -> None:
     trunk, left = open_trunk(family.opened, family.network, family.images), []
+
+    def leave(apart: bool, _module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else out
+        left.append(args[0] + out if apart else out)
+
     hooks = [
-        trunk.block(i).register_forward_hook(lambda _m, _a, out: left.append(out[0] if isinstance(out, tuple) else out))
+        trunk.block(i)
+        .get_submodule(trunk.branches.get(i, ("",))[-1])
+        .register_forward_hook(partial(leave, i in trunk.branches))
         for i in range(len(trunk.blocks))
     ]
     with torch.no_grad():
@@ -171,7 +178,8 @@ def test_attention_is_seen_as_it_is(family: Described) -> None:
         with torch.no_grad():
             rows = attention_rows(model, sub, x, call)
             some = attention_rows(model, sub, x, call, torch.tensor([2, 0]))
-            values = nn.functional.linear(x.flatten(1, -2), *rows_of(model, sub.value, heads * sub.widths.vo))
+            x = rows_of_input(model, sub, x).flatten(1, -2)
+            values = nn.functional.linear(x, *rows_of(model, sub.value, heads * sub.widths.vo))
             expected = (rows @ values.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
         assert rows.shape == (len(x), heads, sub.keys, sub.keys)
         torch.testing.assert_close(some, rows[:, :, [2, 0]], rtol=1e-5, atol=1e-6)
@@ -265,7 +273,17 @@ def test_it_goes_the_whole_way(
     assert parameters(smaller.model) <= 0.96 * parameters(pruned.model)
 
 
-@pytest.mark.parametrize("name", ["timm post-norm", "timm sam classifier", "transformers swin v2", "transformers sam"])
+LIBRARIES_OWN = [
+    "timm post-norm",
+    "timm sam classifier",
+    "transformers swin v2",
+    "transformers sam",
+    "torchvision swin",
+    "torchvision swin v2",
+]
+
+
+@pytest.mark.parametrize("name", LIBRARIES_OWN)
 def test_its_library_makes_it_again(name: str, of: Callable[[str], Described], tmp_path: Any) -> None:
     family = of(name)
     small = compact(family.opened, drawn(family.network, ("head", "vo", "ffn"), seed=5), family.images).model

@@ -91,11 +91,25 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),
         r"12 of its modules are .*ParallelScalingBlock",
     ),
+    "no output projection": (
+        lambda: of_vit_pytorch("vit", "ViT", heads=1, dim_head=32),
+        r"module 'transformer\.layers\.0\.0' is a vit_pytorch\.vit\.Attention, which cannot be pruned",
+    ),
+    "another of vit_pytorch": (
+        lambda: of_vit_pytorch("deepvit", "DeepViT", heads=4),
+        r"DeepViT has no block that can be pruned",
+    ),
     "tokens first": (
         lambda: Encoding(batch_first=False),
         r"MultiheadAttention with batch_first=False, which cannot be",
     ),
 }
+
+
+def of_vit_pytorch(file: str, name: str, **arguments: Any) -> Any:
+    library = pytest.importorskip(f"vit_pytorch.{file}")
+    sizes = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "mlp_dim": 48}
+    return getattr(library, name)(**sizes, **arguments).eval()
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -85,6 +85,21 @@ def torchvision_vit() -> nn.Module:
     return TorchvisionViT(SIDE, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5)
 
 
+def torchvision_swin(version: int) -> nn.Module:
+    library: Any = importlib.import_module("torchvision.models.swin_transformer")
+    later = {"block": library.SwinTransformerBlockV2, "downsample_layer": library.PatchMergingV2}
+    sizes = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    return library.SwinTransformer(**sizes, mlp_ratio=2.0, num_classes=5, **(later if version == 2 else {}))
+
+
+def vit_pytorch(name: str) -> nn.Module:
+    library: Any = importlib.import_module("vit_pytorch")
+    sizes = {"image_size": SIDE, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4, "dim_head": 8, "mlp_dim": 48}
+    model = getattr(library, name)(**sizes, num_classes=5)
+    model.image_size = SIDE  # which it does not tell
+    return model
+
+
 def open_clip_tower() -> nn.Module:
     library: Any = importlib.import_module("open_clip.transformer")
     return library.VisionTransformer(SIDE, 8, 32, 2, 4, 1.5, ls_init_value=0.5, output_dim=8)
@@ -192,8 +207,12 @@ ZOO: dict[str, Entry] = {
         fusion_hidden_size=8,
     ),
     "torchvision vit": Entry(torchvision_vit),
+    "torchvision swin": Entry(partial(torchvision_swin, 1), side=56),
+    "torchvision swin v2": Entry(partial(torchvision_swin, 2), frozenset({"qk"}), side=64, same=True),
     "torch encoder layer": Entry(partial(Encoder, norm_first=True)),
     "torch encoder layer post-norm": Entry(partial(Encoder, norm_first=False)),
+    "vit_pytorch vit": Entry(partial(vit_pytorch, "ViT"), needs="vit_pytorch"),
+    "vit_pytorch simple": Entry(partial(vit_pytorch, "SimpleViT"), needs="vit_pytorch", same=True),
     "open_clip tower": Entry(open_clip_tower, needs="open_clip"),
     "dinov2": Entry(partial(dinov2, "mlp"), needs="dinov2"),
     "dinov2 gated": Entry(partial(dinov2, "swiglufused"), needs="dinov2", same=True),

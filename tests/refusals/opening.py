@@ -116,6 +116,13 @@ def finetuned(make: Callable[[], Any]) -> Act:
     return pruned(make, config=gohsp.Config(method="finetune"))
 
 
+def of_no_square_image(folder: Path) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "num_classes": 2}
+    model = gohsp.open_model("torchvision:vit_b_16", arguments=sizes)
+    torch.save({**model.state_dict(), "encoder.pos_embedding": torch.zeros(1, 7, 16)}, folder / "w.pth")
+    gohsp.open_model("torchvision:vit_b_16", arguments=sizes, weights=folder / "w.pth")
+
+
 def launched_twice(folder: Path) -> None:
     with patch.dict(os.environ, WORLD_SIZE="2"):
         gohsp.run(tiny(), "digits", "params=-30%", folder / "run")
@@ -197,6 +204,10 @@ CASES = (
     Refusal("a misspelt name of torchvision", opened("torchvision:vit_b16"), CheckpointError, "'vit_b_16'"),
     Refusal("a misspelt argument of torchvision's", opened("torchvision:vit_b_16", arguments={"img_size": 8}),
             CheckpointError, "'image_size'"),
+    Refusal("stages of torchvision's Swin without a number of heads",
+            opened("torchvision:swin_t", arguments={"num_heads": [3, 6]}), CheckpointError, "for each stage"),
+    Refusal("torchvision's position embeddings of no square image", of_no_square_image, CheckpointError,
+            "cannot be resampled"),
     Refusal("a tag of weights that timm does not have", opened(f"{NAME}.best", pretrained=True),
             CheckpointError, f"'{NAME}.augreg_in21k'"),
     Refusal("pretrained weights that timm does not have", opened("vit_giant_patch14_224", pretrained=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -142,6 +142,20 @@ def in_stream(sub: Sublayer, rows: Tensor, images: int) -> Tensor:
     return rows if order is None else rows[:, _places(order, rows.device)]
 
 
+def rows_of_input(model: nn.Module, sub: Attention, x: Tensor) -> Tensor:
+    """What queries, keys and values are made of when an attention is given ``x`` ``[B, ..., D]``.
+
+    The norm that may stand inside it is passed, and a stream that it cuts into windows itself is cut: tokens that
+    attend to each other stand together.
+    """
+    if sub.inner_norm is not None:
+        x = named_module(model, sub.inner_norm)(x)
+    if sub.cuts and sub.order is not None:
+        padded = F.pad(x.flatten(1, -2), (0, 0, 0, 1))  # place -1 is padding
+        x = padded[:, torch.tensor(sub.order, device=x.device)].reshape(-1, sub.keys, x.shape[-1])
+    return x
+
+
 @lru_cache(maxsize=256)
 def _places(order: tuple[int, ...], device: torch.device) -> Tensor:
     """Where among the rows each token of the stream is."""
@@ -153,6 +167,8 @@ def attention_rows(
     model: nn.Module, sub: Attention, x: Tensor, call: Call | None = None, tokens: Tensor | None = None
 ) -> Tensor:
     """Attention probabilities ``[B, heads, queries, keys]``, float32, of an attention whose input is ``x``.
+
+    Of one that cuts its input into windows they are ``[B windows, heads, queries, keys]``.
 
     The attention's own forward runs as far as its softmax, whatever it does to queries, keys and their products.
 
@@ -175,7 +191,7 @@ def attention_rows(
         raise UnsupportedModelError(
             f"module '{sub.name}' computes no softmax that can be seen; heads cannot be compared"
         )
-    return probe.rows.reshape(len(x), sub.widths.heads, *probe.rows.shape[-2:])  # some put heads behind images
+    return probe.rows.reshape(-1, sub.widths.heads, *probe.rows.shape[-2:])  # some put heads behind images
 
 
 class _SoftmaxProbe(TorchFunctionMode):
@@ -342,6 +358,8 @@ class Trunk:
         rests: What they return behind the stream, of those that return a tuple; None of the others.
         crossings: Blocks before which something stands that changes the stream, such as Swin's merging of patches.
         blank: Images ``[1, C, H, W]`` of nothing, of the size that the model was given.
+        branches: Of blocks that nothing calls as a whole, by their index: their modules in turn, each of which returns
+            what is to be added to the stream.
     """
 
     model: nn.Module
@@ -350,6 +368,7 @@ class Trunk:
     rests: tuple[tuple[Any, ...] | None, ...]
     crossings: frozenset[int]
     blank: Tensor
+    branches: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> Trunk:
         """The same blocks of another model: a copy, or what was cut from this one."""
@@ -361,13 +380,14 @@ class Trunk:
 
     def enter(self, images: Tensor, index: int = 0) -> Tensor:
         """What images ``[B, C, H, W]`` send into a block, by default the first; nothing behind is computed."""
+        first = ".".join((self.blocks[index], *self.branches.get(index, ())[:1]))
         seen: list[Tensor] = []
 
         def watch(stream: Tensor) -> None:
             seen.append(stream)
             raise _SeenError
 
-        with observe_inputs(self.model, {self.blocks[index]: watch}), suppress(_SeenError):
+        with observe_inputs(self.model, {first: watch}), suppress(_SeenError):
             self.model(images.to(device_of(self.model)))
         return seen[0]
 
@@ -397,8 +417,16 @@ class Trunk:
 
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What a block makes of a stream that enters it."""
-        call = self.calls[index]
-        return stream_of(self.block(index)(stream, *call.args, **call.kwargs))
+        return self.sent(index, self.block(index), stream)
+
+    def sent(self, index: int, block: nn.Module, stream: Tensor) -> Tensor:
+        """What a block makes of a stream, be it this one or another that is called as it is."""
+        if index not in self.branches:
+            call = self.calls[index]
+            return stream_of(block(stream, *call.args, **call.kwargs))
+        for name in self.branches[index]:
+            stream = block.get_submodule(name)(stream) + stream
+        return stream
 
     def inputs(self, index: int, stream: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
         """What the modules ``names`` read, in the order they run, when ``stream`` enters a block.
@@ -458,17 +486,27 @@ def open_trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
             besides the stream; or what it reads depends on more than what the block before it returns.
     """
     names = tuple(network.blocks)
+    branches = {
+        index: tuple(sub.name.removeprefix(f"{name}.") for sub in subs)
+        for index, (name, subs) in enumerate(network.blocks.items())
+        if name in network.apart
+    }
     images = images.to(device_of(model))
-    passes = _recorded(model, names, images)
+    passes = _recorded(model, names, branches, images)
     blank = images.new_zeros(len(images) + 1, *images.shape[1:])
     # One more image, so that what there is for each image shows by its shape.
-    others = _recorded(model, names, blank) if any(_tensors(of.call) for of in passes.values()) else passes
+    others = _recorded(model, names, branches, blank) if any(_tensors(of.call) for of in passes.values()) else passes
     for name in names:
         if not _same(passes[name].call, others[name].call):
             raise UnsupportedModelError(
                 f"block '{name}' is called with tensors besides the stream that differ from image to image"
             )
     crossings = [i for i in range(1, len(names)) if not _joined(passes[names[i - 1]].left, passes[names[i]].entered)]
+    if crossings and branches:
+        raise UnsupportedModelError(
+            f"something stands before block '{names[crossings[0]]}' in a model whose sub-layers are called one by one, "
+            "so it cannot be pruned block by block"
+        )
     trunk = Trunk(
         model,
         names,
@@ -476,6 +514,7 @@ def open_trunk(model: nn.Module, network: Network, images: Tensor) -> Trunk:
         tuple(passes[name].rest for name in names),
         frozenset(crossings),
         blank[:1],
+        branches,
     )
     with evaluating(model):
         for index in crossings:
@@ -497,7 +536,9 @@ class _Pass:
     rest: tuple[Any, ...] | None
 
 
-def _recorded(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, _Pass]:
+def _recorded(
+    model: nn.Module, names: Sequence[str], branches: Mapping[int, Sequence[str]], images: Tensor
+) -> dict[str, _Pass]:
     passes: dict[str, _Pass] = {}
 
     def hook(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
@@ -505,10 +546,19 @@ def _recorded(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[st
         entered, call = taken(args, kwargs)
         passes[name] = _Pass(call, entered, stream_of(returned), rest)
 
+    def hook_of_branch(
+        name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Tensor
+    ) -> None:
+        stream, call = taken(args, kwargs)
+        first = passes[name].entered if name in passes else stream
+        passes[name] = _Pass(call, first, returned + stream, None)
+
     with ExitStack() as stack, evaluating(model):
-        for name in names:
-            block = named_module(model, name)
-            stack.callback(block.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+        for index, name in enumerate(names):
+            called = [f"{name}.{branch}" for branch in branches.get(index, ())]
+            for module in called or [name]:
+                watch = partial(hook_of_branch if called else hook, name)
+                stack.callback(named_module(model, module).register_forward_hook(watch, with_kwargs=True).remove)
         model(images)
     return passes
 

@@ -5,14 +5,22 @@ Inputs are extended by a last entry 1, which carries biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gohsp.core.capture import autocast, device_of, forward_all, in_stream, observe_inputs, require_finite
+from gohsp.core.capture import (
+    autocast,
+    device_of,
+    forward_all,
+    in_stream,
+    observe_inputs,
+    require_finite,
+    rows_of_input,
+)
 from gohsp.core.fisher import TokenWeights
 from gohsp.errors import UnsupportedModelError
 from gohsp.structure import Attention, Network, PresentSublayer, unit_count
@@ -223,8 +231,10 @@ def collect_moments(
         sub.name: MomentFitter(unit_count(sub.widths, sub.widths.unit_kinds[-1]), device, weights.get(sub.name))
         for sub in network.present
     }
-    watch = {name: fitter.update for name, fitter in inputs.items()}
     count = 0
+
+    def enter(sub: Attention, x: Tensor) -> None:
+        inputs[sub.name].update(rows_of_input(model, sub, x))
 
     def add(sub: PresentSublayer, rows: Tensor) -> None:
         read[sub.name].update(in_stream(sub, rows, count))
@@ -235,6 +245,7 @@ def collect_moments(
             count = len(images)
             yield images
 
+    watch: dict[str, Callable[[Tensor], None]] = {sub.name: partial(enter, sub) for sub in network.attentions}
     watch |= {sub.readout.module: partial(add, sub) for sub in network.present}
     with observe_inputs(model, watch), autocast(device, precision):
         forward_all(model, counted())

@@ -22,6 +22,7 @@ from gohsp.core.capture import (
     in_stream,
     readout_gain,
     require_finite,
+    rows_of_input,
     wanted,
 )
 from gohsp.core.fisher import TokenWeights
@@ -274,7 +275,7 @@ class _Site:
         inputs = InputFitter(sub.readout.size, self.work.device)
         for b in range(len(stream)):
             (x,) = self.work.inputs(self.work.student, self.index, stream[b].to(self.work.device), (sub.name,))
-            inputs.update(x)
+            inputs.update(rows_of_input(self.work.model, sub, x))
         require_finite(f"the input of module '{sub.name}'", inputs.moment, cut=True)
         moments = AttentionMoments(inputs.moment, inputs.within, self.unmeasured(have.heads * have.vo))
         if is_absent(want):

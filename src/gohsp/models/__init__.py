@@ -30,6 +30,7 @@ from gohsp.models.libraries import (
     listed,
     require_remakeable,
     specification,
+    stored,
 )
 from gohsp.models.plain import remade, save_plain, sayable
 
@@ -67,6 +68,7 @@ __all__ = [
     "sayable",
     "set_class_names",
     "specification",
+    "stored",
     "takes_more",
     "told_size",
     "trainable",

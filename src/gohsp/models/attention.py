@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohsp.models.modules import original_name
 from gohsp.structure import AttentionWidths, Kind
 
 Place = tuple[str, str | None]
@@ -93,6 +94,20 @@ class Attended(NamedTuple):
     causal: bool = False
 
 
+class Windows(NamedTuple):
+    """What a class makes of a grid that it cuts into windows itself.
+
+    Attributes:
+        rows: The windows of all images ``[windows, tokens, D]``, padded with zeros.
+        mask: Added to the products of each window of an image ``[windows, queries, keys]``, or None.
+        back: Takes what the windows become to a grid.
+    """
+
+    rows: Tensor
+    mask: Tensor | None
+    back: Callable[[Tensor], Tensor]
+
+
 Position = Callable[[Any, Tensor, Tensor, tuple[Any, ...], Mapping[str, Any]], Attended]
 """Takes an attention, its queries and keys, and what it was called with besides its input.
 
@@ -119,10 +134,14 @@ class AttentionLayout:
         maps: Its parameters.
         heads: The attribute that tells its number of heads.
         scale: The attribute that tells the factor on ``q k^T``; None where that is always ``qk ** -0.5``.
+        norm: The norm inside it that its input passes first, if any.
+        windows: How it cuts its input ``[B, height, width, D]`` into windows itself, if it does. ``position`` finds
+            their mask under the name ``mask``.
         held: Kinds that must stay, whatever the module at hand.
         owned: Parameters of which each head owns an entry, and the axis along which.
         position: What becomes of queries and keys, and what is added to their products.
-        keeps: What ``position`` reads: attributes, or what lies in modules of which maps are taken alone.
+        keeps: What ``position``, ``windows`` and ``readout_dropout`` read: attributes, or what lies in modules of which
+            maps are taken alone.
         dropout: The attribute that tells the rate of dropout on attention, a number or a module.
         readout_dropout: The module of dropout behind the readout, if any.
         returns_pair: Whether the class returns a pair, the output first.
@@ -136,6 +155,8 @@ class AttentionLayout:
     maps: AttentionMaps
     heads: str = "num_heads"
     scale: str | None = "scale"
+    norm: str | None = None
+    windows: Callable[[Any, Tensor], Windows] | None = None
     held: frozenset[Kind] = frozenset()
     owned: Mapping[str, int] = field(default_factory=dict)
     position: Position = plain
@@ -163,9 +184,10 @@ class PrunedAttention(nn.Module):
 
     def __init__(self, old: nn.Module, layout: AttentionLayout, widths: AttentionWidths) -> None:
         super().__init__()
+        self.stands_for = original_name(old)
         self.layout, self.num_heads, self.qk_dim, self.vo_dim = layout, widths.heads, widths.qk, widths.vo
         self.scale = widths.qk**-0.5
-        self.dropout = old.dropout if isinstance(old, PrunedAttention) else _rate(old, layout.dropout)
+        self.dropout_rate = old.dropout_rate if isinstance(old, PrunedAttention) else _rate(old, layout.dropout)
         self.fused_attn = bool(getattr(old, "fused_attn", True))
         self._take_over(old)
         self._resize(old)
@@ -217,6 +239,10 @@ class PrunedAttention(nn.Module):
         ``[B, height, width, dim]``.
         """
         layout, (x, *others) = self.layout, args or (given.pop("hidden_states"),)
+        x = _normed(self, layout.norm, x)
+        cut = None if layout.windows is None else layout.windows(self, x)
+        if cut is not None:
+            x, given = cut.rows, {"mask": cut.mask}
         q, k, v = self._projected(x)
         q, k = _normed(self, layout.maps.query_norm, q), _normed(self, layout.maps.key_norm, k)
         q, k, bias, causal = layout.position(self, q.movedim(-2, 1), k.movedim(-2, 1), tuple(others), given)
@@ -227,14 +253,14 @@ class PrunedAttention(nn.Module):
             bias,
             causal=causal,
             scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout_rate if self.training else 0.0,
             fused=self.fused_attn,
         )
         out = _normed(self, layout.maps.value_norm, out.transpose(1, 2).flatten(2))
         out = self.get_submodule(layout.maps.readout)(out)
         if layout.readout_dropout is not None:
             out = self.get_submodule(layout.readout_dropout)(out)
-        out = out.unflatten(1, x.shape[1:-1])
+        out = out.unflatten(1, x.shape[1:-1]) if cut is None else cut.back(out)
         return (out, None) if layout.returns_pair else out
 
     def _projected(self, x: Tensor) -> list[Tensor]:

@@ -201,7 +201,8 @@ def describe(model: nn.Module, images: Example | None = None, at: str = "") -> N
         sublayers += (_held(sub, seen.by_head[name]) for sub in found)
     if not sublayers:
         raise _unseen(at)
-    return _network(model, sublayers, seen.macs)
+    apart = frozenset(name for name in seen.readings if known[name][1].layout.apart)
+    return replace(_network(model, sublayers, seen.macs), apart=apart)
 
 
 def described_still(model: nn.Module, at: str = "") -> Network:
@@ -240,7 +241,8 @@ def _seeing(
     def watching(name: str) -> Callable[[Any], None]:
         return lambda stream: depend.add(name) if isinstance(stream, Tensor) and stream.requires_grad else None
 
-    watch = {name: watching(name) for name in blocks}
+    entries = {name: ".".join(filter(None, (name, family.layout.called[0]))) for name, (_, family) in blocks.items()}
+    watch = {entry: watching(name) for name, entry in entries.items()}
     with torch.enable_grad(), evaluating(model), trainable(model, False), observe_inputs(model, watch):
         _pass(model, image.detach().requires_grad_().clone())
     return {name: block for name, block in blocks.items() if name in depend}
@@ -305,6 +307,8 @@ def _passed_over(
             reading = _windows(family, block, stream, lambda x: own_forward(x, *call.args, **call.kwargs))
         others = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
         seen.readings[name], seen.by_head[name] = reading, frozenset(x.shape[-3] for x in others) - {1}
+        if family.layout.apart:
+            return torch.zeros_like(stream)
         return (stream, None) if tuples or family.layout.returns_tuple else stream
 
     def passing(name: str, own_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -312,8 +316,11 @@ def _passed_over(
 
     # PyTorch's counter trips over parameters that require gradients and enter a module as its input.
     with ExitStack() as stack, torch.no_grad(), evaluating(model), trainable(model, False):
-        for name, (block, _) in blocks.items():
-            stack.enter_context(replaced_forward(block, passing(name, block.forward)))
+        for name, (block, family) in blocks.items():
+            first, *others = (block.get_submodule(path) for path in family.layout.called)
+            stack.enter_context(replaced_forward(first, passing(name, first.forward)))
+            for module in others:
+                stack.enter_context(replaced_forward(module, torch.zeros_like))
         with counter:
             _pass(model, image)
     seen.macs = counter.get_total_flops() // 2 // len(image)
@@ -327,8 +334,8 @@ def _pass(model: nn.Module, image: Tensor) -> None:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
-            "takes, and of a model that takes more than images mappings of all that it takes by name, such as "
-            "{'images': ..., 'sizes': ...}"
+            "takes (or set model.image_size, where none are asked for), and of a model that takes more than images "
+            "mappings of all that it takes by name, such as {'images': ..., 'sizes': ...}"
         ) from error
 
 
@@ -352,13 +359,14 @@ class _ReadError(BaseException):
 def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Tensor], Any]) -> Reading:
     """How a block cuts the stream into windows, found by sending the tokens' own numbers through it."""
     branch, read = family.layout.attention, []
-    attention = block.get_submodule(branch.module or "")
+    attention, cut = block.get_submodule(branch.module or ""), family.attention and family.attention.windows
     tokens = stream.shape[1:-1].numel()
     numbers = torch.zeros(1, *stream.shape[1:])  # on the CPU: a model may have no memory at all
     numbers.view(tokens, -1)[:, 0] = torch.arange(1, tokens + 1)  # 0 is what windows are padded with
 
     def end(*args: Any, **kwargs: Any) -> Any:
-        read.append(taken(args, kwargs)[0][..., 0])
+        given = taken(args, kwargs)[0]
+        read.append((given if cut is None else cut(attention, given).rows)[..., 0])
         raise _ReadError
 
     with ExitStack() as stack, suppress(_ReadError):

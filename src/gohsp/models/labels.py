@@ -14,8 +14,8 @@ from gohsp.core.objective import tensor_in
 from gohsp.errors import DataError, UnsupportedModelError
 from gohsp.models.description import example_image, pretrained_cfg
 
-CLASSIFIERS = ("head", "head.fc", "classifier", "heads.head")
-"""Where timm (of Swin and SAM, behind a pooling), transformers and torchvision have theirs."""
+CLASSIFIERS = ("head", "head.fc", "classifier", "heads.head", "mlp_head", "linear_head.1")
+"""Where timm (of Swin and SAM, behind a pooling), transformers, torchvision and ``vit_pytorch`` have theirs."""
 
 
 def num_classes(model: nn.Module) -> int:

@@ -77,8 +77,9 @@ def open_model(
             ``hf-hub:OWNER/NAME``, what timm reads from the hub; or ``torchvision:vit_b_16``.
         weights: A ``.safetensors`` file, or one that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``), of which
             tensors and plain values alone are read. Its table of tensors may lie deeper in it (``state_dict``,
-            ``model``), its names may have a prefix (``module.``, ``backbone.``). For timm's models position embeddings
-            are resampled, and weights for RGB images are adapted to other channels. The log says so.
+            ``model``), its names may have a prefix (``module.``, ``backbone.``). Position embeddings for another image
+            size are resampled as the model's library does, and for timm's models weights for RGB images are adapted to
+            other channels. The log says so.
         pretrained: Whether to fetch the weights that timm, torchvision or the hub has.
         arguments: Arguments of the architecture, such as ``img_size``, for a name of timm's or torchvision's.
         new_classifier: Whether the classifier may be new, where its shape differs from that of the weights.

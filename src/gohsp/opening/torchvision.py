@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from gohsp.models.libraries import torchvision as library
 from gohsp.opening import weights
 from gohsp.opening.outline import outline_of
 
+logger = logging.getLogger(__name__)
+
 MARK = "torchvision:"
-_PATCHES = "conv_proj.weight"
+_POSITIONS = "encoder.pos_embedding"
 
 
 def from_name(
@@ -26,14 +29,17 @@ def from_name(
     require_packages(f"'{name}'", "torchvision", "torchvision")
     inner = name.removeprefix(MARK)
     sizes = library.arguments_of(inner, f"'{name}'", with_weights=pretrained)
-    spec = {"library": "torchvision", "architecture": "VisionTransformer", "arguments": {**sizes, **arguments}}
+    architecture = library.NAMES[inner]
+    spec = {"library": "torchvision", "architecture": architecture, "arguments": {**sizes, **arguments}}
     models.check_specification(spec, f"arguments of '{name}'")
     outline = outline_of(lambda: models.build(spec), f"'{name}'")
     state: dict[str, Tensor] = {}
     if file or pretrained:
         given, path = (weights.read(file), file) if file else (_fetched(inner), Path(inner))
-        given = _renamed(weights.without(weights.prefix_in(given, _PATCHES, path), given))
-        state = weights.fitting(given, outline, path, classifier=("heads.head.",), new_classifier=new_classifier)
+        known = library.ARCHITECTURES[architecture]
+        given = _renamed(weights.without(weights.prefix_in(given, known.patches, path), given))
+        given = _resampled(given, outline, spec["arguments"], path)
+        state = weights.fitting(given, outline, path, classifier=(known.classifier,), new_classifier=new_classifier)
     model = models.build(spec, device="cpu")
     model.load_state_dict({**model.state_dict(), **state})
     model.pretrained_cfg = library.preprocessing(inner)  # type: ignore[assignment]
@@ -54,3 +60,20 @@ def _renamed(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of today's FFNs for those of torchvision's first releases, which its own files have."""
     today = {"linear_1": "0", "linear_2": "3"}
     return {re.sub(r"\bmlp\.(linear_[12])\.", lambda m: f"mlp.{today[m[1]]}.", n): t for n, t in given.items()}
+
+
+def _resampled(
+    given: Mapping[str, Tensor], outline: nn.Module, arguments: Mapping[str, Any], path: Path
+) -> Mapping[str, Tensor]:
+    """The weights, with position embeddings for the model's own image size."""
+    theirs, ours = given.get(_POSITIONS), outline.state_dict().get(_POSITIONS)
+    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[1] == ours.shape[1]:
+        return given
+    try:
+        resampled = library.resampled(arguments, given)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"weights '{path}': position embeddings cannot be resampled: {one_line(error)}"
+        ) from error
+    logger.warning("weights '%s': position embeddings are resampled to %d px", path, arguments["image_size"])
+    return resampled

@@ -41,6 +41,9 @@ def from_folder(folder: Path, content: Mapping[str, Any], file: Path | None) -> 
     patches = next(key for key, tensor in outline.state_dict().items() if tensor.ndim == 4)
     state = weights.without(weights.prefix_in(given, patches, path), given)
     model, problems, left_over = library.with_weights(name, settings, state)
+    if problems and (resampled := library.resampled(model, state)) is not None:
+        model, problems, left_over = library.with_weights(name, settings, resampled)
+        logger.warning("weights '%s': position embeddings are resampled to the model's image size", path)
     if problems:
         raise CheckpointError(f"weights '{path}' do not fit the model: {models.listed(problems)}")
     if left_over:

@@ -150,6 +150,8 @@ def fitting(
 ) -> dict[str, Tensor]:
     """The tensors that belong into a model, all of them; without the classifier's where that may be and is another.
 
+    Whole numbers are left out where the model has them, too: it counts positions itself.
+
     Args:
         state: Tensors under the model's names.
         outline: The model, without memory.
@@ -160,7 +162,9 @@ def fitting(
     Raises:
         CheckpointError: Names or shapes differ, or a tensor is not floating-point.
     """
-    expected = outline.state_dict()
+    whole = outline.state_dict()
+    expected = {name: tensor for name, tensor in whole.items() if tensor.is_floating_point()}
+    state = {name: tensor for name, tensor in state.items() if name in expected or name not in whole}
     integers = [n for n, tensor in state.items() if not tensor.is_floating_point() and n in expected]
     if integers:
         raise CheckpointError(

@@ -117,8 +117,10 @@ class Attention:
         query_norm: Name of the norm on queries, or None.
         key_norm: Name of the norm on keys, or None.
         owned: Slices of which head ``h`` owns entry ``h`` as a whole, such as columns of a position-bias table.
+        inner_norm: Name of the norm inside it that its input passes first, or None.
         order: The token of the stream in each row that it reads, window after window, -1 of padding; None where the
             rows are the tokens as they come.
+        cuts: Whether it is given the stream's own tokens and puts them into that order itself.
         readout: The output projection.
     """
 
@@ -139,7 +141,9 @@ class Attention:
     query_norm: str | None = None
     key_norm: str | None = None
     owned: tuple[UnitSlice, ...] = ()
+    inner_norm: str | None = None
     order: tuple[int, ...] | None = None
+    cuts: bool = False
     readout: Readout
 
     def slices(self, kind: Kind) -> tuple[UnitSlice, ...]:
@@ -215,11 +219,14 @@ class Network:
         sublayers: Its sub-layers in forward order, absent ones (width 0) too.
         fixed_params: Parameters outside the sub-layers, which no cut can remove.
         fixed_macs: Multiply-accumulates per image outside the sub-layers.
+        apart: Blocks that nothing calls as a whole: their sub-layers are called one after the other, with the stream
+            alone, and what each returns is added to the stream by its caller.
     """
 
     sublayers: tuple[Sublayer, ...]
     fixed_params: int
     fixed_macs: int
+    apart: frozenset[str] = frozenset()
 
     @property
     def widths(self) -> dict[str, SublayerWidths]:

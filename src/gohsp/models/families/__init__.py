@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps
-from gohsp.models.families import facebook, layout, timm, torch, transformers
+from gohsp.models.families import facebook, layout, lucidrains, timm, torch, torchvision, transformers
 from gohsp.models.families.layout import (
     SUPPORTED,
     Branch,
@@ -43,7 +43,7 @@ __all__ = [
     "resize",
 ]
 
-_known = timm.KNOWN | transformers.KNOWN | torch.KNOWN | facebook.KNOWN
+_known = timm.KNOWN | transformers.KNOWN | torch.KNOWN | torchvision.KNOWN | facebook.KNOWN | lucidrains.KNOWN
 
 
 def register(known: Known) -> None:

@@ -23,7 +23,7 @@ from gohsp.models.attention import (
     sized,
 )
 from gohsp.models.checks import require_linear
-from gohsp.models.modules import Constant
+from gohsp.models.modules import Constant, class_name, original_name
 from gohsp.structure import (
     Absent,
     Attention,
@@ -45,8 +45,9 @@ from gohsp.structure import (
 SUPPORTED = (
     "timm's VisionTransformer (vit_*, deit_*, deit3_*; Mlp, GluMlp, SwiGLU), Eva, BEiT, relative positions, NaFlexVit, "
     "SAM, Swin and Swin v2; transformers' ViT, DeiT, I-JEPA, MSN, DINOv2, DINOv3, CLIP, MetaCLIP 2, SigLIP, BEiT, SAM, "
-    "Swin, Swin v2 and DPT; torchvision's VisionTransformer; torch.nn.TransformerEncoderLayer; open_clip; DINOv2's and "
-    "Segment Anything's own code; classes of your own by gohsp.families.register"
+    "Swin, Swin v2 and DPT; torchvision's VisionTransformer, Swin and Swin v2; torch.nn.TransformerEncoderLayer; "
+    "open_clip; vit_pytorch; DINOv2's and Segment Anything's own code; classes of your own by "
+    "gohsp.families.register"
 )
 """What can be pruned, in words."""
 
@@ -119,6 +120,8 @@ class Layout:
         ffn: Where its FFN is.
         windowed: Whether its attention reads the stream in another order than it comes: by windows.
         returns_tuple: Whether it returns a tuple, the stream first.
+        apart: Whether nothing calls it as a whole: its attention and then its FFN are called with the stream alone, and
+            what they return is added to it by their caller.
         required: Attributes that must have these values.
     """
 
@@ -126,17 +129,24 @@ class Layout:
     ffn: Branch
     windowed: bool = False
     returns_tuple: bool = False
+    apart: bool = False
     required: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Paths of the modules in it that are called in turn: mostly itself alone, the empty path."""
+        return (self.attention.module or "", self.ffn.module or "") if self.apart else ("",)
 
 
 @dataclass(frozen=True)
 class Known:
     """All that is known of classes, by their full names.
 
-    A class that a library has changed over time has several layouts, of which that counts whose parameters are there.
+    A class that a library has changed over time has several layouts, of which that counts whose parameters are there. A
+    block that is an ``nn.ModuleList`` goes by the names of the classes in it.
     """
 
-    blocks: Mapping[str, tuple[Layout, ...]]
+    blocks: Mapping[str | tuple[str, ...], tuple[Layout, ...]]
     attentions: Mapping[str, tuple[AttentionLayout, ...]]
     ffns: Mapping[str, tuple[FfnLayout, ...]]
 
@@ -170,18 +180,13 @@ class Family:
         return f"{block}.{own}"
 
 
-def class_name(module: object) -> str:
-    """Full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def family_in(known: Known, name: str, block: nn.Module) -> Family | None:
     """How a block is made; None of a class that is not known.
 
     Raises:
         UnsupportedModelError: The class is known, but a module in this block is of a class that is not.
     """
-    layouts = known.blocks.get(class_name(block))
+    layouts = _layouts_of(known, block)
     if layouts is None:
         return None
     layout = _fitting(name, block, layouts)
@@ -194,6 +199,12 @@ def family_in(known: Known, name: str, block: nn.Module) -> Family | None:
     if layout.ffn.module is not None:
         ffn = _layout_of(f"{name}.{layout.ffn.module}", block, layout.ffn.module, known.ffns)
     return Family(layout, attention, ffn)
+
+
+def _layouts_of(known: Known, block: nn.Module) -> tuple[Layout, ...] | None:
+    """Those of a block's class; of a list those of the classes that are or were in it."""
+    listed = isinstance(block, nn.ModuleList)
+    return known.blocks.get(tuple(map(original_name, block)) if listed else class_name(block))
 
 
 def _fitting(name: str, block: nn.Module, layouts: Sequence[Layout]) -> Layout:
@@ -326,7 +337,9 @@ def _attention(family: Family, name: str, block: nn.Module, reading: Reading) ->
         query_norm=norms[0],
         key_norm=norms[1],
         owned=inside + _owned(f"{name}.", block, branch.owned),
+        inner_norm=_norm_name(path, attn, layout.norm),
         order=reading.order,
+        cuts=layout.windows is not None,
         readout=_readout(f"{path}.{maps.readout}", readout, branch, name, block),
     )
     units = sum(unit_count(widths, kind) * unit_params(sub, kind) for kind in widths.unit_kinds)
@@ -524,7 +537,14 @@ def _resize_ffn(branch: Branch, layout: FfnLayout, block: nn.Module, widths: Ffn
 
 def _remove(branch: Branch, block: nn.Module, readout: Any, *, pair: bool) -> None:
     """Leave a vector of a sub-layer; where that may not go for good, what runs is fit to be timed."""
-    left = Constant(readout.out_features, pair=pair, device=readout.weight.device, dtype=readout.weight.dtype)
+    old = block.get_submodule(branch.module or "")
+    left = Constant(
+        readout.out_features,
+        pair=pair,
+        stands_for=original_name(old),
+        device=readout.weight.device,
+        dtype=readout.weight.dtype,
+    )
     left.requires_grad_(readout.weight.requires_grad)
     if branch.module is not None:
         _set(block, branch.module, left)
@@ -552,6 +572,7 @@ def opened(family: Family, block: nn.Module) -> None:
     old = block.get_submodule(branch.module)
     if isinstance(old, PrunedAttention):
         return
+    state = old.state_dict()  # before modules in it become those of the new one
     new = PrunedAttention(old, layout, attention_widths(branch.module, layout, old))
-    new.load_state_dict(old.state_dict(), strict=True)
+    new.load_state_dict(state, strict=True)
     _set(block, branch.module, new)

@@ -14,8 +14,9 @@ from gohsp.models.attention import Attended, attribute_at
 
 
 def looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """Bias ``[1, heads, queries, keys]`` of a table ``[distances, heads]``."""
-    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)[None]
+    """Bias ``[1, heads, tokens, tokens]`` of a table ``[distances, heads]`` and the distance of each two tokens."""
+    side = math.isqrt(index.numel())
+    return table[index.flatten()].unflatten(0, (side, side)).permute(2, 0, 1)[None]
 
 
 def by_window(bias: Tensor, mask: Tensor | None, count: int) -> Tensor:

@@ -63,8 +63,8 @@ def specification(model: nn.Module) -> dict[str, Any]:
     if name is None:
         raise UnsupportedModelError(
             f"a {class_name(model)} can be pruned, but not made again on loading: that takes a model that timm made by "
-            "its name, torchvision's VisionTransformer or one of transformers. Save what is pruned with gohsp.save, "
-            "and load it into a module of your own by gohsp.load(folder, into=module)"
+            "its name, torchvision's VisionTransformer or SwinTransformer, or one of transformers. Save what is pruned "
+            "with gohsp.save, and load it into a module of your own by gohsp.load(folder, into=module)"
         )
     maker = library(name)
     return {
@@ -123,6 +123,12 @@ def fill_buffers(model: nn.Module, spec: Mapping[str, Any], widths: Widths) -> N
             model.get_submodule(parent)._buffers[buffer] = real.get_buffer(name)
 
 
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a folder holds of a library's model: its state without whole numbers in buffers, which are made anew."""
+    made_anew = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in made_anew}
+
+
 def require_remakeable(model: nn.Module, at: str = "") -> dict[str, Any]:
     """Check that a model can be made again from what a folder would hold of it, and computes the same.
 
@@ -141,15 +147,14 @@ def require_remakeable(model: nn.Module, at: str = "") -> dict[str, Any]:
             modules, tensors or outputs that differ.
         NonFiniteError: It computes NaN or infinite values.
     """
-    spec, network = specification(model), describe(model, at=at)
+    spec, network, state = specification(model), describe(model, at=at), stored(model)
     try:
         again = build(spec, network.widths)
     except CheckpointError as error:
         raise UnsupportedModelError(f"this model could not be made again on loading: {error}") from error
-    state = model.state_dict()
-    differences = _type_problems(state) + fit_problems(again.state_dict(), state)
+    differences = _type_problems(state) + fit_problems(again.state_dict(), model.state_dict())
     if not differences:
-        again.load_state_dict(state, strict=True, assign=True)
+        again.load_state_dict(state, strict=False, assign=True)
         fill_buffers(again, spec, network.widths)
         differences = output_problems(model, again.requires_grad_(False))
     if differences:

@@ -143,6 +143,17 @@ def count_from(low: int, high: int) -> Allowed:
     return _integer(low, high)
 
 
+def counts_from(low: int, high: int, *, least: int, most: int) -> Allowed:
+    """A list of ``least`` to ``most`` whole numbers between bounds."""
+
+    def accepts(value: Any) -> bool:
+        listed = isinstance(value, list | tuple) and least <= len(value) <= most
+        return listed and all(_is_integer(number, low, high) for number in value)
+
+    many = str(least) if least == most else f"{least} to {most}"
+    return Allowed(f"a list of {many} integers from {low} to {high}", accepts)
+
+
 def epsilon() -> Allowed:
     """What is added to a variance."""
     return _number(0, 1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.errors import CheckpointError, nearest, require_packages
+from gohsp.models.description import input_size
 from gohsp.models.libraries.shape import Shape
 
 FOLDERS = (
@@ -206,6 +207,41 @@ def with_weights(
     problems = [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
     problems += [f"'{key}' is of another shape" for key in sorted(others)]
     return model, problems, sorted(report["unexpected_keys"])
+
+
+def resampled(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights with their position embeddings for a model's image size, by the model's own function.
+
+    Args:
+        model: The model that they are to fit.
+        state: Its weights for square images of another size.
+
+    Returns:
+        The weights; None where their position embeddings are of the model's shape, or it cannot resample them.
+    """
+    found = [
+        (f"{name}.{table}", of, table, tensor)
+        for name, of in model.named_modules()
+        if hasattr(of, "interpolate_pos_encoding")
+        for table, tensor in of.named_parameters()
+        if table.startswith("position_embedding")
+    ]
+    if len(found) != 1:
+        return None
+    name, module, table, ours = found[0]
+    # The base of a model has its tensors without the prefix that a model around it has.
+    key = next((key for key in state if f".{name}".endswith(f".{key}") or key.endswith(f".{name}")), None)
+    if key is None or state[key].shape == ours.shape:
+        return None
+    embeddings: Any = copy.deepcopy(module).float()
+    parent, _, attribute = table.rpartition(".")
+    setattr(embeddings.get_submodule(parent), attribute, nn.Parameter(state[key].float(), requires_grad=False))
+    tokens = torch.empty(1, *ours.shape[-2:])  # of which the shape alone is read
+    try:
+        resampled = embeddings.interpolate_pos_encoding(tokens, *input_size(model)[1:])
+        return {**state, key: resampled.reshape(ours.shape).to(state[key].dtype)}
+    except RuntimeError:  # of no square image, or another width
+        return None
 
 
 @contextmanager
