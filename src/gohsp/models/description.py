@@ -18,7 +18,7 @@ from gohsp.errors import NonFiniteError, UnsupportedModelError
 from gohsp.models import families
 from gohsp.models.checks import require_plain
 from gohsp.models.families import SUPPORTED, Family, Reading, class_name
-from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths
+from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths, count_macs
 
 WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 """Classes whose forward is not that of the module inside, so that hooks in it may not be called."""
@@ -335,6 +335,19 @@ def working_copy(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         if getattr(module, "distilled_training", False):  # in training it would return the logits of both heads apart
             module.set_distilled_training(False)  # type: ignore[operator]
     return copied
+
+
+def known_macs(model: nn.Module, images: Tensor) -> int | None:
+    """Multiply-accumulates of an image, where the model can be described.
+
+    Args:
+        model: Any module.
+        images: An image or more ``[B, C, H, W]``.
+    """
+    try:
+        return count_macs(describe(model, images))
+    except UnsupportedModelError:
+        return None
 
 
 def check_finite(model: nn.Module) -> None:
