@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import benchmark, cli
+from gohsp import benchmark, cli, exporting
 from gohsp.benchmark import peak_memory
 from gohsp.errors import UnsupportedModelError
+from refusals.bench import file as onnx_file
 
 CPU = torch.device("cpu")
 
@@ -124,6 +125,61 @@ def test_a_batch_that_one_model_cannot_compute_ends_it_before_anything_is_timed(
     monkeypatch.setattr(benchmark, "turns", untimed)
     with pytest.raises(UnsupportedModelError, match=r"'picky' cannot compute a batch \[3, 3, 16, 16\].*one at a time"):
         gohsp.bench({"vit": model, "picky": picky}, batch_sizes=[1, 3])
+
+
+# ONNX files
+
+
+def test_an_onnx_file_is_measured_beside_a_module(model: nn.Module, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    file = onnx_file(tmp_path, shape=("batch", 3, 16, 16))
+    found = gohsp.bench({"vit": model, "file": file}, batch_sizes=[2], rounds=2, device="cpu")
+    assert found.image == (3, 16, 16)
+    vit, small = found.models
+    assert (small.params, small.macs) == (None, None)
+    assert vit.timings[0].memory is not None
+    if Path("/proc/self/clear_refs").exists():
+        assert small.timings[0].memory is not None
+        assert 0 < small.timings[0].memory < 2**27
+    else:
+        assert small.timings[0].memory is None
+    told = {"path": file.name, "params": 12, "macs": 34}
+    file.with_name(f"{file.name}.json").write_text(json.dumps(told))
+    assert exporting.told_costs(file) == (12, 34)
+    file.with_name(f"{file.name}.json").write_text(json.dumps({**told, "path": "another.onnx"}))
+    assert exporting.told_costs(file) == (None, None)
+
+
+def test_a_file_alone_tells_the_size_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(benchmark, "_memory_of_file", lambda _file, batch: batch.numel())
+    monkeypatch.chdir(tmp_path)
+    onnx_file(tmp_path, "a.onnx", shape=("batch", 1, 4, 6))
+    arguments = ["bench", "a.onnx", "a.onnx", "--batch-sizes", "3", "--rounds", "1", "--device", "cpu", "--json"]
+    with monkeypatch.context() as context:
+        said: list[str] = []
+        context.setattr(cli, "_say", said.append)
+        assert cli.main(arguments) == 0
+    found = json.loads(said[0])
+    assert (found["image"], [one["name"] for one in found["models"]]) == ([1, 4, 6], ["a.onnx", "a.onnx (2)"])
+    assert found["models"][0]["timings"][0]["memory"] == 3 * 24
+
+
+def test_a_quantised_weight_takes_what_it_is_made_of():
+    class Halves(Tensor):
+        """A float32 matrix to PyTorch, kept as int8 with a scale for each row."""
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["data_", "scale"], None
+
+        def __tensor_unflatten__(self, *_: Any) -> None:
+            raise NotImplementedError
+
+        __torch_dispatch__ = classmethod(lambda *_: None)  # type: ignore[assignment]
+
+    weight: Any = Tensor._make_wrapper_subclass(Halves, (4, 10), dtype=torch.float32)  # type: ignore[attr-defined]
+    weight.data_, weight.scale = torch.zeros(4, 10, dtype=torch.int8), torch.ones(4, 1)
+    assert benchmark.bytes_of(weight) == 4 * 10 + 4 * 4
 
 
 # The command line

@@ -131,7 +131,14 @@ def namespace(world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HfApi", Hub(tmp_path / "hub"))
     helpers = {"data_set": partial(data_set, monkeypatch), "finished_run": finished_run, "own_blocks": own_blocks}
-    imported = {"gohsp": gohsp, "nn": nn, "Path": Path, "SimpleNamespace": SimpleNamespace, "timm": timm, "torch": torch}
+    imported = {
+        "gohsp": gohsp,
+        "nn": nn,
+        "Path": Path,
+        "SimpleNamespace": SimpleNamespace,
+        "timm": timm,
+        "torch": torch,
+    }
     return {"__name__": "page", "pooling": Pooling, **helpers, **imported, **names}
 
 
@@ -181,7 +188,9 @@ def test_links_lead_somewhere(page: Path):
 
 def test_every_page_is_on_the_site():
     nav = (ROOT / "mkdocs.yml").read_text()
-    assert [name for page in PAGES[1:] if f": {(name := page.relative_to(ROOT / 'docs').as_posix())}\n" not in nav] == []
+    assert [
+        name for page in PAGES[1:] if f": {(name := page.relative_to(ROOT / 'docs').as_posix())}\n" not in nav
+    ] == []
 
 
 def test_every_public_name_is_in_the_reference():

@@ -5,27 +5,32 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import subprocess
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gohsp.config import BATCH_SIZE, ROUNDS, Dtype, LatencySettings
 from gohsp.errors import ConfigError, UnsupportedModelError, nearest, one_line
+from gohsp.exporting import told_costs
+from gohsp.exporting.onnx import OnnxFile, open_file
 from gohsp.latency import batch_of, turns
-from gohsp.models import describe, input_size
+from gohsp.models import input_size, known_macs
 from gohsp.runtime import Device, pick_device
 from gohsp.settings import require
-from gohsp.structure import count_macs
 
 Model = Callable[[Tensor], object]
-"""What can be timed: a module, or anything else that is called on a batch of images."""
+"""What can be timed: a module, an ONNX file, or anything else that is called on a batch of images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,8 @@ class Timing:
         milliseconds: For a batch, over the rounds.
         images_per_second: At the median time.
         speedup: How many times as fast as the first model: the ratio of both times in a round, over the rounds.
-        memory: Bytes held at most: weights, the batch, and what a pass takes beside them. None of what is no module.
+        memory: Bytes held at most: weights, the batch, and what a pass takes beside them. Of an ONNX file, what a fresh
+            process grows by at most as it opens the file and computes the batch, on Linux. None of anything else.
     """
 
     batch_size: int
@@ -70,7 +76,7 @@ class Benched:
         name: What it was called.
         params: Parameters; None of what is no module.
         macs: Multiply-accumulates of an image, as :func:`gohsp.count_macs` counts them; None where gohsp cannot
-            describe the model.
+            describe the model. Of an ONNX file both are told by the JSON that gohsp wrote beside it, if any.
         timings: One a batch size.
     """
 
@@ -109,7 +115,7 @@ class Benchmark:
 
 @torch.no_grad()
 def bench(
-    models: Mapping[str, Model],
+    models: Mapping[str, Model | str | Path],
     images: Tensor | None = None,
     *,
     batch_sizes: Sequence[int] = (1, 32),
@@ -123,8 +129,9 @@ def bench(
     Every model first computes a batch of every size, so that nothing is timed if one of them cannot.
 
     Args:
-        models: By name, the first being what the others are compared with. Modules are copied, and left as they are;
-            anything else that is callable gets the batches as they are, and has no parameters, MACs and memory here.
+        models: By name, the first being what the others are compared with. Modules are copied, and left as they are. A
+            path is that of an ONNX file, which ONNX Runtime runs on the CPU. Anything else that is callable gets the
+            batches as they are, and has no parameters, MACs and memory here.
         images: At least one image ``[B, C, H, W]`` that all models take; None for noise of the size that they tell.
         batch_sizes: Images a batch; 1 for latency, more for throughput.
         dtype: Data type of weights and images: ``float32``, ``bfloat16`` or ``float16``.
@@ -133,24 +140,28 @@ def bench(
         rounds: How often each model is timed; medians count, and the middle half is shown.
 
     Raises:
+        CheckpointError: A path that is of no ONNX file.
         ConfigError: No models, or a setting that is not allowed, such as a device that is not there.
         UnsupportedModelError: Models that take images of different sizes or channels, something that cannot be called,
-            or a model that cannot be compiled or compute a batch; the message names it.
+            a model that cannot be compiled or compute a batch, or a file of another data type or for another device;
+            the message names it.
     """
     settings = _settings(batch_sizes, dtype, rounds)
     _require_one_of("device", device, Device)
     place = pick_device(device)
-    example = _example(models, images, compile)
-    ready = {name: _ready(model, place, getattr(torch, dtype)) for name, model in models.items()}
-    macs = {name: _macs(model, example) for name, model in ready.items()}
+    given = {name: _opened(model) for name, model in models.items()}
+    example = _example(given, images, compile)
+    _require_fitting(given, dtype, place)
+    ready = {name: _ready(model, place, getattr(torch, dtype)) for name, model in given.items()}
+    costs = {name: _costs(model, example) for name, model in ready.items()}
     timed = {name: torch.compile(model, dynamic=False) if compile else model for name, model in ready.items()}
     batches = [batch_of(example, place, how) for how in settings]
     _try(timed, batches, compile)
     found = [_timings(ready, timed, batch, how) for batch, how in zip(batches, settings, strict=True)]
     return Benchmark(
         models=tuple(
-            Benched(name=name, params=_params(model), macs=macs[name], timings=tuple(at[name] for at in found))
-            for name, model in ready.items()
+            Benched(name=name, params=params, macs=macs, timings=tuple(at[name] for at in found))
+            for name, (params, macs) in costs.items()
         ),
         image=(example.shape[1], example.shape[2], example.shape[3]),
         dtype=dtype,
@@ -183,6 +194,25 @@ def _require_one_of(key: str, value: str, choices: object) -> None:
         raise ConfigError(f"{key} {value!r} is unknown; {nearest(str(value), names)}")
 
 
+def _opened(model: Model | str | Path) -> Model:
+    """A model that can be called: an ONNX file is opened, everything else is as it is."""
+    return open_file(model, torch.get_num_threads()) if isinstance(model, str | Path) else model
+
+
+def _require_fitting(models: Mapping[str, Model], dtype: Dtype, device: torch.device) -> None:
+    """Check that files can be measured as is asked for: they are what they are, and run on the CPU."""
+    for name, model in models.items():
+        if isinstance(model, OnnxFile) and str(model.dtype) != f"torch.{dtype}":
+            raise UnsupportedModelError(
+                f"'{name}' takes images of {str(model.dtype).removeprefix('torch.')}, and {dtype} is to be measured; "
+                "give dtype (--dtype) as the file has it"
+            )
+        if isinstance(model, OnnxFile) and device.type != "cpu":
+            raise UnsupportedModelError(
+                f"'{name}' runs on the CPU, and {device.type} is to be measured; give device='cpu' (--device cpu)"
+            )
+
+
 def _example(models: Mapping[str, Model], images: Tensor | None, compile: bool) -> Tensor:
     """An image that all models take, after they have been looked at."""
     if not models:
@@ -199,8 +229,9 @@ def _example(models: Mapping[str, Model], images: Tensor | None, compile: bool) 
             raise UnsupportedModelError(f"images must be a tensor [B, C, H, W], got {getattr(images, 'shape', images)}")
         return images
     sizes = {name: input_size(model) for name, model in models.items() if isinstance(model, nn.Module)}
+    sizes |= {name: model.size for name, model in models.items() if isinstance(model, OnnxFile) and model.size}
     if not sizes:
-        raise ConfigError("none of the models is a module, which tells the size of its images; give images")
+        raise ConfigError("none of the models tells the size of its images, as modules and most files do; give images")
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"'{name}' {list(size)}" for name, size in sizes.items())
         raise UnsupportedModelError(
@@ -234,18 +265,13 @@ def _ready(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
     return copy.deepcopy(model).eval().to(device, dtype) if isinstance(model, nn.Module) else model
 
 
-def _params(model: Model) -> int | None:
-    return sum(parameter.numel() for parameter in model.parameters()) if isinstance(model, nn.Module) else None
-
-
-def _macs(model: Model, example: Tensor) -> int | None:
-    """MACs of an image, where gohsp can describe the model."""
+def _costs(model: Model, example: Tensor) -> tuple[int | None, int | None]:
+    """Parameters and MACs of an image, each where it is known."""
+    if isinstance(model, OnnxFile):
+        return told_costs(model.path)
     if not isinstance(model, nn.Module):
-        return None
-    try:
-        return count_macs(describe(model, example))
-    except UnsupportedModelError:
-        return None
+        return None, None
+    return sum(parameter.numel() for parameter in model.parameters()), known_macs(model, example)
 
 
 # Measuring
@@ -276,11 +302,49 @@ def _spread(values: Sequence[float] | np.ndarray) -> Spread:
 
 
 def _memory(model: Model, call: Callable[[], object], batch: Tensor) -> int | None:
-    """Bytes of a module's weights, of the batch, and of what a pass takes beside them at most."""
+    """Bytes of a model's weights, of the batch, and of what a pass takes beside them at most."""
+    if isinstance(model, OnnxFile):
+        return _memory_of_file(model, batch)
     if not isinstance(model, nn.Module):
         return None
     held = [*model.parameters(), *model.buffers(), batch]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) + peak_memory(call, batch.device)
+    return sum(map(bytes_of, held)) + peak_memory(call, batch.device)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What a tensor takes; one that is made of others, as a quantised weight is, takes what they take."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+_GROWTH = """
+import pathlib, sys
+import numpy, onnxruntime
+
+def told(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+path, threads, dtype, *shape = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(threads)
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget what importing took
+before = told("VmRSS")
+images = numpy.zeros(list(map(int, shape)), dtype)
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+session.run(None, {session.get_inputs()[0].name: images})
+print(told("VmHWM") - before)
+"""
+
+
+def _memory_of_file(file: OnnxFile, batch: Tensor) -> int | None:
+    """Bytes by which a fresh process grows at most while it opens a file and computes a batch; Linux alone tells it."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    arguments = [str(file.path), str(torch.get_num_threads()), str(file.dtype).removeprefix("torch.")]
+    command = [sys.executable, "-c", _GROWTH, *arguments, *map(str, batch.shape)]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:

@@ -14,7 +14,7 @@ import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import tyro
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 
 from gohsp import config as configs
 from gohsp import console, data, exporting, files, hub, models, opening, report, runs
@@ -306,7 +306,7 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as a file for another runtime, checked to compute the same, and a JSON that says what it is."""
+    """Write a model as a file for another runtime, checked against the model, and a JSON that says what it is."""
 
     model: Positional[str]
     """A folder of gohsp, transformers or timm, a timm name, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
@@ -314,6 +314,12 @@ class Export:
     """The file: one that ends in .onnx, .pt2 (torch) or .xml (openvino)."""
     to: exporting.Target = "onnx"
     """ONNX, a program of torch.export, or OpenVINO's intermediate representation."""
+    int8: str | None = None
+    """Products with weights in int8: images to calibrate on, a folder of class folders, hfds/..., wds/... or digits."""
+    split: str = "train"
+    """Their split; no label is read."""
+    seed: int = 0
+    """Which of them are drawn."""
     tolerance: float | None = None
     """Largest difference of the file's output over the output's scale; by default that of the weights' type."""
     overwrite: bool = False
@@ -323,18 +329,46 @@ class Export:
     def __post_init__(self) -> None:
         if self.tolerance is not None:
             require("--tolerance", self.tolerance, POSITIVE)
+        require("--seed", self.seed, SEED)
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Export."""
-        exporting.require_target(self.out, self.to, overwrite=self.overwrite)
+        exporting.require_target(self.out, self.to, overwrite=self.overwrite, int8=self.int8 is not None)
         model = self.source.opened(self.model)
         with console.notes.status("exporting"):
-            done = exporting.export(model, self.out, self.to, tolerance=self.tolerance, overwrite=self.overwrite)
+            done = exporting.export(
+                model,
+                self.out,
+                self.to,
+                int8=None if self.int8 is None else self._images(model, self.int8),
+                tolerance=self.tolerance,
+                overwrite=self.overwrite,
+            )
         for port in (done.input, done.output):
             _say(f"{port.name}: {port.dtype} [{', '.join(map(str, port.shape))}]")
         check = done.check
         _say(f"differs from the model by at most {check.relative:.1e} of the output's scale ({check.runtime})")
+        if done.int8 is not None:
+            _say(_told(done.int8))
         _say(f"wrote {done.path} and {done.path}.json")
+
+    def _images(self, model: nn.Module, source: str) -> Iterable[Tensor]:
+        return data.calibration_images(
+            data.DataSource(source=source),
+            self.split,
+            exporting.INT8_IMAGES,
+            transform=data.eval_transform(data.Preprocessing.from_model(model)),
+            seed=self.seed,
+        )
+
+
+def _told(int8: exporting.Int8) -> str:
+    """How far a file in int8 is from its model."""
+    alike = "" if int8.agreement is None else f", {int8.agreement:.1f} % of first predictions are the same"
+    return (
+        f"in int8 differs by {100 * int8.difference:.1f} % of the output (root mean squares on {int8.held_out} images)"
+        f"{alike}; {int8.size / int8.float_size:.2f} of the size"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +379,7 @@ class Bench:
     """
 
     models: Positional[tuple[str, ...]]
-    """Folders of gohsp, transformers or timm, timm names, torchvision:NAME, or OWNER/NAME on the Hugging Face hub."""
+    """Folders of gohsp, transformers or timm, timm names, torchvision:NAME, OWNER/NAME on the hub, or .onnx files."""
     batch_sizes: tuple[int, ...] = (1, 32)
     """Images a batch: 1 for latency, more for throughput."""
     dtype: Dtype = "float32"
@@ -375,11 +409,12 @@ class Bench:
             show_benchmark(found)
 
 
-def _opened(names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def _opened(names: Sequence[str]) -> Iterator[tuple[str, nn.Module | Path]]:
     """Models to time; one that is given twice, to see the noise, is numbered."""
     for place, name in enumerate(names, 1):
         turn = names[:place].count(name)
-        model = opening.open_model(name, pretrained=opening.is_on_hub(name))
+        file = name.endswith(exporting.onnx.SUFFIX)
+        model = Path(name) if file else opening.open_model(name, pretrained=opening.is_on_hub(name))
         yield f"{name} ({turn})" if turn > 1 else name, model
 
 

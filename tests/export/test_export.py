@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from zoo import made
 import gohsp
 from gohsp import cli, exporting, files
 from gohsp.errors import ExportError, StorageError
+from gohsp.exporting.int8 import Int8, calibration_of, quantised
 from gohsp.models import example_image
 from gohsp.models.attention import PrunedAttention
 from gohsp.models.modules import Constant
@@ -195,3 +198,70 @@ def test_the_command_line_exports(model: nn.Module, tmp_path: Path, capsys: pyte
     assert "images: float32 [batch, 3, 16, 16]\noutput: float32 [batch, 5]\n" in told
     assert f"wrote {path} and {path}.json" in told
     assert run_by_torch(path, torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+# Int8
+
+
+def test_an_int8_file_is_told_how_far_it_is_from_the_model(small: nn.Module, tmp_path: Path):
+    for package in NEEDS["onnx"]:
+        pytest.importorskip(package)
+    onnx: Any = pytest.importorskip("onnx")
+    images = [{"pixel_values": image} for image in torch.randn(50, 3, 32, 32)]
+    done = gohsp.export(small, tmp_path / "small.onnx", int8=images)
+    assert done.int8 is not None
+    assert {file.name for file in tmp_path.iterdir()} == {"small.onnx", "small.onnx.json"}
+    held_out = torch.stack([image["pixel_values"] for image in images[40:]])
+    with torch.no_grad():
+        ours, theirs = small.eval()(held_out).logits, run_by_onnxruntime(done.path, held_out)
+    assert (done.int8.images, done.int8.held_out) == (40, 10)
+    assert done.int8.difference == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-3)
+    assert 1e-4 < done.int8.difference < 0.2
+    assert done.int8.agreement == pytest.approx(100 * float((theirs.argmax(1) == ours.argmax(1)).float().mean()))
+    assert done.int8.size == done.path.stat().st_size
+    assert done.check.relative < 1e-5
+    written = json.loads((tmp_path / "small.onnx.json").read_text())
+    assert written["int8"] == dataclasses.asdict(done.int8)
+    assert (written["params"], written["macs"]) == exporting.told_costs(done.path)
+    graph = onnx.load(done.path).graph
+    made_by = {node.output[0]: node for node in graph.node}
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    weights = [made_by[node.input[1]].input for node in products if node.input[1] in made_by]
+    by_channel = [sizes[weight[1]] for weight in weights if weight[0] in sizes]
+    # Patches, queries with keys and values, readouts, both maps of FFNs but the last, which is gone, and the head.
+    network = gohsp.describe(small)
+    maps = 1 + sum(4 if isinstance(sub, Attention) else 2 for sub in network.present) + 1
+    assert len(by_channel) == maps
+    assert all(math.prod(scale) > 1 for scale in by_channel)
+
+
+def test_an_int8_file_of_images_alone_is_compared_on_the_one(tmp_path: Path):
+    model, calibration = nn.Conv2d(3, 3, 1), calibration_of([torch.ones(3, 4, 4)])
+    assert [len(part[0]) for part in (calibration.images, calibration.holdout)] == [1, 1]
+    target: Any = SimpleNamespace(
+        RUNTIME="a runtime",
+        INT8="by hand",
+        quantise=lambda source, path, batches: path.write_bytes(b"x" * len(batches)),
+        opened=lambda path: lambda images: 1.25 * model(images),
+    )
+    (tmp_path / "float").write_bytes(b"four")
+    done = quantised(model, tmp_path / "float", tmp_path / "int8", target, calibration)
+    difference = pytest.approx(0.25)
+    assert done == Int8(
+        how="by hand", images=1, held_out=1, difference=difference, agreement=None, size=1, float_size=4
+    )
+
+
+def test_the_command_line_gives_images_for_int8(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gohsp.save(model, tmp_path / "model")
+    given: dict[str, Any] = {}
+
+    def export(_model: nn.Module, _path: str, _to: str, **options: Any) -> None:
+        given.update(options)
+        raise ExportError("enough")
+
+    monkeypatch.setattr(exporting, "export", export)
+    arguments = ["export", str(tmp_path / "model"), "--out", str(tmp_path / "small.onnx")]
+    assert cli.main([*arguments, "--int8", "digits"]) == 1
+    assert (sum(map(len, given["int8"])), given["int8"][0].shape[1:]) == (exporting.INT8_IMAGES, (3, 16, 16))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +12,7 @@ import timm
 import torch
 
 import gohsp
-from gohsp.errors import ConfigError, GohspError, UnsupportedModelError
+from gohsp.errors import CheckpointError, ConfigError, GohspError, UnsupportedModelError
 from refusals import Refusal
 
 TITLE = "Benchmarks"
@@ -25,6 +26,30 @@ def tiny(**arguments: Any) -> Any:
 
 def benched(small: Any = None, **options: Any) -> Callable[[Path], object]:
     return lambda _: gohsp.bench({"dense": tiny(), "small": tiny() if small is None else small}, **options)
+
+
+def file(folder: Path, name: str = "small.onnx", kind: int = 1, shape: Sequence[Any] = ("batch", 1, 8, 8)) -> Path:
+    """An ONNX file that gives back what it takes, of ONNX's type of that number (1: float32, 7: int64)."""
+    onnx: Any = importlib.import_module("onnx")
+    port = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "graph", port[:1], port[1:])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), folder / name)
+    return folder / name
+
+
+def with_file(write: Callable[[Path], Path], **options: Any) -> Callable[[Path], object]:
+    return lambda folder: benched(write(folder), **options)(folder)
+
+
+def damaged(folder: Path) -> Path:
+    (folder / "small.onnx").write_text("no graph")
+    return folder / "small.onnx"
+
+
+def with_file_on_a_gpu(folder: Path) -> None:
+    with patch("gohsp.benchmark.pick_device", lambda _: torch.device("cuda")):
+        with_file(file)(folder)
 
 
 def without_gpu(folder: Path) -> None:
@@ -66,4 +91,14 @@ CASES = (
     refusal("models in no round", benched(rounds=0), ConfigError, "rounds must be"),
     refusal("a model that cannot be compiled", uncompilable, UnsupportedModelError, "'dense' cannot be compiled"),
     refusal("a function, compiled", benched(len, compile=True), UnsupportedModelError, "leave compile out"),
+    refusal("no ONNX file", with_file(lambda folder: folder / "none.onnx"), CheckpointError, "is no ONNX file"),
+    refusal("a damaged ONNX file", with_file(damaged), CheckpointError, "cannot open"),
+    refusal("an ONNX file that takes words", with_file(lambda folder: file(folder, kind=7)), UnsupportedModelError,
+            "takes tensor(int64)"),
+    refusal("an ONNX file for other images", with_file(lambda folder: file(folder, shape=["b", 3, 4, 4])),
+            UnsupportedModelError, "'small' [3, 4, 4]"),
+    refusal("an ONNX file in another data type", with_file(file, dtype="bfloat16"), UnsupportedModelError,
+            "takes images of float32"),
+    refusal("an ONNX file on a GPU", with_file_on_a_gpu, UnsupportedModelError, "--device cpu"),
+    refusal("an ONNX file, compiled", with_file(file, compile=True), UnsupportedModelError, "leave compile out"),
 )  # fmt: skip

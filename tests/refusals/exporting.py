@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gohsp
 from gohsp.errors import (
     ConfigError,
+    DataError,
     ExportError,
     MissingPackageError,
     NonFiniteError,
@@ -54,6 +55,10 @@ def where_something_lies(name: str) -> Act:
         exported(Module())(folder)
 
     return act
+
+
+def int8(images: Any, model: nn.Module | None = None) -> Act:
+    return exported(model or Module(), "small.onnx", "onnx", int8=images)
 
 
 def below_a_file(folder: Path) -> None:
@@ -114,4 +119,13 @@ CASES = (
     Refusal("an output that mixes images", returning(Tensor.mean), UnsupportedModelError, "one entry an image first"),
     Refusal("a forward that fixes the batch", returning(lambda x: x.view(len(x), -1)), ExportError, "x.shape[0]"),
     Refusal("another model each time", returning(lambda x: x * next(CALLS)), ExportError, "computes something else"),
+    Refusal("int8 of a target without it", exported(Module(), int8=[]), ExportError, "export to onnx, or quantise"),
+    Refusal("int8 of half precision", int8([], Module().half()), ExportError, "an export in int8 takes float32"),
+    Refusal("int8 without images", int8([]), DataError, "there are no images"),
+    Refusal(
+        "int8 of images unlike the others",
+        int8([*torch.full((4, 3, 8, 8), 0.01), *torch.full((1, 3, 8, 8), 100.0)]),
+        ExportError,
+        "has little to do with the model",
+    ),
 )

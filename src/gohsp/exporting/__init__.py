@@ -4,9 +4,10 @@ Data flows one way: a module becomes a program of ``torch.export``, a target mak
 the file is read back and run beside the module. A target is a module of this package, which says
 
 - ``SUFFIX`` of its file, ``BESIDE``: suffixes of what may lie beside that, ``NEEDS``: packages of its extra;
-- ``TYPES`` of weights that its runtime computes with, that ``RUNTIME`` in words, and whether attention is one operator
-  there (``FUSED``);
-- ``converted``, ``how``, ``save`` and ``opened``: from the program to the file, and back to a function of images.
+- ``TYPES`` of weights that its runtime computes with, that ``RUNTIME`` in words, whether attention is one operator
+  there (``FUSED``), and how its files in int8 are made (``INT8``; None where it has none);
+- ``converted``, ``how``, ``save`` and ``opened``: from the program to the file, and back to a function of images;
+  ``quantise``, from a file to one in int8.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from gohsp import files, models
 from gohsp.core.objective import tensor_in
 from gohsp.data import Preprocessing
+from gohsp.data.calibration import CalibrationSet
 from gohsp.errors import (
     ConfigError,
     DataError,
@@ -38,6 +40,8 @@ from gohsp.errors import (
     require_packages,
 )
 from gohsp.exporting import onnx, openvino, program, traced
+from gohsp.exporting.int8 import INT8_IMAGES as INT8_IMAGES
+from gohsp.exporting.int8 import Int8, calibration_of, quantised
 from gohsp.settings import POSITIVE, require
 
 Target = Literal["onnx", "torch", "openvino"]
@@ -97,6 +101,7 @@ class Exported:
         how: What made it.
         model: The model's class.
         params: The model's parameters.
+        macs: Its multiply-accumulates of an image; None where gohsp cannot describe it.
         input: Images, preprocessed.
         output: What counts of the model's output.
         returned: The class of what the model returns.
@@ -104,7 +109,8 @@ class Exported:
         preprocessing: What becomes of an image, in timm's words, ``mean`` and ``std`` being of pixels of 0 to 1; None
             where the model does not say it.
         class_names: In the order of the outputs; None where they are not known.
-        check: The comparison with the model.
+        check: The comparison with the model; of a file in int8 that of the one in float32 that it was made of.
+        int8: How the file in int8 was made, and how far it is from the model; None of any other file.
         versions: Of the packages that made and ran it.
     """
 
@@ -113,6 +119,7 @@ class Exported:
     how: str
     model: str
     params: int
+    macs: int | None
     input: Port
     output: Port
     returned: str
@@ -120,6 +127,7 @@ class Exported:
     preprocessing: dict[str, Any] | None
     class_names: tuple[str, ...] | None
     check: Check
+    int8: Int8 | None
     versions: dict[str, str]
 
 
@@ -130,6 +138,7 @@ def export(
     *,
     images: Tensor | None = None,
     output: Callable[[Any], Tensor] = tensor_in,
+    int8: Iterable[Any] | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -144,12 +153,17 @@ def export(
         path: The file: ``.onnx``, ``.pt2`` (``torch``) or ``.xml`` (``openvino``).
         to: ``onnx`` (``gohsp[onnx]``), run by ONNX Runtime among others; ``torch``, a program of ``torch.export``;
             ``openvino`` (``gohsp[openvino]``).
-        images: An image or more ``[B, C, H, W]``, of which the size alone counts; None for the size that the model
-            seems to take.
+        images: An image or more ``[B, C, H, W]``, of which the size alone counts; None for the size of those for int8,
+            or the one that the model seems to take.
         output: Takes what the model returns to the tensor that the file gives out; by default the tensor itself, the
             logits, pooled or last state of a model output, or the first of a tuple.
+        int8: Preprocessed images, of any kind that :func:`gohsp.prune` takes, for a file whose products with weights
+            are in int8; None for one in the model's own type. The first 320 are read, and no label: ranges of
+            activations are found on four fifths of them, and on the others the file is compared with the model. For
+            target ``onnx``, of a model in float32.
         tolerance: Largest difference from the model over the largest magnitude of its output; None for 1e-4 of a model
-            in float32, 2e-2 in float16, 5e-2 in bfloat16.
+            in float32, 2e-2 in float16, 5e-2 in bfloat16. What a file in int8 is made of is held to it; the file itself
+            may differ by half of the output (root mean squares).
         overwrite: Whether to replace an earlier export.
 
     Raises:
@@ -158,31 +172,34 @@ def export(
             the file computes something else.
         UnsupportedModelError: The model cannot compute such images, or no tensor is found in what it returns.
         NonFiniteError: A weight or output is NaN or infinite.
+        DataError: No images for int8, or images of another kind or of several sizes.
         ConfigError: No such target, or a tolerance that is no number above 0.
         StorageError: The file exists, has another suffix, or cannot be written.
     """
-    path, target = Path(path), require_target(path, to, overwrite=overwrite)
-    dtype = _type_of(model, to)
+    path, target = Path(path), require_target(path, to, overwrite=overwrite, int8=int8 is not None)
+    dtype = _type_of(model, to, int8=int8 is not None)
     allowed = TOLERANCES[dtype] if tolerance is None else tolerance
     require("tolerance", allowed, POSITIVE)
+    calibration = None if int8 is None else calibration_of(int8)
     names = _names(path, target)
     with files.together(path.parent, names) as folder:
         reference = traced.counted(model, output)
-        size = models.input_size(model) if images is None else tuple(images.shape[-3:])
+        size = _size(model, images, calibration)
         probe = _noise(2, size, dtype)
         taken = traced.taken(reference, probe)
         converted = _converted(target, traced.trace(reference, probe, fused=target.FUSED), to)
+        file = (folder if calibration is None else folder / "float") / path.name
         with files.storing(path):
-            target.save(converted, folder / path.name)
-        check = _checked(
-            reference, folder / path.name, target, [_noise(count, size, dtype) for count in BATCHES], allowed
-        )
+            file.parent.mkdir(exist_ok=True)
+            target.save(converted, file)
+        check = _checked(reference, file, target, [_noise(count, size, dtype) for count in BATCHES], allowed)
         exported = Exported(
             path=path,
             target=to,
             how=target.how(converted),
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             params=sum(parameter.numel() for parameter in model.parameters()),
+            macs=models.known_macs(reference.model, probe),
             input=_port(traced.INPUT, probe),
             output=_port(traced.OUTPUT, taken.value),
             returned=taken.returned,
@@ -190,23 +207,36 @@ def export(
             preprocessing=_preprocessing(model, size),
             class_names=models.class_names(model),
             check=check,
+            int8=calibration and quantised(reference, file, folder / path.name, target, calibration),
             versions=_versions(model, target),
         )
         files.write_atomic(folder / names[-1], as_text(exported))
     return exported
 
 
-def require_target(path: str | Path, to: str, *, overwrite: bool) -> ModuleType:
+def _size(model: nn.Module, images: Tensor | None, calibration: CalibrationSet | None) -> tuple[int, ...]:
+    """Channels, height and width of the file's images."""
+    given = images if images is not None or calibration is None else calibration.images[0]
+    return models.input_size(model) if given is None else tuple(given.shape[-3:])
+
+
+def require_target(path: str | Path, to: str, *, overwrite: bool, int8: bool = False) -> ModuleType:
     """Check what an export is to be, before the work; returns the target.
 
     Raises:
         ConfigError: No such target.
         MissingPackageError: A package is not installed.
+        ExportError: The target has no files in int8.
         StorageError: The file has another suffix, or it or one beside it exists and is not to be replaced.
     """
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} is no target; {nearest(str(to), get_args(Target))}")
     path, target = Path(path), TARGETS[to]
+    if int8 and target.INT8 is None:
+        having = " or ".join(name for name, of in TARGETS.items() if of.INT8 is not None)
+        raise ExportError(
+            f"an export to {to} has no int8; export to {having}, or quantise by PyTorch's or the runtime's own tools"
+        )
     if path.suffix != target.SUFFIX or path.is_dir():
         other = next(
             (f", or export to {name}" for name, of in TARGETS.items() if of.SUFFIX == path.suffix != target.SUFFIX), ""
@@ -228,23 +258,24 @@ def _names(path: Path, target: ModuleType) -> list[str]:
     return [path.name, *(f"{path.stem}{suffix}" for suffix in target.BESIDE), f"{path.name}.json"]
 
 
-def _type_of(model: object, to: str) -> torch.dtype:
+def _type_of(model: object, to: str, *, int8: bool = False) -> torch.dtype:
     """The type that images are given in.
 
     Raises:
         UnsupportedModelError: It is no module.
         NonFiniteError: A weight is NaN or infinite.
-        ExportError: A weight is of a type that the target's runtime lacks.
+        ExportError: A weight is of a type that the target's runtime lacks, or that no file in int8 is made of.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"a {type(model).__name__} cannot be exported; give a torch.nn.Module")
     models.check_finite(model)
     types = list(dict.fromkeys(p.dtype for p in model.parameters() if p.is_floating_point())) or [torch.float32]
-    if lacking := [name for name in types if name not in TARGETS[to].TYPES]:
-        allowed = ", ".join(_word(name) for name in TARGETS[to].TYPES)
+    allowed = (torch.float32,) if int8 else TARGETS[to].TYPES
+    if lacking := [name for name in types if name not in allowed]:
+        taker, way_out = ("an export in int8", "") if int8 else (TARGETS[to].RUNTIME, ", or export to='torch'")
         raise ExportError(
-            f"the model's weights are {_word(lacking[0])}, {TARGETS[to].RUNTIME} takes {allowed}; give "
-            "copy.deepcopy(model).float(), or export to='torch'"
+            f"the model's weights are {_word(lacking[0])}, {taker} takes {', '.join(map(_word, allowed))}; give "
+            f"copy.deepcopy(model).float(){way_out}"
         )
     return types[0]
 
@@ -315,6 +346,18 @@ def _versions(model: nn.Module, target: ModuleType) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):  # a user's own module is of no package
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def told_costs(path: Path) -> tuple[int | None, int | None]:
+    """Parameters and MACs of a file, as the JSON beside it tells; None each where there is no such JSON of ours."""
+    try:
+        told = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, None
+    if not isinstance(told, dict) or told.get("path") != path.name:
+        return None, None
+    params, macs = (value if type(value) is int else None for value in (told.get("params"), told.get("macs")))
+    return params, macs
 
 
 def as_text(exported: Exported) -> str:

@@ -16,6 +16,7 @@ SUFFIX, BESIDE, NEEDS = ".xml", (".bin",), ("openvino",)
 TYPES = (torch.float32, torch.float16)  # its arrays are NumPy's, which has no bfloat16
 FUSED = True
 RUNTIME = "OpenVINO on the CPU, computing in float32"
+INT8 = None
 
 
 def converted(program: ExportedProgram) -> Any:

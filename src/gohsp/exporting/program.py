@@ -13,6 +13,7 @@ SUFFIX, BESIDE, NEEDS = ".pt2", (), ()
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUSED = True
 RUNTIME = "PyTorch on the CPU"
+INT8 = None
 
 
 def converted(program: ExportedProgram) -> ExportedProgram:

@@ -56,7 +56,7 @@ def require_linear(name: str, module: nn.Module) -> None:
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
         raise UnsupportedModelError(
             f"the weight of module '{name}' is a {type(weight).__qualname__} of {weight.dtype}; only ordinary "
-            "floating-point parameters can be cut. Prune first and quantise or shard the result"
+            "floating-point parameters can be cut. Prune and save first, and quantise or shard what is loaded"
         )
 
 

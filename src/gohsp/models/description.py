@@ -20,7 +20,7 @@ from gohsp.models import families
 from gohsp.models.checks import require_plain
 from gohsp.models.families import SUPPORTED, Family, Reading, class_name
 from gohsp.models.feeding import Example, fed, feed, images_in, is_fed, unfeed
-from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths, is_in
+from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths, count_macs, is_in
 
 logger = logging.getLogger(__name__)
 
@@ -475,6 +475,19 @@ def finished(made: nn.Module, given: nn.Module) -> nn.Module:
     for name, buffer in made.named_buffers():
         buffer.data = buffer.data.to(types.get(name, buffer.dtype))
     return made
+
+
+def known_macs(model: nn.Module, images: Tensor) -> int | None:
+    """Multiply-accumulates of an image, where the model can be described.
+
+    Args:
+        model: Any module.
+        images: An image or more ``[B, C, H, W]``.
+    """
+    try:
+        return count_macs(describe(model, images))
+    except UnsupportedModelError:
+        return None
 
 
 def check_finite(model: nn.Module) -> None:
