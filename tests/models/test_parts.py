@@ -125,6 +125,18 @@ def test_of_both_towers_only_what_sees_images_is_described() -> None:
     assert gohsp.count_macs(layer) == gohsp.count_macs(network)
 
 
+def test_what_was_compiled_in_place_is_watched_as_it_is_written() -> None:
+    def backend(*_: Any) -> Any:
+        raise AssertionError("it was compiled")
+
+    model = clip()
+    expected = gohsp.describe(model)
+    model.compile(backend=backend)
+    called = model._compiled_call_impl
+    assert gohsp.describe(model) == expected
+    assert model._compiled_call_impl is called
+
+
 @pytest.mark.parametrize(
     ("make", "at", "error", "message"),
     [

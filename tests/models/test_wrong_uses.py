@@ -85,7 +85,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: timm.create_model("maxvit_rmlp_pico_rw_256", img_size=32),
         r"MaxxVit has no block that can be pruned",
     ),
-    "a diffusion transformer": (Denoising, r"Denoising has no block that can be pruned \(2 of .*DiffusionBlock\)"),
+    "a diffusion transformer": (
+        Denoising,
+        r"Denoising has no block that can be pruned \(2 of .*DiffusionBlock\).*families\.register",
+    ),
     "a decoder": (Decoding, r"no block that can be pruned \(2 of its modules are .*TransformerDecoderLayer\)"),
     "parallel branches": (
         lambda: timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),

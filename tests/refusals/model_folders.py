@@ -164,5 +164,5 @@ CASES = (
             NonFiniteError, "head.bias"),
     Refusal("a folder without a config", gohsp.load, CheckpointError, "holds no config.json"),
     Refusal("the folder of a module of one's own, loaded without one", _own, CheckpointError, "into=module"),
-    Refusal("the folder of one module, loaded into another", _into_another, CheckpointError, "do not fit the module"),
+    Refusal("the folder of one module, loaded into another", _into_another, CheckpointError, "does not fit the model"),
 )  # fmt: skip
