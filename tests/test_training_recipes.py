@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import runpy
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
+import timm.models
 import torch
-from PIL import Image
 
 import gohsp
 
@@ -25,16 +22,25 @@ OPTIONAL = ("lightning",)
 """What a recipe may need that the tests are run without."""
 
 TRAIN = """
-import argparse, timm
+import argparse, timm, torch
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver
+
 parser = argparse.ArgumentParser()
 parser.add_argument("data")
 parser.add_argument("--model")
-parser.add_argument("--num-classes", type=int)
+parser.add_argument("--img-size", type=int)
 args, _ = parser.parse_known_args()
-made = timm.create_model(args.model, pretrained=False, in_chans=3, num_classes=args.num_classes, drop_path_rate=None)
-print(sum(p.numel() for p in made.parameters()))
+model = timm.create_model(args.model, pretrained=False, in_chans=3, num_classes=None, drop_path_rate=None)
+size = resolve_data_config(vars(args), model=model)["input_size"]
+optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1)
+labels = torch.arange(4) % model.num_classes
+torch.nn.functional.cross_entropy(model.train()(torch.randn(4, *size)), labels).backward()
+optimizer.step()
+CheckpointSaver(model, optimizer, args, checkpoint_dir=".", recovery_dir=".").save_checkpoint(0)
 """
-"""In place of timm's own, which no package holds: it makes a model in the same way. ``TIMM_TRAIN`` names a true one."""
+"""In place of timm's own, which no package holds: it makes, trains and saves a model by the same functions."""
 
 
 def blocks(mark: str = "") -> Iterator[tuple[int, str]]:
@@ -82,24 +88,14 @@ def test_the_trainers_own_checkpoints_hold_the_widths_of_a_uniform_model(ran: di
     )
 
 
-def test_any_model_has_a_name_for_timms_script(
-    ran: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
+def test_any_model_has_a_name_for_timms_script(ran: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     ((_, script),) = blocks(' title="train_small.py"')
     Path("train_small.py").write_text(script)
-    options = ["--model", "small", "--num-classes", "10"]
-    if true := os.environ.get("TIMM_TRAIN"):
-        shutil.copy(true, "train.py")
-        for name in (
-            f"{split}/{label}/{number}.png" for split in ("train", "val") for label in "0123456789" for number in "01"
-        ):
-            Path("data", name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (32, 32), (25 * int(name[-7]) % 256, 99, 7)).save(Path("data", name))
-        options += ["--device", "cpu", "--workers", "0", "--epochs", "1", "--batch-size", "4", "--img-size", "32"]
-    else:
-        Path("train.py").write_text(TRAIN)
-    monkeypatch.setattr(sys, "argv", ["train_small.py", "data", *options])
+    Path("train.py").write_text(TRAIN)
+    monkeypatch.setattr(sys, "argv", ["train_small.py", "data", "--model", "small", "--img-size", "32"])
     runpy.run_path("train_small.py", run_name="__main__")
-    told = capfd.readouterr()
-    count = sum(p.numel() for p in gohsp.load("small").parameters())
-    assert str(count) in told.out + told.err
+    before, trained = gohsp.load("small"), gohsp.load("small")
+    timm.models.load_checkpoint(trained, "last.pth.tar")
+    gohsp.save(trained, "trained")
+    with torch.no_grad():
+        assert not torch.equal(gohsp.load("trained")(ran["images"]), before(ran["images"]))

@@ -75,8 +75,8 @@ def _require_known(trackers: Sequence[Any]) -> None:
     for tracker in trackers:
         if not isinstance(tracker, GeneralTracker) and tracker not in installed:
             raise ConfigError(
-                f"tracker {tracker!r} is none of Accelerate's that is installed, which are {installed}; install it, "
-                "such as by pip install tensorboard"
+                f"tracker {tracker!r} is none that Accelerate finds installed, which are: "
+                f"{', '.join(installed) or 'none'}; install it, such as by pip install tensorboard"
             )
 
 

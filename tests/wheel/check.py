@@ -41,9 +41,8 @@ def main() -> None:
         show_packages(environment)
         pruned, loaded = (told(python, verb, folder) for verb in ("prune", "load"))
         assert pruned["output"] == loaded["output"], "what is loaded computes something else"
-        print(
-            f"first pruned model after {pruned['seconds']:.1f} s, loaded by another process in {loaded['seconds']:.1f}"
-        )
+        for what, done in (("first pruned model", pruned), ("loaded by another process", loaded)):
+            print(f"{what}: {done['seconds']:.1f} s, {done['cpu_seconds']:.1f} s of CPU")
         refused = subprocess.run([environment / "bin" / "gohsp"], capture_output=True, text=True, check=False)
         assert (refused.returncode, refused.stdout) == (1, ""), refused
         assert "pip install 'gohsp[cli]'" in refused.stderr, refused.stderr
