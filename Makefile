@@ -21,7 +21,7 @@ check: $(READY)
 	$(BIN)/python benchmarks/results_page.py --check
 
 docs: $(READY)
-	$(BIN)/zensical build --clean --strict
+	$(BIN)/mkdocs build --strict --quiet
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
