@@ -21,7 +21,7 @@ check: $(READY)
 	$(BIN)/python benchmarks/results_page.py --check
 
 docs: $(READY)
-	$(BIN)/zensical build --clean --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .

@@ -646,7 +646,7 @@ def gpu() -> str:
     text = [
         "## On a GPU",
         "One call of `benchmarks/gpu/run.sh`, of at most ten minutes, measures what is below "
-        "(how: `benchmarks/gpu/README.md`).",
+        "([how](../benchmarks/gpu/README.md)).",
     ]
     for name, found in parts.items():
         if found is not None:

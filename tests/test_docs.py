@@ -8,9 +8,9 @@ In front of a block a page may say, in a comment that readers do not see, what t
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gohsp
-from conftest import TINY, randomise
+from conftest import randomise
 from gohsp import hub
 from gohsp.config import from_mapping
 from test_hub import Hub
@@ -49,7 +49,7 @@ def tiny(name: str, *, pretrained: bool = False, create: Any = timm.create_model
     return randomise(create(name, **{"num_classes": 5, **arguments, **TINY_SIZES}), 0).eval()
 
 
-TINY_SIZES = {key: value for key, value in TINY.items() if key != "num_classes"} | {"depth": 4}
+TINY_SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def photograph(path: Path, seed: int) -> None:
@@ -70,10 +70,17 @@ def data_set(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     datasets.Dataset.from_dict(columns, features=features).to_parquet(f"{folder}/train-00000-of-00001.parquet")
 
 
-def finished_run(folder: str) -> None:
+@functools.cache
+def made_run(folder: Path) -> Path:
     """A run of the command line's, on noise."""
     settings = from_mapping({"device": "cpu", "precision": "no", "model_arguments": TINY_SIZES})
     gohsp.run("vit_tiny_patch16_224", "photos", "params=-20%", folder, config=settings)
+    return folder
+
+
+def finished_run(home: Path, folder: str) -> None:
+    """Put that run into a folder."""
+    shutil.copytree(made_run(home / "run"), folder)
 
 
 class Pooling(nn.Module):
@@ -105,18 +112,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
             photograph(folder / place / f"{i}.jpg", i)
     photograph(folder / "photo.jpg", 0)
     model = tiny("vit_tiny_patch16_224")
-    images = list(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).split(16))
+    images = list(torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)).split(10))
     small = gohsp.prune(model, images, "params=-30%").model
     gohsp.save(small, folder / "small")
     gohsp.save(small, folder / "runs/mine")
-    labelled = TensorDataset(torch.cat(images), torch.arange(64) % 5)
+    labelled = TensorDataset(torch.cat(images), torch.arange(40) % 5)
     return folder, {
         "model": model,
         "classifier": model,
         "small": small,
         "images": images,
         "probe": images[0][:4],
-        "loader": DataLoader(labelled, batch_size=16),
+        "loader": DataLoader(labelled, batch_size=10),
     }
 
 
@@ -130,7 +137,10 @@ def namespace(world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HfApi", Hub(tmp_path / "hub"))
-    helpers = {"data_set": partial(data_set, monkeypatch), "finished_run": finished_run, "own_blocks": own_blocks}
+    helpers = {
+        "data_set": functools.partial(data_set, monkeypatch),
+        "finished_run": functools.partial(finished_run, folder),
+    }
     imported = {
         "gohsp": gohsp,
         "nn": nn,
@@ -139,7 +149,7 @@ def namespace(world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: p
         "timm": timm,
         "torch": torch,
     }
-    return {"__name__": "page", "pooling": Pooling, **helpers, **imported, **names}
+    return {"__name__": "page", "pooling": Pooling, "own_blocks": own_blocks, **helpers, **imported, **names}
 
 
 WITH_CODE = [page for page in PAGES if name_of(page) not in ELSEWHERE and BLOCK.search(page.read_text())]

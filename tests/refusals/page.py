@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 HEAD = """# Errors
 
 What gohsp refuses, by topic: what was given, the kind of error and what it says. All are kinds of `gohsp.GohspError`.
-The tests in `tests/refusals` raise each of them; `make errors` writes this page from them.
+The tests in [`tests/refusals`](../tests/refusals) raise each of them; `make errors` writes this page from them.
 """
 
 
