@@ -222,7 +222,7 @@ def head_graph(
         _node(axes, place[head], radius[head], stays[head])
         reach = max(radius[head], 4.0)
         told = f"head {head}, {score[head]:.4f}{_moves_told(matrix[head])}"
-        _tip(axes, told, *(place[head] - reach), 2 * reach, 2 * reach)
+        _tip(axes, told, place[head][0] - reach, place[head][1] - reach, 2 * reach, 2 * reach)
         lines = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
         lines += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
         size, ink = 9 if few else 6 if left_at else 10, INK if stays[head] else REMOVED
