@@ -43,8 +43,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    small = make_content(2)
-    other = edited(without_labels(make_content(2, seed=5)), "pruned", {"params": 2_000_000, "macs": 100_000_000})
+    small = make_content(1)
+    other = edited(without_labels(make_content(1, seed=5)), "pruned", {"params": 2_000_000, "macs": 100_000_000})
     report, runs = parse(sampled(small)), {"a": parse(small), "b/" + 40 * "long": parse(other)}
     made = {"report": render_html(report), "comparison": render_comparison(runs)}
     for name, html in made.items():

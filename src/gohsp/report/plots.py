@@ -27,7 +27,7 @@ INK, EDGE, MUTED, LINE, PALE, PAPER = "#1f2937", "#475569", "#6b7280", "#9ca3af"
 KEPT, REMOVED, SOFT = "#2563eb", "#c2410c", "#7c3aed"
 """Colours that follow the page's, light or dark."""
 
-ON_PALE, ON_DEEP = "#1f2936", "#fffffe"
+ON_PALE, ON_DEEP, ON_ANY = "#1f2936", "#fffffe", "#c2410d"
 """Inks on the colours of a heat map, which are the same on any page."""
 
 STAGES = {  # colour, line style and name of each training curve; the style tells them apart without colour
@@ -148,8 +148,8 @@ def _cross(axes: Axes, places: Sequence[tuple[int, float]], name: str) -> list[L
         [row + 0.5 for row, _ in places],
         "X",
         markersize=7,
-        color=REMOVED,
-        markeredgecolor=PAPER,
+        color=ON_ANY,
+        markeredgecolor=ON_DEEP,
         label=name,
     )
 
@@ -222,7 +222,7 @@ def head_graph(
         _node(axes, place[head], radius[head], stays[head])
         reach = max(radius[head], 4.0)
         told = f"head {head}, {score[head]:.4f}{_moves_told(matrix[head])}"
-        _tip(axes, told, *(place[head] - reach), 2 * reach, 2 * reach)
+        _tip(axes, told, place[head][0] - reach, place[head][1] - reach, 2 * reach, 2 * reach)
         lines = [f"head {head}", f"{score[head]:.3f}"] if few else [str(head)]
         lines += [f"step {left_at[head]}"] if left_at and few else [f"({left_at[head]})"] if left_at else []
         size, ink = 9 if few else 6 if left_at else 10, INK if stays[head] else REMOVED

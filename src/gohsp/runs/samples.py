@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gohsp import data, report
 from gohsp.core.capture import attention_rows, autocast, evaluating
-from gohsp.core.gradients import differentiated
+from gohsp.core.gradients import Gradients, differentiated
 from gohsp.core.ranking import HeadRanking
 from gohsp.runtime import fast_attention
 from gohsp.session import Session
@@ -83,24 +83,22 @@ def _picture(image: Image.Image, *, exact: bool = False) -> str:
 # Where heads look
 
 
-def _chosen(network: Network, ranking: HeadRanking, kept: Kept) -> list[tuple[Attention, int]]:
-    """The weakest heads that went, then the strongest that stayed, of attentions that lost some, spread over depth."""
-    lost = [
-        sub
-        for sub in network.attentions
-        if sub.order is None and sub.keys == sub.tokens and len(kept[sub.name].heads) < sub.widths.heads  # type: ignore[union-attr]
-    ]
+def _chosen(network: Network, ranking: HeadRanking, kept: Kept) -> list[tuple[Attention, list[int]]]:
+    """Attentions that lost heads, spread over depth: the weakest that went, then the strongest that stayed."""
+    stay = {sub.name: kept[sub.name].heads for sub in network.attentions}  # type: ignore[union-attr]
+    whole = [sub for sub in network.attentions if sub.order is None and sub.keys == sub.tokens]  # no windows
+    lost = [sub for sub in whole if len(stay[sub.name]) < sub.widths.heads]
     spread = sorted({round(at) for at in np.linspace(0, len(lost) - 1, ATTENTIONS)}) if lost else []
     chosen = []
     for sub in (lost[index] for index in spread):
-        order, stay = ranking.order(sub.name), kept[sub.name].heads  # type: ignore[union-attr]
-        gone = [head for head in reversed(order) if head not in stay][:HEADS]
-        chosen += [(sub, head) for head in gone + [head for head in order if head in stay][:HEADS]]
+        best = ranking.order(sub.name)
+        gone = [head for head in reversed(best) if head not in stay[sub.name]]
+        chosen.append((sub, gone[:HEADS] + [head for head in best if head in stay[sub.name]][:HEADS]))
     return chosen
 
 
 def _looks(
-    session: Session, model: nn.Module, network: Network, chosen: Sequence[tuple[Attention, int]], images: Tensor
+    session: Session, model: nn.Module, network: Network, chosen: Sequence[tuple[Attention, list[int]]], images: Tensor
 ) -> tuple[report.HeadMaps, ...]:
     """What heads look at in images, as veils; attentions whose tokens are no grid are left out."""
     found: list[report.HeadMaps] = []
@@ -108,23 +106,24 @@ def _looks(
         return ()
     with torch.no_grad(), evaluating(model), fast_attention(session.precision, model):
         (seen,) = differentiated(model, network, session.objective, [images], draws=0, precision=session.precision)
-        for sub in dict.fromkeys(sub.name for sub, _ in chosen):
-            heads = [(of, head) for of, head in chosen if of.name == sub]
-            attention, inputs = heads[0][0], seen.inputs[sub]
-            grid = _grid(attention.tokens, images.shape[-2], images.shape[-1])
+        for sub, heads in chosen:
+            grid = _grid(sub.tokens, images.shape[-2], images.shape[-1])
             if grid is None:
                 continue
-            prefix = attention.tokens - math.prod(grid)
-            step = -(-attention.tokens // QUERIES)
-            queries = torch.arange(1 if prefix else attention.tokens, device=inputs.device)[::step]
-            with autocast(inputs.device, session.precision):
-                rows = attention_rows(model, attention, inputs, seen.calls[sub], queries)
-            looks = rows.mean(dim=2)[..., prefix:].unflatten(-1, grid)
+            looks = _attended(session, model, sub, seen, grid)
             found += [
-                report.HeadMaps(attention=sub, head=head, maps=tuple(map(_veil, looks[:, head].cpu())))
-                for _, head in heads
+                report.HeadMaps(attention=sub.name, head=head, maps=tuple(map(_veil, looks[:, head]))) for head in heads
             ]
     return tuple(found)
+
+
+def _attended(session: Session, model: nn.Module, sub: Attention, seen: Gradients, grid: tuple[int, int]) -> Tensor:
+    """Attention to each patch ``[images, heads, rows, columns]``: the first token's, or the mean of some patches'."""
+    inputs, prefix = seen.inputs[sub.name], sub.tokens - math.prod(grid)
+    queries = torch.arange(1 if prefix else sub.tokens, device=inputs.device)[:: -(-sub.tokens // QUERIES)]
+    with autocast(inputs.device, session.precision):
+        rows = attention_rows(model, sub, inputs, seen.calls[sub.name], queries)
+    return rows.mean(dim=2)[..., prefix:].unflatten(-1, grid).cpu()
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
