@@ -152,8 +152,10 @@ def test_blocks_run_alone_are_the_models_own(family: Described) -> None:
             hook.remove()
         x = trunk.enter(family.images)
         for i, expected in enumerate(left):
-            x = trunk.run(i, trunk.onto(i, x))
+            x = trunk.onto(i, x)
+            of_copy, x = trunk.sent(i, copy.deepcopy(trunk.block(i)), x), trunk.run(i, x)
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(of_copy, x)
 
 
 def test_what_readouts_read_lies_where_the_stream_has_it(family: Described) -> None:
@@ -184,6 +186,21 @@ def test_attention_is_seen_as_it_is(family: Described) -> None:
         assert rows.shape == (len(x), heads, sub.keys, sub.keys)
         torch.testing.assert_close(some, rows[:, :, [2, 0]], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(read.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("vit_pytorch vit", "transformer.layers.0.0.norm"), ("torchvision swin", "features.1.0.norm1")]
+)
+def test_moments_are_of_what_queries_are_made_of(name: str, norm: str, of: Callable[[str], Described]) -> None:
+    """Behind a norm that stands in the attention, and with the padding of windows that it cuts itself."""
+    family, normed = of(name), []
+    sub, *_ = family.network.attentions
+    hook = family.opened.get_submodule(norm).register_forward_hook(lambda _m, _a, out: normed.append(out))
+    moments: Any = gohsp.collect_moments(family.opened, family.network, [family.images])[sub.name]
+    hook.remove()
+    rows = normed[0].flatten(0, -2).double()
+    expected = rows.T @ rows / (len(family.images) * sub.tokens)
+    torch.testing.assert_close(moments.inputs[:-1, :-1], expected, rtol=1e-5, atol=1e-6)
 
 
 def watched(model: nn.Module, sub: Attention, images: Tensor) -> tuple[Tensor, Call, Tensor]:

@@ -244,8 +244,8 @@ def _passed_over(
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
-            "takes (or set model.image_size, where none are asked for), and of a model that takes more than images the part "
-            "that does not, such as model.vision_model"
+            "takes (or set model.image_size, where none are asked for), and of a model that takes more than images the "
+            "part that does not, such as model.vision_model"
         ) from error
     seen.macs = counter.get_total_flops() // 2 // len(image)
     return seen
