@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fmt errors
+.PHONY: demo test check fmt errors families
 
 demo: $(READY)
 	$(BIN)/gohsp demo --out runs/demo --overwrite
@@ -26,6 +26,9 @@ fmt: $(READY)
 
 errors: $(READY)
 	$(BIN)/python tests/refusals/page.py
+
+families: $(READY)
+	$(BIN)/python tests/models/page.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

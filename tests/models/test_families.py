@@ -434,3 +434,43 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mT
+
+
+class Listed(nn.Module):
+    """Attentions and FFNs in lists that nothing calls, with what they return added outside."""
+
+    def __init__(self, between: float = 1.0) -> None:
+        super().__init__()
+        self.patch, self.between = nn.Conv2d(3, 32, 8, 8), between
+        self.layers = nn.ModuleList(nn.ModuleList([OwnAttention(32, 4), FeedForward(32, 48)]) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).mT
+        for attn, ff in self.layers:
+            x = attn(x) + x
+            x = self.between * (ff(x) + x)
+        return x
+
+
+def test_parts_of_ones_own_that_are_called_one_by_one_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gohsp.families, "_known", gohsp.families._known)  # forgotten after this test
+    maps = families.AttentionMaps(
+        **{name: (f"to_{name[0]}.weight", f"to_{name[0]}.bias") for name in ("query", "key", "value")}, readout="to_out"
+    )
+    layout = families.Layout(attention=families.Branch(module="0"), ffn=families.Branch(module="1"), apart=True)
+    families.register(
+        families.Known(
+            blocks={("mine.Attention", "mine.FeedForward"): (layout,)},
+            attentions={
+                "mine.Attention": (families.AttentionLayout(maps=maps, heads="heads", scale=None, dropout=None),)
+            },
+            ffns={"mine.FeedForward": (families.FfnLayout(inputs=("up",), readout="down"),)},
+        )
+    )
+    model, images = Listed().eval(), images_for("torch encoder layer")
+    network = describe(model, images)
+    assert network.apart == {"layers.0", "layers.1"}
+    small = compact(model, drawn(network, ("head", "qk", "vo", "ffn"), seed=3), images).model  # which compares
+    assert describe(small, images).apart == network.apart
+    with pytest.raises(UnsupportedModelError, match=r"something stands before block 'layers\.1'"):
+        open_trunk(Listed(between=2.0).eval(), network, images)
