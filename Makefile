@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs wheel fmt errors
+.PHONY: demo test check docs wheel fmt errors families
 
 demo: $(READY)
 	$(BIN)/gohsp demo --out runs/demo --overwrite
@@ -32,6 +32,9 @@ errors: $(READY)
 
 wheel: $(READY)
 	$(BIN)/python tests/wheel/check.py
+
+families: $(READY)
+	$(BIN)/python tests/models/page.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

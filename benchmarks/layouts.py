@@ -66,20 +66,20 @@ def as_transformers(state: State) -> nn.Module:
     renamed = {
         "vit.embeddings.cls_token": state["cls_token"],
         "vit.embeddings.position_embeddings": state["pos_embed"],
-        **_pair("vit.embeddings.patch_embeddings.projection", state, "patch_embed.proj"),
-        **_pair("vit.layernorm", state, "norm"),
-        **_pair("classifier", state, "head"),
+        **pair("vit.embeddings.patch_embeddings.projection", state, "patch_embed.proj"),
+        **pair("vit.layernorm", state, "norm"),
+        **pair("classifier", state, "head"),
     }
     for i in range(DEPTH):
         mine, theirs = f"vit.layers.{i}", f"blocks.{i}"
         for name, part in (("layernorm_before", "norm1"), ("layernorm_after", "norm2")):
-            renamed |= _pair(f"{mine}.{name}", state, f"{theirs}.{part}")
+            renamed |= pair(f"{mine}.{name}", state, f"{theirs}.{part}")
         for kind in ("weight", "bias"):
             q, k, v = state[f"{theirs}.attn.qkv.{kind}"].chunk(3)
             renamed |= {f"{mine}.attention.{x}_proj.{kind}": part for x, part in zip("qkv", (q, k, v), strict=True)}
-        renamed |= _pair(f"{mine}.attention.o_proj", state, f"{theirs}.attn.proj")
+        renamed |= pair(f"{mine}.attention.o_proj", state, f"{theirs}.attn.proj")
         for layer in ("fc1", "fc2"):
-            renamed |= _pair(f"{mine}.mlp.{layer}", state, f"{theirs}.mlp.{layer}")
+            renamed |= pair(f"{mine}.mlp.{layer}", state, f"{theirs}.mlp.{layer}")
     model = library.ViTForImageClassification(config)
     model.load_state_dict(renamed)
     return model.eval()
@@ -92,17 +92,15 @@ def as_torchvision(state: State) -> nn.Module:
     renamed = {
         "class_token": state["cls_token"],
         "encoder.pos_embedding": state["pos_embed"],
-        **_pair("conv_proj", state, "patch_embed.proj"),
-        **_pair("encoder.ln", state, "norm"),
-        **_pair("heads.head", state, "head"),
+        **pair("conv_proj", state, "patch_embed.proj"),
+        **pair("encoder.ln", state, "norm"),
+        **pair("heads.head", state, "head"),
     }
     for i in range(DEPTH):
         mine, theirs = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
-        renamed |= _pair(f"{mine}.ln_1", state, f"{theirs}.norm1") | _pair(f"{mine}.ln_2", state, f"{theirs}.norm2")
-        renamed |= _packed(f"{mine}.self_attention", state, theirs)
-        renamed |= _pair(f"{mine}.mlp.0", state, f"{theirs}.mlp.fc1") | _pair(
-            f"{mine}.mlp.3", state, f"{theirs}.mlp.fc2"
-        )
+        renamed |= pair(f"{mine}.ln_1", state, f"{theirs}.norm1") | pair(f"{mine}.ln_2", state, f"{theirs}.norm2")
+        renamed |= packed(f"{mine}.self_attention", state, theirs)
+        renamed |= pair(f"{mine}.mlp.0", state, f"{theirs}.mlp.fc1") | pair(f"{mine}.mlp.3", state, f"{theirs}.mlp.fc2")
     model.load_state_dict(renamed)
     return model.eval()
 
@@ -132,31 +130,32 @@ def as_torch(state: State) -> nn.Module:
     renamed = {
         "token": state["cls_token"],
         "position": state["pos_embed"],
-        **_pair("patch", state, "patch_embed.proj"),
-        **_pair("encoder.norm", state, "norm"),
-        **_pair("head", state, "head"),
+        **pair("patch", state, "patch_embed.proj"),
+        **pair("encoder.norm", state, "norm"),
+        **pair("head", state, "head"),
     }
     for i in range(DEPTH):
         mine, theirs = f"encoder.layers.{i}", f"blocks.{i}"
-        renamed |= _pair(f"{mine}.norm1", state, f"{theirs}.norm1") | _pair(f"{mine}.norm2", state, f"{theirs}.norm2")
-        renamed |= _packed(f"{mine}.self_attn", state, theirs)
-        renamed |= _pair(f"{mine}.linear1", state, f"{theirs}.mlp.fc1")
-        renamed |= _pair(f"{mine}.linear2", state, f"{theirs}.mlp.fc2")
+        renamed |= pair(f"{mine}.norm1", state, f"{theirs}.norm1") | pair(f"{mine}.norm2", state, f"{theirs}.norm2")
+        renamed |= packed(f"{mine}.self_attn", state, theirs)
+        renamed |= pair(f"{mine}.linear1", state, f"{theirs}.mlp.fc1")
+        renamed |= pair(f"{mine}.linear2", state, f"{theirs}.mlp.fc2")
     model = Encoder()
     model.load_state_dict(renamed)
     return model.eval()
 
 
-def _pair(name: str, state: State, of: str) -> dict[str, Tensor]:
+def pair(name: str, state: State, of: str) -> dict[str, Tensor]:
+    """A weight and a bias under another name."""
     return {f"{name}.{kind}": state[f"{of}.{kind}"] for kind in ("weight", "bias")}
 
 
-def _packed(name: str, state: State, block: str) -> dict[str, Tensor]:
+def packed(name: str, state: State, block: str) -> dict[str, Tensor]:
     """What ``nn.MultiheadAttention`` holds."""
     return {
         f"{name}.in_proj_weight": state[f"{block}.attn.qkv.weight"],
         f"{name}.in_proj_bias": state[f"{block}.attn.qkv.bias"],
-        **_pair(f"{name}.out_proj", state, f"{block}.attn.proj"),
+        **pair(f"{name}.out_proj", state, f"{block}.attn.proj"),
     }
 
 

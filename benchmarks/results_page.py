@@ -706,10 +706,16 @@ def saliency() -> str | None:
     """A user's module with a backbone inside."""
     if (found := read("saliency")) is None:
         return None
+    other = read("saliency_transformers")
     rows = [
-        [f"`{key.split(' params=')[0]}`", f"params={key.split(' params=')[1]}", *saliency_cells(run)]
-        for key, run in found["runs"].items()
+        [f"`{key.split(' params=')[0]}`{layout}", f"params={key.split(' params=')[1]}", *saliency_cells(run)]
+        for of, layout in ((found, ""), (other, ", transformers"))
+        for key, run in (of["runs"] if of else {}).items()
     ]
+    beside = other and (
+        f" Rows of transformers have the backbone as its `Dinov2Model` (`{other['command']}`), whose maps are the same "
+        f"before pruning, up to {other['dense_difference']:.0e}."
+    )
     return "\n\n".join(
         [
             "## A module of somebody's own: saliency maps",
@@ -717,7 +723,8 @@ def saliency() -> str | None:
             f"A ViT-S/14 of DINOv2's layout with a decoder, {found['params']:,} parameters in all. How far the pruned "
             "module's maps are from the dense one's on other photographs: mean absolute difference, and overlap "
             "(intersection over union) of what is above a half. `tp`: Torch-Pruning by three criteria, on the backbone "
-            "alone; `uniform`: the same share of every width, by weight norms, without repair. Nothing is trained.",
+            "alone; `uniform`: the same share of every width, by weight norms, without repair. Nothing is trained."
+            + (beside or ""),
             table(["method", "budget", "parameters", "difference", "overlap", "time"], rows),
         ]
     )

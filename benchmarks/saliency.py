@@ -14,6 +14,9 @@ is read. At each budget, given in parameters of the whole module:
   as many parameters within 1 %. Taylor's gradients are those of the maps' sum of squares on the calibration
   photographs, as there are no labels. ``best`` names the one whose maps differ least.
 
+With ``--backbone transformers`` the backbone is transformers' ``Dinov2Model`` with the same weights under its own
+names, and gohsp's rows alone are made; the maps before pruning are checked to be the same.
+
 A method that stands in the results is not run again.
 """
 
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import importlib.util
 import sys
 import time
@@ -30,12 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
 import gohsp
 from gohsp import Config, data
 from gohsp.structure import bound_for, parse_budget
+from layouts import pair
 from peers import SEARCH_STEPS, attentions
 from shared import (
     RESULTS,
@@ -60,6 +66,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NEAR = 0.01
 """Share of the parameters by which Torch-Pruning may miss them."""
 
+SAME = 1e-4
+"""How far the maps of both layouts may be apart before pruning."""
+
+BACKBONES = {"timm": METHODS, "transformers": METHODS[:2]}
+"""Whose the backbone may be, and the methods that take it: Torch-Pruning is told of timm's parts."""
+
 
 def opened() -> nn.Module:
     """The module, made by the code that lies with its weights."""
@@ -70,6 +82,55 @@ def opened() -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.load(weights)
+
+
+class OfTransformers(nn.Module):
+    """The module with its backbone in transformers' layout."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.backbone, self.decoder = as_dinov2(like.backbone), like.decoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps ``[B, 1, H, W]``."""
+        tokens = self.backbone(images).last_hidden_state[:, 1:]
+        side = round(tokens.shape[1] ** 0.5)
+        found = self.decoder(tokens.mT.unflatten(2, (side, side)))
+        return F.interpolate(found, size=images.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
+
+
+def as_dinov2(vit: Any) -> nn.Module:
+    """Transformers' ``Dinov2Model`` with the weights of timm's ViT of that layout."""
+    library: Any = importlib.import_module("transformers")
+    config = library.Dinov2Config(
+        hidden_size=vit.embed_dim,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=vit.blocks[0].attn.num_heads,
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+        layer_norm_eps=vit.norm.eps,
+        use_mask_token=False,
+    )
+    state = vit.state_dict()
+    renamed = {
+        "embeddings.cls_token": state["cls_token"],
+        "embeddings.position_embeddings": state["pos_embed"],
+        **pair("embeddings.patch_embeddings.projection", state, "patch_embed.proj"),
+        **pair("layernorm", state, "norm"),
+    }
+    for i in range(len(vit.blocks)):
+        mine, theirs = f"encoder.layer.{i}", f"blocks.{i}"
+        for kind in ("weight", "bias"):
+            q, k, v = state[f"{theirs}.attn.qkv.{kind}"].chunk(3)
+            renamed |= {f"{mine}.attention.{x}_proj.{kind}": part for x, part in zip("qkv", (q, k, v), strict=True)}
+        renamed |= pair(f"{mine}.attention.o_proj", state, f"{theirs}.attn.proj")
+        for number in (1, 2):
+            renamed |= pair(f"{mine}.norm{number}", state, f"{theirs}.norm{number}")
+            renamed |= pair(f"{mine}.mlp.fc{number}", state, f"{theirs}.mlp.fc{number}")
+            renamed[f"{mine}.layer_scale{number}.lambda1"] = state[f"{theirs}.ls{number}.gamma"]
+    model = library.Dinov2Model(config)
+    model.load_state_dict(renamed)
+    return model
 
 
 @torch.no_grad()
@@ -192,9 +253,9 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
     """What all rows have in common."""
     return {
         "command": f"python benchmarks/saliency.py --images {options.images} --others {options.others} "
-        f"--seed {options.seed}",
+        f"--seed {options.seed}" + ("" if options.backbone == "timm" else f" --backbone {options.backbone}"),
         "machine": machine(),
-        "versions": versions("torch-pruning"),
+        "versions": versions("torch-pruning" if options.backbone == "timm" else options.backbone),
     }
 
 
@@ -202,12 +263,18 @@ def main() -> None:
     """Run every method at every budget, writing the results after each."""
     arguments = parser(__doc__)
     arguments.add_argument("--budgets", nargs="+", default=BUDGETS)
-    arguments.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    arguments.add_argument("--backbone", choices=BACKBONES, default="timm", help="whose code it is")
+    arguments.add_argument("--methods", nargs="+", choices=METHODS, help="by default all that take the backbone")
     arguments.add_argument("--images", type=int, default=200, help="to calibrate on")
     arguments.add_argument("--others", type=int, default=200, help="to compare on")
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--results", type=Path, default=RESULTS / "saliency.json")
+    arguments.add_argument("--results", type=Path, help="by default saliency.json or, of transformers, its namesake")
     options = arguments.parse_args()
+    methods = options.methods or BACKBONES[options.backbone]
+    if others := set(methods) - set(BACKBONES[options.backbone]):
+        arguments.error(f"{sorted(others)} take a backbone of timm's")
+    name = "saliency.json" if options.backbone == "timm" else f"saliency_{options.backbone}.json"
+    options.results = options.results or RESULTS / name
     source, dense = f"hfds/{asset('data/imagenet-1k-mini')}", opened()
     preprocessing = data.Preprocessing(
         image_size=224, channels=3, mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic"
@@ -218,9 +285,16 @@ def main() -> None:
     results = read_results(options.results, {**header(options), "runs": {}})
     if results["command"] != header(options)["command"]:
         sys.exit(f"{options.results} is of other images; give another file with --results")
-    results["params"], expected = parameters(dense), maps(dense, others)
+    expected = maps(dense, others)
+    if options.backbone == "transformers":
+        dense = OfTransformers(dense).eval()
+        apart = float((maps(dense, others) - expected).abs().max())
+        if apart > SAME:
+            sys.exit(f"the maps of both layouts differ by up to {apart:.1e} before pruning")
+        results["dense_difference"] = apart
+    results["params"] = parameters(dense)
     for budget in options.budgets:
-        for method in options.methods:
+        for method in methods:
             key = f"{method} {budget}"
             if key in results["runs"]:
                 continue

@@ -152,8 +152,10 @@ def test_blocks_run_alone_are_the_models_own(family: Described) -> None:
             hook.remove()
         x = trunk.enter(family.images)
         for i, expected in enumerate(left):
-            x = trunk.run(i, trunk.onto(i, x))
+            x = trunk.onto(i, x)
+            of_copy, x = trunk.sent(i, copy.deepcopy(trunk.block(i)), x), trunk.run(i, x)
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(of_copy, x)
 
 
 def test_what_readouts_read_lies_where_the_stream_has_it(family: Described) -> None:
@@ -184,6 +186,21 @@ def test_attention_is_seen_as_it_is(family: Described) -> None:
         assert rows.shape == (len(x), heads, sub.keys, sub.keys)
         torch.testing.assert_close(some, rows[:, :, [2, 0]], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(read.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("vit_pytorch vit", "transformer.layers.0.0.norm"), ("torchvision swin", "features.1.0.norm1")]
+)
+def test_moments_are_of_what_queries_are_made_of(name: str, norm: str, of: Callable[[str], Described]) -> None:
+    """Behind a norm that stands in the attention, and with the padding of windows that it cuts itself."""
+    family, normed = of(name), []
+    sub, *_ = family.network.attentions
+    hook = family.opened.get_submodule(norm).register_forward_hook(lambda _m, _a, out: normed.append(out))
+    moments: Any = gohsp.collect_moments(family.opened, family.network, [family.images])[sub.name]
+    hook.remove()
+    rows = normed[0].flatten(0, -2).double()
+    expected = rows.T @ rows / (len(family.images) * sub.tokens)
+    torch.testing.assert_close(moments.inputs[:-1, :-1], expected, rtol=1e-5, atol=1e-6)
 
 
 def watched(model: nn.Module, sub: Attention, images: Tensor) -> tuple[Tensor, Call, Tensor]:
@@ -417,3 +434,43 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mT
+
+
+class Listed(nn.Module):
+    """Attentions and FFNs in lists that nothing calls, with what they return added outside."""
+
+    def __init__(self, between: float = 1.0) -> None:
+        super().__init__()
+        self.patch, self.between = nn.Conv2d(3, 32, 8, 8), between
+        self.layers = nn.ModuleList(nn.ModuleList([OwnAttention(32, 4), FeedForward(32, 48)]) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).mT
+        for attn, ff in self.layers:
+            x = attn(x) + x
+            x = self.between * (ff(x) + x)
+        return x
+
+
+def test_parts_of_ones_own_that_are_called_one_by_one_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gohsp.families, "_known", gohsp.families._known)  # forgotten after this test
+    maps = families.AttentionMaps(
+        **{name: (f"to_{name[0]}.weight", f"to_{name[0]}.bias") for name in ("query", "key", "value")}, readout="to_out"
+    )
+    layout = families.Layout(attention=families.Branch(module="0"), ffn=families.Branch(module="1"), apart=True)
+    families.register(
+        families.Known(
+            blocks={("mine.Attention", "mine.FeedForward"): (layout,)},
+            attentions={
+                "mine.Attention": (families.AttentionLayout(maps=maps, heads="heads", scale=None, dropout=None),)
+            },
+            ffns={"mine.FeedForward": (families.FfnLayout(inputs=("up",), readout="down"),)},
+        )
+    )
+    model, images = Listed().eval(), images_for("torch encoder layer")
+    network = describe(model, images)
+    assert network.apart == {"layers.0", "layers.1"}
+    small = compact(model, drawn(network, ("head", "qk", "vo", "ffn"), seed=3), images).model  # which compares
+    assert describe(small, images).apart == network.apart
+    with pytest.raises(UnsupportedModelError, match=r"something stands before block 'layers\.1'"):
+        open_trunk(Listed(between=2.0).eval(), network, images)

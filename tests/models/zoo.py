@@ -140,6 +140,7 @@ def segment_anything() -> nn.Module:
 
 
 ZOO: dict[str, Entry] = {
+    "timm vit": of_timm("vit_tiny_patch16_224", same=True),  # which test_contract has
     "timm eva02": of_timm("eva02_tiny_patch14_224", "qk"),
     "timm eva": of_timm("eva_giant_patch14_224", "qk"),
     "timm dinov3": of_timm("vit_small_patch16_dinov3", "qk"),
@@ -173,6 +174,7 @@ ZOO: dict[str, Entry] = {
         "DINOv3ViTConfig", "DINOv3ViTModel", "qk", same=True, use_gated_mlp=True
     ),
     "transformers clip": of_transformers("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
+    "transformers metaclip": of_transformers("MetaClip2VisionConfig", "MetaClip2VisionModel", same=True),
     "transformers siglip": of_transformers("SiglipVisionConfig", "SiglipVisionModel", same=True),
     "transformers beit": of_transformers(
         "BeitConfig", "BeitForImageClassification", use_relative_position_bias=True, num_labels=5

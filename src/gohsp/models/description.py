@@ -359,7 +359,8 @@ class _ReadError(BaseException):
 def _windows(family: Family, block: nn.Module, stream: Tensor, run: Callable[[Tensor], Any]) -> Reading:
     """How a block cuts the stream into windows, found by sending the tokens' own numbers through it."""
     branch, read = family.layout.attention, []
-    attention, cut = block.get_submodule(branch.module or ""), family.attention and family.attention.windows
+    attention = block.get_submodule(branch.module or "")
+    cut = None if family.attention is None else family.attention.windows
     tokens = stream.shape[1:-1].numel()
     numbers = torch.zeros(1, *stream.shape[1:])  # on the CPU: a model may have no memory at all
     numbers.view(tokens, -1)[:, 0] = torch.arange(1, tokens + 1)  # 0 is what windows are padded with

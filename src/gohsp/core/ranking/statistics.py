@@ -202,9 +202,10 @@ class HeadStatisticsFitter:
 
     def _attention(self, graph: Sequence[int], inputs: Sequence[Tensor], calls: Sequence[Call]) -> Tensor:
         """Attention rows ``[images, nodes, queries, keys]`` of a graph's heads, float32, at a draw of queries."""
-        device = inputs[graph[0]].device
-        queries = torch.randperm(self._subs[graph[0]].keys, generator=self._generator)[:_QUERIES].to(device)
-        with autocast(device, self._precision):
+        sub, first = self._subs[graph[0]], inputs[graph[0]]
+        tokens = sub.keys if sub.cuts else first.shape[1:-1].numel()
+        queries = torch.randperm(tokens, generator=self._generator)[:_QUERIES].to(first.device)
+        with autocast(first.device, self._precision):
             maps = [attention_rows(self._model, self._subs[i], inputs[i], calls[i], queries) for i in graph]
         for i, rows in zip(graph, maps, strict=True):  # fused kernels can hide a NaN that is plain to see here
             require_finite(f"the attention map of module '{self._subs[i].name}'", rows)

@@ -138,6 +138,10 @@ class Layout:
         return (self.attention.module or "", self.ffn.module or "") if self.apart else ("",)
 
 
+Blocks = Mapping[str | tuple[str, ...], tuple[Layout, ...]]
+"""Layouts of blocks by the full name of their class, or the names of those in a list."""
+
+
 @dataclass(frozen=True)
 class Known:
     """All that is known of classes, by their full names.
@@ -146,7 +150,7 @@ class Known:
     block that is an ``nn.ModuleList`` goes by the names of the classes in it.
     """
 
-    blocks: Mapping[str | tuple[str, ...], tuple[Layout, ...]]
+    blocks: Blocks
     attentions: Mapping[str, tuple[AttentionLayout, ...]]
     ffns: Mapping[str, tuple[FfnLayout, ...]]
 

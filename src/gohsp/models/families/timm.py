@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, maps_at
-from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+from gohsp.models.families.layout import Blocks, Branch, FfnLayout, Known, Layout
 from gohsp.models.families.positions import along_axes, by_window, cosines, looked_up
 
 Places = list[Place]
@@ -167,7 +167,7 @@ def _block(gain: str | None = None, **more: Any) -> tuple[Layout, ...]:
 
 AFTER = Layout(attention=Branch(module="attn", after="norm1"), ffn=Branch(module="mlp", after="norm2"))
 
-BLOCKS: dict[str, tuple[Layout, ...]] = {
+BLOCKS: Blocks = {
     "timm.models.vision_transformer.Block": _block("ls{}.gamma"),
     "timm.models.naflexvit.NaFlexBlock": _block("ls{}.gamma"),
     "timm.models.vision_transformer.ResPostBlock": (AFTER,),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gohsp.models.attention import Attended, AttentionLayout, maps_at
-from gohsp.models.families.layout import Branch, FfnLayout, Known, Layout
+from gohsp.models.families.layout import Blocks, Branch, FfnLayout, Known, Layout
 
 
 def masked(_attn: Any, q: Tensor, k: Tensor, _args: tuple[Any, ...], given: Mapping[str, Any]) -> Attended:
@@ -49,7 +49,7 @@ FFNS = {
 
 LINEARS = FfnLayout(inputs=("linear1",), readout="linear2")
 
-BLOCKS = {
+BLOCKS: Blocks = {
     "torchvision.models.vision_transformer.EncoderBlock": (
         Layout(
             attention=Branch(module="self_attention", norm="ln_1"),

@@ -39,7 +39,7 @@ def shifted(attn: Any, x: Tensor) -> Windows:
     return Windows(window_partition(x, window).flatten(1, 2), _mask(size, window, shift, x), back)
 
 
-def _mask(size: Sequence[int], window: tuple[int, ...], shift: Sequence[int], like: Tensor) -> Tensor | None:
+def _mask(size: Sequence[int], window: tuple[int, int], shift: Sequence[int], like: Tensor) -> Tensor | None:
     """What keeps those apart in a window that are no neighbours in the image ``[windows, queries, keys]``."""
     if not any(shift):
         return None
