@@ -254,7 +254,7 @@ def _type_of(model: object, to: str, *, int8: bool = False) -> torch.dtype:
     """The type that images are given in.
 
     Raises:
-        UnsupportedModelError: It is no module.
+        UnsupportedModelError: It is no module, or a weight is quantised already.
         NonFiniteError: A weight is NaN or infinite.
         ExportError: A weight is of a type that the target's runtime lacks, or that no file in int8 is made of.
     """
