@@ -198,7 +198,7 @@ def export(
             preprocessing=_preprocessing(model, size),
             class_names=models.class_names(model),
             check=check,
-            int8=calibration and quantised(reference, file, folder / path.name, target, calibration),
+            int8=None if calibration is None else quantised(reference, file, folder / path.name, target, calibration),
             versions=_versions(model, target),
         )
         files.write_atomic(folder / names[-1], as_text(exported))
