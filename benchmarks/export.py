@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     dense = gohsp.open_model(MODEL)
-    command = " ".join(["python benchmarks/export.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/export.py", *sys.argv[1:]])
     head = {
         "command": command,
         "machine": machine(),

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -177,7 +178,7 @@ def main() -> None:
     dense = gohsp.open_model(MODEL, weights=asset(f"models/{MODEL}.safetensors"))
     images = drawn(f"hfds/{asset('data/imagenet-1k-mini')}", options.images, transform_of(dense))
     models = {"dense": dense, "pruned": pruned(dense, images, options.pruned)}
-    command = " ".join(["python benchmarks/int8.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]])
     head = {"command": command, "machine": machine(), "versions": versions("torchao", "onnxruntime")}
     results = read_results(options.results, {**head, "rows": {}, "times": {}})
     if results["command"] != command:

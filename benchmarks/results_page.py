@@ -916,8 +916,8 @@ def int8() -> str | None:
             f"torch {versions['torch']}, torchao {versions['torchao']}, ONNX Runtime {versions['onnxruntime']}; "
             f"{machine['processor']}, {machine['threads']} threads. *Pruned*: "
             f"{share(pruned['params'], dense['params'])} of the parameters, {share(pruned['macs'], dense['macs'])} of "
-            "the MACs, nothing trained. Top-1 is on the 2,278 validation images of both sets (standard error 0.9). Times "
-            "are milliseconds a batch of "
+            "the MACs, nothing trained. Top-1 is on the 2,278 validation images of both sets (standard error 0.9). "
+            "Times are milliseconds a batch of "
             f"{' / '.join(map(str, batches))}, and in brackets how many times as fast that is as the dense model in "
             "float32, both in turns by the same runtime.",
             table(["", "top-1", "size", "time", "time, compiled"], rows),

@@ -18,6 +18,7 @@ from zoo import made
 
 import gohsp
 from gohsp import cli, exporting, files
+from gohsp.data import DataSource
 from gohsp.errors import ExportError, StorageError
 from gohsp.exporting.int8 import Int8, calibration_of, quantised
 from gohsp.models import example_image
@@ -255,13 +256,19 @@ def test_an_int8_file_of_images_alone_is_compared_on_the_one(tmp_path: Path):
 
 def test_the_command_line_gives_images_for_int8(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     gohsp.save(model, tmp_path / "model")
-    given: dict[str, Any] = {}
+    images, drawn, given = [torch.zeros(2, 3, 16, 16)], [], {}
 
     def export(_model: nn.Module, _path: str, _to: str, **options: Any) -> None:
         given.update(options)
         raise ExportError("enough")
 
+    def draw(source: DataSource, split: str, count: int, *, seed: int, **_: Any) -> list[Tensor]:
+        drawn.append((source.source, split, count, seed))
+        return images
+
     monkeypatch.setattr(exporting, "export", export)
+    monkeypatch.setattr("gohsp.data.calibration_images", draw)
     arguments = ["export", str(tmp_path / "model"), "--out", str(tmp_path / "small.onnx")]
-    assert cli.main([*arguments, "--int8", "digits"]) == 1
-    assert (sum(map(len, given["int8"])), given["int8"][0].shape[1:]) == (exporting.INT8_IMAGES, (3, 16, 16))
+    assert cli.main([*arguments, "--int8", "photographs", "--split", "all", "--seed", "3"]) == 1
+    assert drawn == [("photographs", "all", exporting.INT8_IMAGES, 3)]
+    assert given["int8"] is images

@@ -40,7 +40,8 @@ def test_a_pruned_model_is_quantised_by_torchao(how: str, small: nn.Module, tmp_
     with torch.no_grad():
         ours, theirs = small(images), quantised(images)
     assert 1e-4 < float((theirs - ours).norm() / ours.norm()) < 0.05
-    assert sum(map(bytes_of, quantised.parameters())) < 0.5 * sum(map(bytes_of, small.parameters()))
+    # Norms and biases stay, and so does what makes patches, which is no linear map.
+    assert sum(map(bytes_of, quantised.blocks.parameters())) < 0.5 * sum(map(bytes_of, small.blocks.parameters()))  # type: ignore[union-attr]
     with pytest.raises(UnsupportedModelError, match="Prune and save first, and quantise or shard what is loaded"):
         gohsp.save(quantised, tmp_path / "small")
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gohsp
 from gohsp.errors import (
@@ -59,6 +60,13 @@ def where_something_lies(name: str) -> Act:
 
 def int8(images: Any, model: nn.Module | None = None) -> Act:
     return exported(model or Module(), "small.onnx", "onnx", int8=images)
+
+
+def quantised() -> nn.Module:
+    """A weight that is made of others, as those of PyTorch's quantisers are."""
+    model = Module()
+    model.map.weight = nn.Parameter(TwoTensor(model.map.weight.detach(), model.map.weight.detach()))
+    return model
 
 
 def below_a_file(folder: Path) -> None:
@@ -119,6 +127,7 @@ CASES = (
     Refusal("an output that mixes images", returning(Tensor.mean), UnsupportedModelError, "one entry an image first"),
     Refusal("a forward that fixes the batch", returning(lambda x: x.view(len(x), -1)), ExportError, "x.shape[0]"),
     Refusal("another model each time", returning(lambda x: x * next(CALLS)), ExportError, "computes something else"),
+    Refusal("an export of quantised weights", exported(quantised()), UnsupportedModelError, "is a TwoTensor"),
     Refusal("int8 of a target without it", exported(Module(), int8=[]), ExportError, "export to onnx, or quantise"),
     Refusal("int8 of half precision", int8([], Module().half()), ExportError, "an export in int8 takes float32"),
     Refusal("int8 without images", int8([]), DataError, "there are no images"),

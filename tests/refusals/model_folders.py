@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gohsp
 from gohsp.errors import CheckpointError, NonFiniteError, UnsupportedModelError
@@ -93,6 +94,10 @@ def _integers(model: Any) -> None:
     model.head.weight = nn.Parameter(torch.ones(5, 32, dtype=torch.int8), requires_grad=False)
 
 
+def _quantised(model: Any) -> None:
+    model.head.weight = nn.Parameter(TwoTensor(model.head.weight.detach(), model.head.weight.detach()))
+
+
 def _half_of_it(model: Any) -> None:
     model.blocks[0].half()
 
@@ -124,6 +129,7 @@ CASES = (
     Refusal("saving a model with a further module", saving(_further_module), UnsupportedModelError, "adapter.weight"),
     Refusal("saving a model with tied weights", saving(_tied), UnsupportedModelError, "is the same parameter as"),
     Refusal("saving a model with integer weights", saving(_integers), UnsupportedModelError, "Float and Char"),
+    Refusal("saving a model with quantised weights", saving(_quantised), UnsupportedModelError, "quantise or shard it"),
     Refusal("saving a model of mixed precisions", saving(_half_of_it), UnsupportedModelError, "several types"),
     Refusal("saving a weight that is not finite", saving(_no_number), NonFiniteError, "head.weight"),
     Refusal("saving for its library a model whose blocks differ", _differing, UnsupportedModelError,

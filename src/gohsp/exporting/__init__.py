@@ -207,7 +207,7 @@ def export(
             preprocessing=_preprocessing(model, size),
             class_names=models.class_names(model),
             check=check,
-            int8=calibration and quantised(reference, file, folder / path.name, target, calibration),
+            int8=None if calibration is None else quantised(reference, file, folder / path.name, target, calibration),
             versions=_versions(model, target),
         )
         files.write_atomic(folder / names[-1], as_text(exported))
@@ -262,7 +262,7 @@ def _type_of(model: object, to: str, *, int8: bool = False) -> torch.dtype:
     """The type that images are given in.
 
     Raises:
-        UnsupportedModelError: It is no module.
+        UnsupportedModelError: It is no module, or a weight is quantised already.
         NonFiniteError: A weight is NaN or infinite.
         ExportError: A weight is of a type that the target's runtime lacks, or that no file in int8 is made of.
     """

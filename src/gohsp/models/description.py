@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -495,9 +496,15 @@ def check_finite(model: nn.Module) -> None:
     """Check every weight.
 
     Raises:
+        UnsupportedModelError: A tensor is made of others, as quantised and sharded ones are.
         NonFiniteError: A tensor holds NaN or infinite values; the message names the first.
     """
     for name, tensor in model.state_dict().items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise UnsupportedModelError(
+                f"tensor '{name}' is a {type(tensor).__name__}, made of other tensors; give ordinary weights: prune, "
+                "save and export a model first, and quantise or shard it afterwards"
+            )
         if tensor.is_meta:
             raise NonFiniteError(f"tensor '{name}' is on the meta device and holds no values; load the weights first")
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
