@@ -420,6 +420,16 @@ def test_page_shows_the_table_and_the_checks(page: Page) -> None:
     assert "ADMM, cut and fine-tuned" in page.text
 
 
+def test_tables_hold_what_pictures_tell(html: str, tiny: Report) -> None:
+    rows = table_rows(html, "Widths and kept heads")
+    assert [row[6].split(", ") for row in rows] == [
+        [f"{score:.4f}" for score in scores] for scores in tiny.ranking.scores.values()
+    ]
+    epochs = table_rows(html, "Figures of every epoch")
+    assert len(epochs) == 5 + 1 + 2 + 3
+    assert epochs[0] == ["dense", "1", "55.0", "1.100", "1.300"]
+
+
 def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
     page = Page(render_html(parse(one_shot(small))))
     assert "The course of training over the epochs" not in page.labels()
