@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs fmt errors
+.PHONY: demo test check docs fmt errors wheel
 
 demo: $(READY)
 	$(BIN)/gohsp demo --out runs/demo --overwrite
@@ -29,6 +29,9 @@ fmt: $(READY)
 
 errors: $(READY)
 	$(BIN)/python tests/refusals/page.py
+
+wheel: $(READY)
+	$(BIN)/python tests/wheel/check.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import gohsp
-from gohsp import checkpoint, models
+from gohsp import models
 from gohsp.data import Preprocessing
 from gohsp.errors import CheckpointError, NonFiniteError, StorageError, UnsupportedModelError
 from gohsp.structure import AttentionKept, FfnKept, Kept, kept_to_json
@@ -456,7 +456,7 @@ def test_a_hub_id_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.Mon
         asked.append((name, options))
         return str(folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     files = {"allow_patterns": ["config.json", "model.safetensors", "preprocessor_config.json"]}
     assert gohsp.load("someone/small-vit").num_classes == 3
     assert asked.pop() == ("someone/small-vit", {**files, "revision": None, "token": None})
@@ -471,7 +471,7 @@ def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(CheckpointError, match="'no/such/folder' is neither a local folder nor a hub repository"):
         gohsp.load("no/such/folder")  # no repository's name has two slashes: refused without a request
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"neither a local folder nor a hub repository.*no network"):
         gohsp.load("someone/small-vit")
 

@@ -29,7 +29,7 @@ from gohsp.data import (
     sources,
     train_transform,
 )
-from gohsp.errors import DataError
+from gohsp.errors import DataError, MissingPackageError
 
 ASSETS = Path(os.environ.get("GOHSP_ASSETS", Path(__file__).parents[1] / ".." / "shared"))
 
@@ -217,7 +217,7 @@ def test_missing_hfds_folder_is_named(tmp_path: Path):
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'gohsp\[hf\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'gohsp\[hf\]'"):
         open_split(DataSource(source="hfds/some/set"), "train")
 
 

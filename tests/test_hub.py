@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
 
 import gohsp
-from gohsp import hub
+from gohsp import cli
 from gohsp.errors import CheckpointError, ConfigError, PlanError, StorageError
 
 HERE = "me/small"
@@ -71,7 +71,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     fake = Hub(tmp_path / "hub")
-    monkeypatch.setattr(hub, "HfApi", fake)
+    monkeypatch.setattr("huggingface_hub.HfApi", fake)
     return fake
 
 
@@ -220,3 +220,46 @@ def test_a_description_of_another_model_is_refused(small: nn.Module, make_model:
     gohsp.save(small, tmp_path)
     with pytest.raises(PlanError):
         gohsp.model_card(tmp_path, HERE, dense=gohsp.describe(make_model(depth=3)))
+
+
+# The command line, and models of others
+
+
+def test_the_command_line_pushes_a_folder(
+    there: Hub, small: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    gohsp.save(small, tmp_path / "small")
+    arguments = ["push", str(tmp_path / "small"), HERE, "--private", "--license", "mit", "--base-model", "timm/vit"]
+    assert cli.main(arguments) == 0
+    (commit,) = re.findall(r"commit (\w+)", capsys.readouterr().out)
+    assert there.private
+    assert {"license": "mit", "base_model": "timm/vit"}.items() <= ModelCard(there.card(commit)).data.to_dict().items()
+    assert loads(images, small, revision=commit)
+    (tmp_path / "card.md").write_text("Mine: ä\n", encoding="utf-8")
+    assert cli.main(["push", str(tmp_path / "small"), HERE, "--card", str(tmp_path / "card.md")]) == 0
+    (commit,) = re.findall(r"commit (\w+)", capsys.readouterr().out)
+    assert there.card(commit) == "Mine: ä\n"
+    assert cli.main(["push", str(tmp_path / "small"), HERE, "--card", str(tmp_path / "small")]) == 1
+    assert "card '" in capsys.readouterr().err
+
+
+def test_a_model_is_opened_at_any_revision(
+    there: Hub, small: nn.Module, model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    first = gohsp.push_to_hub(small, HERE)
+    gohsp.push_to_hub(model, HERE)
+    for revision, pushed in ((first, small), (None, model)):
+        with torch.no_grad():
+            opened = gohsp.open_model(HERE, pretrained=True, revision=revision, token=False)
+            assert torch.equal(opened(images), pushed(images))
+    assert cli.ModelOptions(pretrained=True, revision=first).open(HERE).blocks[0].mlp.fc1.out_features == 8
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        raise OSError("enough")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match="enough"):
+        gohsp.open_model(HERE, pretrained=True, revision="v1", token="hf_secret")
+    assert (asked["name"], asked["revision"], asked["token"]) == (HERE, "v1", "hf_secret")

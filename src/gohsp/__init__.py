@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         count_macs,
         count_params,
     )
+    from gohsp.trackers import tracking
 
 _HOMES = {
     "api": ("CutModel", "Pruned", "allocate", "cut", "finetune", "heal", "measure_curves", "prune", "rank"),
@@ -72,6 +73,7 @@ _HOMES = {
         "count_macs",
         "count_params",
     ),
+    "trackers": ("tracking",),
 }
 """The public names by the module that each is defined in."""
 
@@ -125,6 +127,7 @@ __all__ = [
     "run",
     "save",
     "save_plain",
+    "tracking",
 ]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from gohsp.errors import MissingPackageError, require_packages
+
 
 def main() -> int:
     """Entry point; returns the exit status."""
     try:
+        require_packages("the command line", "cli", "huggingface_hub", "rich", "tyro")
         from gohsp.cli import main as command_line
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"error: the command line needs {error.name}: pip install 'gohsp[cli]'\n")
+    except MissingPackageError as error:
+        sys.stderr.write(f"error: {error}\n")
         return 1
     return command_line()
 

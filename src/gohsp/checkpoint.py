@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError, one_line
+from gohsp.errors import CheckpointError, DataError, PlanError, UnsupportedModelError, one_line, require_packages
 from gohsp.files import save_tensors, write_atomic
 from gohsp.models.libraries.processor import ImageProcessor
 from gohsp.structure import (
@@ -499,12 +498,16 @@ def local_folder(
 
     Raises:
         CheckpointError: It is neither, or a local folder with a revision.
+        MissingPackageError: It is no folder, and the hub's client is not installed.
     """
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"'{folder}' is a local folder, which has no revision {revision!r}; leave it out")
         return folder
+    require_packages(f"'{folder}', which is no folder,", "hub", "huggingface_hub")
+    from huggingface_hub import snapshot_download  # models of local folders need none
+
     try:
         return Path(
             snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=list(files))

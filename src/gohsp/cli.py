@@ -1,4 +1,4 @@
-"""The command line: ``gohsp demo | rank | prune | evaluate | bench | export | report``. Each verb is a dataclass."""
+"""The command line, ``gohsp VERB``: demo, rank, prune, evaluate, bench, export, push, report. A verb is a dataclass."""
 
 from __future__ import annotations
 
@@ -26,18 +26,28 @@ from rich.table import Column, Table
 from torch import nn
 
 from gohsp import config as configs
-from gohsp import console, data, exporting, files, models, opening, report, runs
+from gohsp import console, data, exporting, files, hub, models, opening, report, runs
 from gohsp.api import rank
 from gohsp.benchmark import Benchmark, Spread, bench
 from gohsp.config import Config, Dtype
 from gohsp.core.ranking import RankingSettings
-from gohsp.errors import GohspError, PlanError, StorageError
+from gohsp.errors import ConfigError, GohspError, PlanError, StorageError
 from gohsp.evaluation import evaluate
 from gohsp.report import Report as RunReport
 from gohsp.runs import folder as folders
-from gohsp.runtime import Device, Precision, pick_device, require_one_process, resolve_precision, telling
+from gohsp.runtime import (
+    Device,
+    Precision,
+    Progress,
+    ProgressCallback,
+    pick_device,
+    require_one_process,
+    resolve_precision,
+    telling,
+)
 from gohsp.settings import POSITIVE, SEED, WORKERS, require, whole
 from gohsp.structure import SublayerWidths, widths_from_json
+from gohsp.trackers import tracking
 
 Positional = tyro.conf.Positional
 T = TypeVar("T")
@@ -86,6 +96,12 @@ class ModelOptions:
     """A .safetensors, .pth, .pt or .bin file, for a name or in place of a folder's; tensors alone are read of it."""
     pretrained: bool = False
     """Fetch the weights that timm, torchvision or the hub has under the name."""
+    revision: str | None = None
+    """Branch, tag or hash of a commit, of OWNER/NAME on the hub; by default its main branch."""
+
+    def open(self, name: str) -> nn.Module:
+        """The model."""
+        return opening.open_model(name, weights=self.weights, pretrained=self.pretrained, revision=self.revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +131,7 @@ class Rank:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Rank."""
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.open(self.model)
         names = [sub.name for sub in models.describe(model).attentions]
         if self.attention not in (None, *names):
             raise PlanError(f"--attention must be one of {names}, got '{self.attention}'")
@@ -182,6 +198,8 @@ class Prune:
     """Go on with the run that the folder holds."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
+    tracker: tuple[str, ...] = ()
+    """Experiment trackers to log every epoch of training to, such as tensorboard or wandb; they are installed apart."""
     source: Flat[ModelOptions] = field(default_factory=ModelOptions)
     settings: Flat[Config] = field(default_factory=Config)
 
@@ -189,7 +207,7 @@ class Prune:
         """Prune."""
         inputs = {"the settings file": self.config, "the plan": self.plan}
         folders.check(self.out, resume=self.resume, overwrite=self.overwrite, inputs=inputs)
-        with console.progress() as progress:
+        with _followed(self.tracker, Path(self.out) / "logs", self.settings) as progress:
             result = runs.run(
                 self.model,
                 self.data,
@@ -198,6 +216,7 @@ class Prune:
                 config=self.settings,
                 weights=self.source.weights,
                 pretrained=self.source.pretrained,
+                revision=self.source.revision,
                 exclude=self.exclude,
                 widths=read_plan(self.plan) if self.plan else None,
                 resume=self.resume,
@@ -206,6 +225,22 @@ class Prune:
                 progress=progress,
             )
         show_summary(result.report, result.folder)
+
+
+@contextmanager
+def _followed(trackers: Sequence[str], logs: Path, config: Config) -> Iterator[ProgressCallback]:
+    """Bars of progress, and the trackers that are asked for."""
+    with console.progress() as bars:
+        if not trackers:
+            yield bars
+            return
+        with tracking(trackers, logs, config=config) as tracked:
+
+            def tell(news: Progress) -> None:
+                bars(news)
+                tracked(news)
+
+            yield tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +271,7 @@ class Evaluate:
 
     def __call__(self, _command: Sequence[str]) -> None:
         """Evaluate."""
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.open(self.model)
         models.require_classifier(model)
         device = pick_device("auto")
         split = data.open_split(data.DataSource(source=self.data), self.split)
@@ -287,7 +322,7 @@ class Export:
     def __call__(self, _command: Sequence[str]) -> None:
         """Export."""
         exporting.require_target(self.out, self.to, overwrite=self.overwrite)
-        model = opening.open_model(self.model, weights=self.source.weights, pretrained=self.source.pretrained)
+        model = self.source.open(self.model)
         with console.notes.status("exporting"):
             done = exporting.export(model, self.out, self.to, tolerance=self.tolerance, overwrite=self.overwrite)
         for port in (done.input, done.output):
@@ -385,6 +420,45 @@ def _spread(of: Spread) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Push:
+    """Upload a model with its card to the Hugging Face hub. Log in once with `hf auth login`, or set HF_TOKEN."""
+
+    folder: Positional[Path]
+    """A folder that a run or gohsp.save wrote."""
+    repository: Positional[str]
+    """OWNER/NAME; it is made if it is not there."""
+    license: str | None = None
+    """The base model's licence, as the hub calls it, such as apache-2.0."""
+    base_model: str | None = None
+    """The hub's OWNER/NAME of the model that was pruned."""
+    card: Path | None = None
+    """A file with a card of your own."""
+    private: bool = False
+    """Make a private repository; one that is there must be private."""
+
+    def __call__(self, _command: Sequence[str]) -> None:
+        """Push."""
+        card = None if self.card is None else _read_card(self.card)
+        with console.notes.status("uploading"):
+            commit = hub.push_to_hub(
+                self.folder,
+                self.repository,
+                license=self.license,
+                base_model=self.base_model,
+                card=card,
+                private=self.private or None,
+            )
+        _say(f"pushed {self.folder} to https://huggingface.co/{self.repository}, commit {commit}")
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"card '{path}' cannot be read ({error}); give a text in UTF-8") from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write a run's report.html again from its report.json, and print the summary."""
 
@@ -440,6 +514,7 @@ VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "bench": Bench,
     "export": Export,
+    "push": Push,
     "report": Report,
 }
 

@@ -6,6 +6,7 @@ Every message names what was given, what is allowed and what to do about it.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Sequence
 
 MOST = 300
@@ -58,6 +59,26 @@ class EqualityError(GohspError):
 
 class ExportError(GohspError):
     """A model that a target cannot hold, or an exported file that computes something else."""
+
+
+class MissingPackageError(GohspError, ImportError):
+    """A package of one of gohsp's extras, which is needed and not installed."""
+
+
+def require_packages(what: str, extra: str, *packages: str) -> None:
+    """Check that packages are installed, without importing them.
+
+    Args:
+        what: What needs them, for the message.
+        extra: The extra of gohsp's that brings them.
+        packages: Names that they are imported by.
+
+    Raises:
+        MissingPackageError: One is not there.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(f"{what} needs {', '.join(missing)}: pip install 'gohsp[{extra}]'")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,14 +12,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from gohsp import checkpoint, models, report
 from gohsp.checkpoint import FILES, PROCESSOR, WEIGHTS, ModelConfig, Token
-from gohsp.errors import CheckpointError, ConfigError, GohspError, StorageError, UnsupportedModelError, one_line
+from gohsp.errors import (
+    CheckpointError,
+    ConfigError,
+    GohspError,
+    StorageError,
+    UnsupportedModelError,
+    one_line,
+    require_packages,
+)
 from gohsp.files import storing, write_atomic
 from gohsp.report import quantity, relative, signed
 from gohsp.structure import (
@@ -102,6 +107,7 @@ def push_to_hub(
         CheckpointError: The folder holds no model of gohsp's.
         UnsupportedModelError: The model cannot be saved.
         StorageError: The hub does not take it, or cannot be reached.
+        MissingPackageError: The hub's client is not installed.
     """
     _require_names(repository, license, base_model)
     if card is not None and not license is base_model is dense is None:
@@ -151,6 +157,8 @@ def model_card(
         RunError: The report in the folder is damaged.
     """
     _require_names(repository, license, base_model)
+    from huggingface_hub import ModelCardData
+
     folder = Path(folder)
     config, outline = checkpoint.read_config(folder), checkpoint.outline(folder)
     front = ModelCardData(
@@ -176,6 +184,10 @@ def model_card(
 
 
 def _require_names(repository: str, license: str | None, base_model: str | None) -> None:
+    require_packages("sharing a model", "hub", "huggingface_hub")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     named = (
         ("repository", repository, "me/small"),
         ("base_model", base_model, "timm/deit_tiny_patch16_224.fb_in1k"),
@@ -299,8 +311,11 @@ def _loading(config: ModelConfig, outline: nn.Module | None, repository: str) ->
         images, how = f"torch.rand(1, {channels}, {height}, {width})", ")"
     code = f'model = gohsp.load("{repository}"{how}\noutput = model({images})'
     imports = "import gohsp" if outline is None else "import gohsp, torch"
-    parts = ["## How to load it", "`pip install gohsp`, then", f"```python\n{imports}\n\n{code}\n```"]
-    if outline is not None and config.preprocessing.mean:
+    prepared = outline is not None and bool(config.preprocessing.mean)
+    extras = dict.fromkeys(name for name in ("hub", config.library, "timm" if prepared else None) if name)
+    install = f"`pip install 'gohsp[{','.join(extras)}]'`, then"
+    parts = ["## How to load it", install, f"```python\n{imports}\n\n{code}\n```"]
+    if prepared:
         made = "transform = data.eval_transform(data.Preprocessing.from_model(model))"
         parts.append(f"PIL images are prepared by `from gohsp import data` and `{made}`.")
     return parts
@@ -335,6 +350,8 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _uploaded(folder: Path, repository: str, private: bool | None, token: Token) -> str:
     """Upload a folder; the hash of the commit."""
+    from huggingface_hub import HfApi
+
     version = importlib.metadata.version("gohsp")
     hub = HfApi(token=token, library_name="gohsp", library_version=version)
     try:

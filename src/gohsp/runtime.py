@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -32,11 +32,14 @@ class Progress:
         step: What is being done, such as ``damage curves``.
         done: Pieces of work done.
         total: Pieces of work in all.
+        metrics: What an epoch of training measured, once it is over: ``epoch``, ``train_loss``, ``learning_rate``,
+            ``seconds`` and, where it was scored, ``top1`` and ``loss``; empty of everything else.
     """
 
     step: str
     done: int
     total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -47,14 +50,14 @@ def unheard(_progress: Progress) -> None:
 
 
 @contextmanager
-def telling(progress: ProgressCallback, step: str, total: int) -> Iterator[Callable[[], None]]:
-    """Tell of ``total`` pieces of work; call what is yielded after each."""
+def telling(progress: ProgressCallback, step: str, total: int) -> Iterator[Callable[..., None]]:
+    """Tell of ``total`` pieces of work; call what is yielded after each, or after none with what was measured."""
     done = 0
 
-    def advance() -> None:
+    def advance(pieces: int = 1, **metrics: float) -> None:
         nonlocal done
-        done += 1
-        progress(Progress(step, done, total))
+        done += pieces
+        progress(Progress(step, done, total, metrics))
 
     progress(Progress(step, 0, total))
     yield advance

@@ -13,9 +13,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from gohsp import files
@@ -23,7 +20,7 @@ from gohsp.config import StageSettings, TrainingSettings
 from gohsp.core import admm
 from gohsp.core.capture import autocast, device_of
 from gohsp.core.objective import tensor_in
-from gohsp.errors import CheckpointError, ConfigError, NonFiniteError, nearest
+from gohsp.errors import CheckpointError, ConfigError, NonFiniteError, nearest, require_packages
 from gohsp.evaluation import Metrics
 from gohsp.runtime import ProgressCallback, fast_attention, telling, unheard
 
@@ -69,7 +66,11 @@ def require_optimizer(name: str) -> None:
 
     Raises:
         ConfigError: It has none of that name.
+        MissingPackageError: timm is not installed.
     """
+    require_packages("training", "train", "timm")
+    from timm.optim import list_optimizers  # pruning alone trains nothing, and needs no timm
+
     known = [str(known) for known in list_optimizers()]
     if name not in known:
         raise ConfigError(f"training.optimizer '{name}' is unknown; {nearest(name, known)}")
@@ -114,7 +115,7 @@ def train(
         refresh: Called with ADMM's state between epochs, to measure second moments anew.
         checkpoint: File for resuming; its name gets a hash (:func:`gohsp.files.seal`).
         schedule: Of the rate: down a cosine to 1 % of its peak, or constant.
-        progress: Is told of every step.
+        progress: Is told of every step, and of what each epoch measured.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.
@@ -149,6 +150,8 @@ def train(
             )
             if checkpoint is not None:
                 run.save(checkpoint, epoch + 1, curve, state)
+            measured = {name: value for name, value in asdict(curve[-1]).items() if value is not None}
+            advance(0, **measured)
     model.eval()
     return StageResult(tuple(curve), state)
 
@@ -174,6 +177,10 @@ class _Run:
         num_classes: int,
         teacher: nn.Module | None,
     ) -> None:
+        from timm.data import Mixup
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+
         self.settings, self.loader, self.precision, self.device = settings, loader, precision, device_of(model)
         self.model = self.student = model
         self.teacher = teacher.eval() if teacher is not None and settings.distillation > 0 else None

@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from gohsp.errors import CheckpointError
-from gohsp.models.libraries import create
 from gohsp.models.libraries.arguments import ARGUMENTS, check_arguments
+from gohsp.models.libraries.timm import make as create
 
 VALID: dict[str, tuple[Any, ...]] = {
     "img_size": (16, [16, 32], (32, 16)),

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import gohsp
-from gohsp.errors import ConfigError, ExportError, NonFiniteError, StorageError, UnsupportedModelError
+from gohsp.errors import (
+    ConfigError,
+    ExportError,
+    MissingPackageError,
+    NonFiniteError,
+    StorageError,
+    UnsupportedModelError,
+)
 from refusals import Refusal
 
 TITLE = "Exporting"
@@ -79,7 +86,7 @@ CASES = (
     Refusal(
         "an export whose packages are missing",
         without("openvino", "small.xml", "openvino"),
-        ExportError,
+        MissingPackageError,
         "needs openvino: pip install 'gohsp[openvino]'",
     ),
     Refusal("a tolerance of 0", exported(Module(), tolerance=0), ConfigError, "tolerance must be"),

@@ -52,6 +52,10 @@ CASES = (
             "holds no config.json"),
     Refusal("an upload without a network", without_network(pushed()), StorageError, "cannot be written on the hub"),
     Refusal("a revision of a local folder", revision_of_a_folder, CheckpointError, "leave it out"),
+    Refusal("a revision of a name of timm's", lambda _: gohsp.open_model("vit_tiny_patch16_224", revision="v1"),
+            CheckpointError, "revision and token are for OWNER/NAME"),
+    Refusal("a revision of a hub's repository without asking for its weights",
+            lambda _: gohsp.open_model("me/small", revision="v1"), CheckpointError, "with its pretrained weights"),
     Refusal("a hub's revision that is not there", without_network(lambda _: gohsp.load("me/small", revision="v9")),
             CheckpointError, "at revision 'v9'"),
 )  # fmt: skip

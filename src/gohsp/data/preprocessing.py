@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms import Compose
 
 from gohsp import models
-from gohsp.errors import DataError, nearest
+from gohsp.errors import DataError, nearest, require_packages
 
 Augment = Literal["none", "light", "strong"]
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -83,6 +81,9 @@ class Preprocessing:
                 "'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9, 'interpolation': 'bicubic'}, or prune in memory, on images "
                 "that are preprocessed: gohsp.prune(model, images, budget)"
             )
+        require_packages("a model's preprocessing", "timm", "timm")
+        from timm.data import resolve_model_data_config
+
         config: dict[str, Any] = resolve_model_data_config(model)
         channels, height, width = models.input_size(model)
         mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -110,17 +111,8 @@ def eval_transform(preprocessing: Preprocessing, *, normalize: bool = True) -> T
         A function from a PIL image of any mode to a float32 tensor [channels, height, width], uint8 without
         ``normalize``.
     """
-    return _with_mode(
-        preprocessing,
-        create_transform(
-            preprocessing.image_size,
-            interpolation=preprocessing.interpolation,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            crop_pct=preprocessing.crop_pct,
-            crop_mode=preprocessing.crop_mode,
-            normalize=normalize,
-        ),
+    return _created(
+        preprocessing, crop_pct=preprocessing.crop_pct, crop_mode=preprocessing.crop_mode, normalize=normalize
     )
 
 
@@ -145,29 +137,35 @@ def train_transform(preprocessing: Preprocessing, *, augment: Augment = "light",
     if augment == "none":
         return eval_transform(preprocessing)
     strong = augment == "strong"
-    return _with_mode(
+    return _created(
         preprocessing,
-        create_transform(
-            preprocessing.image_size,
-            is_training=True,
-            scale=(0.35, 1.0),
-            hflip=0.5 if mirror else 0.0,
-            color_jitter=None,  # pyrefly: ignore[bad-argument-type] (timm tests for None)
-            # DeiT's setting, its noisy magnitude capped at 9: at 10, posterising keeps no bit, which makes a
-            # black image in older versions of Pillow and raises in newer ones.
-            auto_augment="rand-m9-mstd0.5-mmax9-inc1" if strong else None,
-            re_prob=0.25 if strong else 0.0,
-            re_mode="pixel",
-            interpolation=preprocessing.interpolation,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-        ),
+        is_training=True,
+        scale=(0.35, 1.0),
+        hflip=0.5 if mirror else 0.0,
+        color_jitter=None,
+        # DeiT's setting, its noisy magnitude capped at 9: at 10, posterising keeps no bit, which makes a
+        # black image in older versions of Pillow and raises in newer ones.
+        auto_augment="rand-m9-mstd0.5-mmax9-inc1" if strong else None,
+        re_prob=0.25 if strong else 0.0,
+        re_mode="pixel",
     )
 
 
-def _with_mode(preprocessing: Preprocessing, transform: Any) -> Transform:
+def _created(preprocessing: Preprocessing, **options: Any) -> Transform:
+    """Timm's transform, behind what makes an image grey or RGB."""
+    require_packages("the preprocessing of images", "timm", "timm")
+    from timm.data import create_transform  # it takes seconds to import, and images that are tensors need none
+
+    transform: Any = create_transform(
+        preprocessing.image_size,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        **options,
+    )
     mode = "L" if preprocessing.channels == 1 else "RGB"
-    return Compose([functools.partial(_convert, mode=mode), *transform.transforms])
+    transform.transforms.insert(0, functools.partial(_convert, mode=mode))
+    return transform
 
 
 def _convert(image: Image.Image, *, mode: str) -> Image.Image:

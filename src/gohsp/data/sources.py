@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from gohsp.data import folders
-from gohsp.errors import DataError, listed, nearest
+from gohsp.errors import DataError, listed, nearest, require_packages
 
 logger = logging.getLogger(__name__)
 
@@ -366,12 +366,9 @@ class _HfdsSplit(Split):
     """
 
     def __init__(self, source: DataSource, name: str, split: str) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise DataError(
-                f"source '{source.source}' needs the package 'datasets': pip install 'gohsp[hf]'"
-            ) from error
+        require_packages(f"source '{source.source}'", "hf", "datasets")
+        import datasets
+
         try:
             builder = datasets.load_dataset_builder(name)
             builder.download_and_prepare()
@@ -585,6 +582,7 @@ class _DigitsSplit(Split):
     def __init__(self, split: str) -> None:
         if split not in self.SPLITS:
             raise DataError(f"source 'digits' has no split '{split}'; {nearest(split, self.SPLITS)}")
+        require_packages("source 'digits'", "cli", "sklearn")
         from sklearn.datasets import load_digits  # scikit-learn takes a second to import
         from sklearn.model_selection import train_test_split
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +27,16 @@ from torch import Tensor, nn
 from gohsp import files, models
 from gohsp.core.objective import tensor_in
 from gohsp.data import Preprocessing
-from gohsp.errors import ConfigError, DataError, ExportError, StorageError, UnsupportedModelError, nearest, one_line
+from gohsp.errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    StorageError,
+    UnsupportedModelError,
+    nearest,
+    one_line,
+    require_packages,
+)
 from gohsp.exporting import onnx, openvino, program, traced
 from gohsp.settings import POSITIVE, require
 
@@ -145,8 +153,9 @@ def export(
         overwrite: Whether to replace an earlier export.
 
     Raises:
-        ExportError: A package of the target is not installed; the model cannot be traced, or not be converted, its
-            weights are of a type that the target's runtime lacks; the file computes something else.
+        MissingPackageError: A package of the target is not installed.
+        ExportError: The model cannot be traced or converted; its weights are of a type that the target's runtime lacks;
+            the file computes something else.
         UnsupportedModelError: The model cannot compute such images, or no tensor is found in what it returns.
         NonFiniteError: A weight or output is NaN or infinite.
         ConfigError: No such target, or a tolerance that is no number above 0.
@@ -192,7 +201,7 @@ def require_target(path: str | Path, to: str, *, overwrite: bool) -> ModuleType:
 
     Raises:
         ConfigError: No such target.
-        ExportError: A package is not installed.
+        MissingPackageError: A package is not installed.
         StorageError: The file has another suffix, or it or one beside it exists and is not to be replaced.
     """
     if to not in TARGETS:
@@ -205,9 +214,7 @@ def require_target(path: str | Path, to: str, *, overwrite: bool) -> ModuleType:
         raise StorageError(
             f"'{path}' cannot be the file of an export to {to}; name one that ends in {target.SUFFIX}{other}"
         )
-    missing = [name for name in target.NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"an export to {to} needs {', '.join(missing)}: pip install 'gohsp[{to}]'")
+    require_packages(f"an export to {to}", to, *target.NEEDS)
     there = [name for name in _names(path, target) if path.with_name(name).exists()]
     if there and not overwrite:
         raise StorageError(

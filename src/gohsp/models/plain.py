@@ -22,7 +22,7 @@ from gohsp.files import storing
 from gohsp.models import families
 from gohsp.models.description import blocks_of, describe
 from gohsp.models.families import Reading, class_name
-from gohsp.models.libraries import LIBRARIES, fit_problems, library_of, listed, output_problems
+from gohsp.models.libraries import LIBRARIES, fit_problems, library, library_of, listed, output_problems
 from gohsp.models.libraries.shape import shape_of
 from gohsp.structure import FIELDS, KINDS, PARAMS, Absent, Ffn, Kind, Network, Sublayer, Widths
 
@@ -48,16 +48,16 @@ def sayable(model: nn.Module, network: Network, settings: WidthSettings) -> Netw
         UnsupportedModelError: No library's model holds all blocks, or its settings can say nothing of what may be cut.
     """
     name, part = _library_part(model, network)
-    library = LIBRARIES[str(library_of(part))]
+    maker = library(str(library_of(part)))
     problems = []
     for kinds in SAYABLE:
         tried = replace(
-            network, sublayers=tuple(_held(sub, kinds, library.units_step(part)) for sub in network.sublayers)
+            network, sublayers=tuple(_held(sub, kinds, maker.units_step(part)) for sub in network.sublayers)
         )
         least = allocation.smallest(tried, settings, uniform=True)
         if least == network.widths:
             continue
-        problem = _problem(library, name, part, network, least)
+        problem = _problem(maker, name, part, network, least)
         if problem is None:
             _say_what_is_held(library_of(part), part, network, tried)
             return tried
@@ -93,13 +93,13 @@ def _held(sub: Sublayer, kinds: frozenset[Kind], step: int | None) -> Sublayer:
     return replace(sub, prunable=sub.prunable & kinds, removable=False)
 
 
-def _problem(library: ModuleType, name: str, part: nn.Module, network: Network, widths: Widths) -> str | None:
+def _problem(maker: ModuleType, name: str, part: nn.Module, network: Network, widths: Widths) -> str | None:
     """What keeps settings from saying widths: nothing where the model that they make has these and is else the same."""
     prefix = f"{name}." if name else ""
     wanted = {sub.removeprefix(prefix): of for sub, of in widths.items()}
     try:
         with torch.device("meta"):
-            made = library.make_plain(part, library.plain_settings(part, shape_of(network, widths)))
+            made = maker.make_plain(part, maker.plain_settings(part, shape_of(network, widths)))
         found, outside = _made_of(made)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError, UnsupportedModelError) as error:
         return str(error)
@@ -121,12 +121,12 @@ def _made_of(model: nn.Module) -> tuple[Widths, int]:
     return {sub.name: sub.widths for sub in subs}, sum(map(torch.Tensor.numel, model.parameters())) - inside
 
 
-def _say_what_is_held(library: str | None, part: nn.Module, network: Network, tried: Network) -> None:
+def _say_what_is_held(name: str | None, part: nn.Module, network: Network, tried: Network) -> None:
     before, after = ({kind for sub in of.present for kind in sub.prunable} for of in (network, tried))
     if held := [FIELDS[kind] for kind in KINDS if kind in before - after]:
         logger.warning(
             "uniform: %s's settings cannot say %s of a %s, which stay as they are",
-            library,
+            name,
             ", ".join(held),
             type(part).__name__,
         )
@@ -144,11 +144,11 @@ def plain(model: nn.Module) -> tuple[nn.Module, Any]:
         raise UnsupportedModelError(
             f"a {class_name(model)} is no model of {', '.join(LIBRARIES)}; give the model inside it that is"
         )
-    library, weight, state = LIBRARIES[name], next(model.parameters()), model.state_dict()
+    maker, weight, state = library(name), next(model.parameters()), model.state_dict()
     try:
-        settings = library.plain_settings(model, shape_of(network, network.widths))
+        settings = maker.plain_settings(model, shape_of(network, network.widths))
         with torch.random.fork_rng(devices=[]):  # new weights are drawn, and go again
-            made = library.make_plain(model, settings).to(weight.device, weight.dtype)
+            made = maker.make_plain(model, settings).to(weight.device, weight.dtype)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise UnsupportedModelError(f"{name} cannot make this model by settings alone: {error}") from error
     differences = fit_problems(made.state_dict(), state)
@@ -192,4 +192,4 @@ def save_plain(model: nn.Module, folder: str | Path) -> None:
     made, settings = plain(model)
     with storing(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        LIBRARIES[str(library_of(model))].save_plain(made, settings, Path(folder))
+        library(str(library_of(model))).save_plain(made, settings, Path(folder))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from gohsp import checkpoint, models
-from gohsp.errors import CheckpointError
-from gohsp.opening import timm, torchvision, transformers, weights
+from gohsp.checkpoint import Token
+from gohsp.errors import CheckpointError, require_packages
+from gohsp.opening import torchvision, transformers, weights
 
 FILES = (checkpoint.CONFIG, checkpoint.PROCESSOR, weights.INDEX, "model*.safetensors")
 """What is fetched of a repository on the hub."""
+
+HUB = ("hf-hub:", "hf_hub:")
+"""Marks of what timm reads from the hub itself."""
 
 
 def brings_arguments(name: object) -> bool:
@@ -33,7 +39,7 @@ def _is_hub_id(name: object) -> bool:
 
 def is_on_hub(name: str) -> bool:
     """Whether a name is that of a repository on the hub, which is opened with its weights or not at all."""
-    return not _is_folder(name) and (_is_hub_id(name) or name.lower().startswith(timm.HUB))
+    return not _is_folder(name) and (_is_hub_id(name) or name.lower().startswith(HUB))
 
 
 def open_model(
@@ -43,6 +49,8 @@ def open_model(
     pretrained: bool = False,
     arguments: Mapping[str, Any] | None = None,
     new_classifier: bool = False,
+    revision: str | None = None,
+    token: Token = None,
 ) -> nn.Module:
     """Open what the command line calls MODEL: a folder of gohsp, timm or transformers, or a name.
 
@@ -61,29 +69,45 @@ def open_model(
         pretrained: Whether to fetch the weights that timm, torchvision or the hub has.
         arguments: Arguments of the architecture, such as ``img_size``, for a name of timm's or torchvision's.
         new_classifier: Whether the classifier may be new, where its shape differs from that of the weights.
+        revision: Branch, tag or hash of a commit, of ``OWNER/NAME`` on the hub; None is its main branch.
+        token: For a private ``OWNER/NAME``; None is that of ``hf auth login`` or ``HF_TOKEN``, if any, and False none.
 
     Returns:
         The model, in evaluation mode. Where its library tells, ``pretrained_cfg`` holds what it does with an image.
 
     Raises:
         CheckpointError: Nothing fits ``name``; an argument that is not allowed; weights that are given twice, cannot be
-            fetched or read, or do not fit.
+            fetched or read, or do not fit; a revision or a token of what is not on the hub.
+        MissingPackageError: The model's library is not installed.
         UnsupportedModelError: The architecture cannot be pruned.
         NonFiniteError: A weight is NaN or infinite.
     """
     if weights and pretrained:
         raise CheckpointError("give either a weights file or pretrained weights, not both")
     file, given = None if weights is None else Path(weights), arguments or {}
+    on_hub = pretrained and _is_hub_id(name) and not _is_folder(name)
+    if not on_hub and (revision, token) != (None, None):
+        raise CheckpointError(
+            "revision and token are for OWNER/NAME on the hub with its pretrained weights, and not for "
+            f"'{name}'; leave them out"
+        )
     if _is_folder(name):
         model = _from_folder(Path(name), file, pretrained, given)
-    elif pretrained and _is_hub_id(name):
-        model = _from_folder(checkpoint.local_folder(str(name), FILES), None, False, given)
+    elif on_hub:
+        folder = checkpoint.local_folder(str(name), FILES, revision=revision, token=token)
+        model = _from_folder(folder, None, False, given)
     elif str(name).startswith(torchvision.MARK):
         model = torchvision.from_name(str(name), file, pretrained, given, new_classifier)
     else:
-        model = timm.from_name(str(name), file, pretrained, given, new_classifier)
+        model = _timm(f"'{name}', which is no folder,").from_name(str(name), file, pretrained, given, new_classifier)
     models.check_finite(model)
     return model.eval()
+
+
+def _timm(what: str) -> ModuleType:
+    """How timm's models are opened, for which alone timm is needed."""
+    require_packages(what, "timm", "timm")
+    return importlib.import_module("gohsp.opening.timm")
 
 
 def _from_folder(folder: Path, file: Path | None, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
@@ -98,7 +122,7 @@ def _from_folder(folder: Path, file: Path | None, pretrained: bool, arguments: M
     if "architectures" in keys:
         return transformers.from_folder(folder, content, file)
     if "architecture" in keys:
-        return timm.from_folder(folder, content, file)
+        return _timm(f"'{folder}'").from_folder(folder, content, file)
     raise CheckpointError(
         f"'{folder / checkpoint.CONFIG}' has no 'format_version', as gohsp writes it, no 'architectures', as "
         "transformers does, and no 'architecture', as timm does; give a folder that one of these wrote"

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from gohsp import checkpoint, models
 from gohsp.errors import CheckpointError, one_line
+from gohsp.models.libraries import timm as library
 from gohsp.models.libraries.arguments import check_arguments
-from gohsp.opening import weights
+from gohsp.opening import HUB, weights
 from gohsp.opening.outline import outline_of
 
 logger = logging.getLogger(__name__)
 
-HUB = ("hf-hub:", "hf_hub:")
 _PATCHES = "patch_embed.proj.weight"
 """A tensor of every ViT, and so the place where a prefix of its names is seen."""
 
@@ -131,7 +131,7 @@ def _check_hub(name: str, pretrained: bool) -> None:
 
 def _created(name: str, arguments: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     try:
-        return models.create(name, arguments, pretrained=pretrained)
+        return library.make(name, arguments, pretrained=pretrained)
     except Exception as error:  # errors of timm, the hub's client and its HTTP library have no base class in common
         if pretrained:
             raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohsp import models
-from gohsp.errors import CheckpointError, one_line
+from gohsp.errors import CheckpointError, one_line, require_packages
 from gohsp.models.libraries import torchvision as library
 from gohsp.opening import weights
 from gohsp.opening.outline import outline_of
@@ -23,6 +23,7 @@ def from_name(
     name: str, file: Path | None, pretrained: bool, arguments: Mapping[str, Any], new_classifier: bool
 ) -> nn.Module:
     """A model by ``torchvision:NAME``; see :func:`gohsp.open_model`."""
+    require_packages(f"'{name}'", "torchvision", "torchvision")
     inner = name.removeprefix(MARK)
     sizes = library.arguments_of(inner, f"'{name}'", with_weights=pretrained)
     spec = {"library": "torchvision", "architecture": "VisionTransformer", "arguments": {**sizes, **arguments}}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gohsp import files
-from gohsp.errors import RunError
+from gohsp.errors import RunError, require_packages
 from gohsp.report.schema import (
     SCHEMA_VERSION,
     Admm,
@@ -81,7 +81,9 @@ def write(report: Report, folder: Path) -> None:
 
     Raises:
         StorageError: The folder cannot be written.
+        MissingPackageError: jinja2 or matplotlib is not installed.
     """
+    require_packages("a report's page", "report", "jinja2", "matplotlib")
     from gohsp.report.html import render_html  # matplotlib and jinja2, which reading does without
 
     files.write_atomic(folder / "report.html", render_html(report))

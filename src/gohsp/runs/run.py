@@ -84,6 +84,7 @@ def run(
     config: Config | None = None,
     weights: str | Path | None = None,
     pretrained: bool = False,
+    revision: str | None = None,
     exclude: Sequence[str] = (),
     widths: Widths | None = None,
     resume: bool = False,
@@ -104,6 +105,7 @@ def run(
         config: All settings; None for the defaults.
         weights: A weights file, for a model given by name; see :func:`gohsp.open_model`.
         pretrained: Whether to fetch its library's or the hub's weights, for a model given by name.
+        revision: Branch, tag or hash of a commit, for a model given as ``OWNER/NAME`` on the hub.
         exclude: What to leave alone: names of sub-layers or of modules that hold some, or kinds of unit.
         widths: Widths to use instead of allocating them (an edited ``plan.json``).
         resume: Go on with an interrupted run in ``out``; of a finished one the result is returned.
@@ -132,7 +134,7 @@ def run(
         label_key=config.data.label_key or source.label_key,
     )
     splits = _open_splits(source, config)
-    dense = _open(model, weights, pretrained, config, splits[0])
+    dense = _open(model, weights, pretrained, revision, config, splits[0])
     network = api.to_cut(dense, excluding(models.describe(dense), exclude), config)
     models.check_finite(dense)
     data.Preprocessing.from_model(dense)  # refuses a model that does not say what it does with an image
@@ -187,25 +189,23 @@ def _open(
     model: nn.Module | str | Path,
     weights: str | Path | None,
     pretrained: bool,
+    revision: str | None,
     config: Config,
     split: data.Split,
 ) -> nn.Module:
     if isinstance(model, nn.Module):
-        if weights or pretrained:
+        if weights or pretrained or revision:
             raise CheckpointError("a model that is given as a module brings its own weights; give no others")
         return models.working_copy(model)
     arguments = dict(config.model_arguments)
+    given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "revision": revision}
     if opening.brings_arguments(model):
-        opened = opening.open_model(model, weights=weights, pretrained=pretrained, arguments=arguments)
-        return models.working_copy(opened)
+        return models.working_copy(opening.open_model(model, **given, arguments=arguments))
     trains = config.dense.epochs > 0
     if trains and "num_classes" not in arguments:
         arguments["num_classes"] = split.num_classes or int(split.labels().max()) + 1
     torch.manual_seed(config.seed)
-    opened = opening.open_model(
-        model, weights=weights, pretrained=pretrained, arguments=arguments, new_classifier=trains
-    )
-    return models.working_copy(opened)
+    return models.working_copy(opening.open_model(model, **given, arguments=arguments, new_classifier=trains))
 
 
 def _labels(dense: nn.Module, splits: Sequence[data.Split], config: Config) -> list[np.ndarray]:

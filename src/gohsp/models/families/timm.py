@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from gohsp.models.attention import Attended, AttentionLayout, AttentionMaps, Place, maps_at
@@ -22,6 +21,8 @@ def rotary(attn: Any, q: Tensor, k: Tensor, args: tuple[Any, ...], given: Mappin
     """Queries and keys turned by their tokens' positions, those of prefix tokens left as they are."""
     rope, causal = given.get("rope", args[0] if args else None), bool(given.get("is_causal", False))
     if rope is not None:
+        from timm.layers import apply_rot_embed_cat  # it is there wherever such an attention is
+
         first, half = attn.num_prefix_tokens, attn.rotate_half
         q, k = (
             F.pad(x[:, :, :first], (0, 0, 0, x.shape[2] - first))

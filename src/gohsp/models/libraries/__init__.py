@@ -1,13 +1,14 @@
 """Making a dense model again: what a library calls it, and the arguments that tell it from others of that name.
 
-Only saving, loading and uniform pruning ask this; describing, cutting and checking a model do not. A library is a
-module here with ``recognises``, ``architecture_name``, ``architecture_arguments``, ``check`` and ``make``; and for
-models whose blocks are all alike, which it makes and loads without gohsp, with ``units_step``, ``plain_settings``,
-``make_plain`` and ``save_plain``.
+Only saving, loading and uniform pruning ask this; describing, cutting and checking a model do not. A library is an
+extra of gohsp's of its name, and a module here, imported when one of its models is met, with ``recognises``,
+``architecture_name``, ``architecture_arguments``, ``check`` and ``make``; and for models whose blocks are all alike,
+which it makes and loads without gohsp, with ``units_step``, ``plain_settings``, ``make_plain`` and ``save_plain``.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,26 +18,33 @@ from torch import Tensor, nn
 
 from gohsp.core.capture import evaluating, require_finite
 from gohsp.core.objective import tensor_in
-from gohsp.errors import CheckpointError, UnsupportedModelError
+from gohsp.errors import CheckpointError, UnsupportedModelError, require_packages
 from gohsp.models.compaction import EQUALITY_TOLERANCE, relative_difference
 from gohsp.models.description import describe, example_image, resize
 from gohsp.models.families import class_name
-from gohsp.models.libraries import timm, torchvision, transformers
 from gohsp.structure import Widths
 
-LIBRARIES: Mapping[str, ModuleType] = {"timm": timm, "torchvision": torchvision, "transformers": transformers}
+LIBRARIES = ("timm", "torchvision", "transformers")
 """Those whose models are made again on loading."""
-
-create = timm.make
-"""``timm.create_model``, which also takes ``norm_eps``."""
 
 OWN: Mapping[str, Any] = {"library": None, "architecture": None, "arguments": {}}
 """The specification of a module of the user's own."""
 
 
+def library(name: str) -> ModuleType:
+    """What makes a library's models again.
+
+    Raises:
+        MissingPackageError: The library is not installed.
+    """
+    require_packages(f"a model of {name}", name, name)
+    return importlib.import_module(f"{__name__}.{name}")
+
+
 def library_of(model: nn.Module) -> str | None:
     """The library that made a model; None of a module of the user's own."""
-    return next((name for name, library in LIBRARIES.items() if library.recognises(model)), None)
+    name = type(model).__module__.partition(".")[0]
+    return name if name in LIBRARIES and library(name).recognises(model) else None
 
 
 def is_library_model(model: nn.Module) -> bool:
@@ -57,11 +65,11 @@ def specification(model: nn.Module) -> dict[str, Any]:
             "its name, torchvision's VisionTransformer or one of transformers. Save what is pruned with gohsp.save, "
             "and load it into a module of your own by gohsp.load(folder, into=module)"
         )
-    library = LIBRARIES[name]
+    maker = library(name)
     return {
         "library": name,
-        "architecture": library.architecture_name(model),
-        "arguments": library.architecture_arguments(model),
+        "architecture": maker.architecture_name(model),
+        "arguments": maker.architecture_arguments(model),
     }
 
 
@@ -74,10 +82,11 @@ def check_specification(spec: Mapping[str, Any], where: str) -> None:
 
     Raises:
         CheckpointError: An unknown library or architecture, or arguments that are not allowed.
+        MissingPackageError: The library is not installed.
     """
     if spec["library"] not in LIBRARIES:
         raise CheckpointError(f"{where}: library {spec['library']!r} is unknown; this version reads {list(LIBRARIES)}")
-    LIBRARIES[spec["library"]].check(spec["architecture"], spec["arguments"], where)
+    library(spec["library"]).check(spec["architecture"], spec["arguments"], where)
 
 
 def build(spec: Mapping[str, Any], widths: Widths | None = None, device: str = "meta") -> nn.Module:
@@ -92,15 +101,15 @@ def build(spec: Mapping[str, Any], widths: Widths | None = None, device: str = "
         CheckpointError: What :func:`check_specification` refuses, or the library does.
     """
     check_specification(spec, "the specification")
-    library, name, arguments = spec["library"], spec["architecture"], dict(spec["arguments"])
+    name, arguments = spec["architecture"], dict(spec["arguments"])
     try:
         with torch.device(device):
-            model = LIBRARIES[library].make(name, arguments)
+            model = library(spec["library"]).make(name, arguments)
             if widths is not None:
                 resize(model, widths)
             return model
     except (RuntimeError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
-        raise CheckpointError(f"{library} cannot make '{name}' with {arguments}: {error}") from error
+        raise CheckpointError(f"{spec['library']} cannot make '{name}' with {arguments}: {error}") from error
 
 
 def fill_buffers(model: nn.Module, spec: Mapping[str, Any], widths: Widths) -> None:

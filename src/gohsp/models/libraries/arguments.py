@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import get_act_layer
-
 from gohsp.errors import CheckpointError, nearest
 
 
@@ -59,6 +57,8 @@ def _or_none(allowed: Allowed) -> Allowed:
 
 
 def _is_activation(value: Any) -> bool:
+    from timm.layers import get_act_layer  # asked of models of timm's alone
+
     try:
         return isinstance(value, str) and get_act_layer(value) is not None
     except KeyError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohsp.errors import CheckpointError, nearest
+from gohsp.errors import CheckpointError, nearest, require_packages
 from gohsp.models.libraries.shape import Shape
 
 FOLDERS = (
@@ -90,8 +90,9 @@ def check(name: str, arguments: Mapping[str, Any], where: str) -> None:
     """Check a class's name and a configuration that come from a file; nothing is made of them.
 
     Raises:
-        CheckpointError: transformers is not installed, has no such class in :data:`FOLDERS`, or its configuration has
-            no such setting, or none of that kind.
+        CheckpointError: transformers has no such class in :data:`FOLDERS`, or its configuration has no such setting, or
+            none of that kind.
+        MissingPackageError: transformers is not installed.
     """
     known = _class(name, where).config_class().to_dict()
     for key, value in arguments.items():
@@ -114,10 +115,8 @@ def _is_allowed(key: str, value: Any) -> bool:
 
 
 def _class(name: str, where: str) -> Any:
-    try:
-        library: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise CheckpointError(f"{where}: '{name}' is a model of transformers: pip install transformers") from error
+    require_packages(f"{where}: '{name}'", "transformers", "transformers")
+    library: Any = importlib.import_module("transformers")
     found = getattr(library, name, None) if re.fullmatch(r"\w+", name) else None
     of_models = isinstance(found, type) and issubclass(found, library.PreTrainedModel)
     if not of_models or _folder(found.__module__) not in FOLDERS:  # type: ignore[union-attr]
