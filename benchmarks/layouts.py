@@ -4,7 +4,7 @@
     GOHSP_ASSETS=../shared python benchmarks/layouts.py
 
 The published weights are renamed into each library's model, whose outputs are checked to be timm's. Each is then pruned
-by method ``oneshot`` to 4.0 M parameters on the same 1,000 training images of imagenet-1k-mini, without labels. Top-1
+by method ``oneshot`` to 4.0 M parameters on the same training images of imagenet-1k-mini, without labels. Top-1
 is on the validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278 together. A row that stands in the results
 is not run again.
 """
@@ -15,6 +15,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,21 +192,30 @@ def main() -> None:
     """Prune and score each, writing the results after each."""
     arguments = parser(__doc__)
     arguments.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    arguments.add_argument("--images", type=int, default=1000, help="to calibrate on")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--results", type=Path, default=RESULTS / "layouts.json")
     options = arguments.parse_args()
     state = load_file(asset("models/deit_tiny_patch16_224.safetensors"))
     reference = as_timm(state)
-    images = drawn(f"hfds/{asset('data/imagenet-1k-mini')}", 1000, transform_of(reference), seed=options.seed)
-    header = {"machine": machine(), "versions": versions("transformers", "torchvision"), "seed": options.seed}
+    images = drawn(f"hfds/{asset('data/imagenet-1k-mini')}", options.images, transform_of(reference), seed=options.seed)
+    header = {
+        "machine": machine(),
+        "versions": versions("transformers", "torchvision"),
+        "seed": options.seed,
+        "images": options.images,
+    }
     results = read_results(options.results, {**header, "runs": {}})
     if {name: results[name] for name in header} != header:
-        sys.exit(f"{options.results} is of another machine, version or seed; give another file with --results")
+        sys.exit(f"{options.results} is of another machine, version or setting; give another file with --results")
+    config, held = Config(seed=options.seed), -(-options.images // 20)
+    counts = replace(config.calibration, images=options.images - held, holdout=held)
+    config = replace(config, calibration=counts)
     for name in options.layouts:
         if name in results["runs"]:
             continue
         model, began = LAYOUTS[name](state), time.perf_counter()
-        pruned = gohsp.prune(model, images, BUDGET, config=Config(seed=options.seed))
+        pruned = gohsp.prune(model, images, BUDGET, config=config)
         found = {
             "dense_difference": difference(model, reference, images[0][:8]),
             "params": parameters(pruned.model),

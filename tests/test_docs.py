@@ -136,7 +136,7 @@ def namespace(world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gohsp.families, "_known", gohsp.families._known)  # forgotten after this test
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "HfApi", Hub(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(tmp_path / "hub"))
     helpers = {
         "data_set": functools.partial(data_set, monkeypatch),
         "finished_run": functools.partial(finished_run, folder),
