@@ -804,7 +804,8 @@ def layouts() -> str | None:
     return "\n\n".join(
         [
             "## The same DeiT-Tiny in other libraries",
-            f"    GOHSP_ASSETS=../shared python benchmarks/layouts.py --images {found['images']} --seed {found['seed']}",
+            "    GOHSP_ASSETS=../shared python benchmarks/layouts.py "
+            f"--images {found['images']} --seed {found['seed']}",
             "The published weights renamed into each library's model, pruned one-shot to 4.0 M parameters on the same "
             f"{found['images']} images. Top-1 is on 2,278 validation images (standard error 0.9).",
             table(header, rows),
