@@ -228,12 +228,13 @@ def test_an_int8_file_is_told_how_far_it_is_from_the_model(small: nn.Module, tmp
     made_by = {node.output[0]: node for node in graph.node}
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
-    weights = [made_by[node.input[1]].input for node in products if node.input[1] in made_by]
+    makers = [made_by[node.input[1]] for node in products if node.input[1] in made_by]
+    weights = [node.input for node in makers if node.op_type == "DequantizeLinear"]  # and no product of attention
     by_channel = [sizes[weight[1]] for weight in weights if weight[0] in sizes]
     # Patches, queries with keys and values, readouts, both maps of FFNs but the last, which is gone, and the head.
     network = gohsp.describe(small)
     maps = 1 + sum(4 if isinstance(sub, Attention) else 2 for sub in network.present) + 1
-    assert len(by_channel) == maps
+    assert len(weights) == len(by_channel) == maps
     assert all(math.prod(scale) > 1 for scale in by_channel)
 
 
