@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gohsp
 from conftest import randomise
-from gohsp import hub
 from gohsp.config import from_mapping
 from test_hub import Hub
 
@@ -73,8 +72,8 @@ def data_set(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
 @functools.cache
 def made_run(folder: Path) -> Path:
     """A run of the command line's, on noise."""
-    settings = from_mapping({"device": "cpu", "precision": "no", "model_arguments": TINY_SIZES})
-    gohsp.run("vit_tiny_patch16_224", "photos", "params=-20%", folder, config=settings)
+    settings = from_mapping({"device": "cpu", "precision": "no"})
+    gohsp.run(tiny("vit_tiny_patch16_224"), "photos", "params=-20%", folder, config=settings)
     return folder
 
 
@@ -93,6 +92,17 @@ class Pooling(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pooled = self.vit(images)
         return {"pooler_output": pooled, "pooled": pooled}
+
+
+class Towers(nn.Module):
+    """A model with a tower for images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_model, self.text_model = tiny("vit_tiny_patch16_224"), nn.Embedding(50, 32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vision_model(images)
 
 
 def own_blocks() -> nn.Module:
@@ -149,7 +159,8 @@ def namespace(world: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: p
         "timm": timm,
         "torch": torch,
     }
-    return {"__name__": "page", "pooling": Pooling, "own_blocks": own_blocks, **helpers, **imported, **names}
+    makers = {"pooling": Pooling, "towers": Towers, "own_blocks": own_blocks}
+    return {"__name__": "page", **makers, **helpers, **imported, **names}
 
 
 WITH_CODE = [page for page in PAGES if name_of(page) not in ELSEWHERE and BLOCK.search(page.read_text())]

@@ -252,7 +252,7 @@ def test_a_model_is_opened_at_any_revision(
         with torch.no_grad():
             opened = gohsp.open_model(HERE, pretrained=True, revision=revision, token=False)
             assert torch.equal(opened(images), pushed(images))
-    assert cli.ModelOptions(pretrained=True, revision=first).open(HERE).blocks[0].mlp.fc1.out_features == 8
+    assert cli.ModelOptions(pretrained=True, revision=first).opened(HERE).blocks[0].mlp.fc1.out_features == 8
     asked: dict[str, Any] = {}
 
     def download(name: str, **options: Any) -> str:

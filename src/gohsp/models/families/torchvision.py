@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
 from gohsp.models.attention import Attended, AttentionLayout, Windows, maps_at
@@ -23,7 +22,7 @@ SHUT = -100.0
 
 def shifted(attn: Any, x: Tensor) -> Windows:
     """A grid ``[B, H, W, D]``, padded and shifted in a circle, as windows."""
-    window, (height, width) = tuple(attn.window_size), x.shape[1:3]
+    window, (height, width) = (attn.window_size[0], attn.window_size[1]), x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
     size = x.shape[1:3]
     shift = [by if side < of else 0 for by, side, of in zip(attn.shift_size, window, size, strict=True)]
@@ -31,12 +30,19 @@ def shifted(attn: Any, x: Tensor) -> Windows:
         x = x.roll([-by for by in shift], (1, 2))
 
     def back(rows: Tensor) -> Tensor:
-        grid = window_reverse(rows.unflatten(1, window), window, *size)
+        places = rows.unflatten(0, (-1, size[0] // window[0], size[1] // window[1])).unflatten(3, window)
+        grid = places.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shift):
             grid = grid.roll(shift, (1, 2))
         return grid[:, :height, :width].contiguous()
 
-    return Windows(window_partition(x, window).flatten(1, 2), _mask(size, window, shift, x), back)
+    return Windows(_cut(x, window), _mask(size, window, shift, x), back)
+
+
+def _cut(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """The windows of a grid ``[B, H, W, D]``, of each image row by row ``[windows, places, D]``."""
+    rows = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    return rows.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
 
 def _mask(size: Sequence[int], window: tuple[int, int], shift: Sequence[int], like: Tensor) -> Tensor | None:
@@ -47,7 +53,7 @@ def _mask(size: Sequence[int], window: tuple[int, int], shift: Sequence[int], li
     for length, side, by in zip(size, window, shift, strict=True):
         at = torch.arange(length, device=like.device)
         bands.append(((at >= length - side).int() + (at >= length - by).int()) * bool(by))
-    regions = window_partition((3 * bands[0][:, None] + bands[1])[None, :, :, None], window).flatten(1)
+    regions = _cut((3 * bands[0][:, None] + bands[1])[None, :, :, None], window).flatten(1)
     return torch.where(regions[:, None] == regions[:, :, None], 0.0, SHUT).to(like.dtype)
 
 
