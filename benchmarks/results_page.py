@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -1105,12 +1106,18 @@ def page() -> str:
     return "\n\n".join(wrapped(paragraph) for paragraph in "\n\n".join(parts).split("\n\n")) + "\n"
 
 
+HELD = "\0"
+"""Stands for a space at which no line may break."""
+
+
 def wrapped(paragraph: str) -> str:
     """Prose in lines of at most 120 characters; tables, commands, titles and pictures as they are."""
     if paragraph.startswith(("|", "    ", "#", "![")):
         return paragraph
     indent = "  " if paragraph.startswith("- ") else ""
-    return textwrap.fill(paragraph, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    kept = re.sub(r" (?=(?:\d+[.)]|[-+*]) )", HELD, paragraph)  # at the start of a line these would be marks of a list
+    lines = textwrap.fill(kept, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace(HELD, " ")
 
 
 def written(sections: Sequence[Callable[[], str | None]]) -> list[str]:
@@ -1119,7 +1126,7 @@ def written(sections: Sequence[Callable[[], str | None]]) -> list[str]:
 
 
 FIRST = (
-    "# Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by gradients.\n"
+    "## Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by gradients.\n"
     "Run today, the same commands may give other figures, and flags that are gone are named as they were.\n\nWhere a "
     "table does not say otherwise, damage curves were measured on 256 images, which was the default before 128 "
     "(`--data.allocation-images 256`), and ranking compared attention rows of all images instead of every fourth: "
