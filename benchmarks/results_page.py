@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
