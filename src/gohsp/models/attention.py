@@ -332,9 +332,9 @@ def _holder(module: nn.Module, path: str) -> nn.Module:
 
 
 def sized(like: Tensor, axis: int, count: int) -> nn.Parameter:
-    """A parameter of another size along one axis; it is not initialised."""
+    """A parameter of another size along one axis, of zeros: what memory happens to hold may be NaN."""
     shape = [count if i == axis else size for i, size in enumerate(like.shape)]
-    return nn.Parameter(like.new_empty(shape), requires_grad=like.requires_grad)
+    return nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad)
 
 
 def resized_linear(old: Any, *, in_features: int | None = None, out_features: int | None = None) -> nn.Linear:

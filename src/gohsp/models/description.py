@@ -396,7 +396,7 @@ def trainable(model: nn.Module, trains: bool = True) -> Iterator[None]:
 
 
 def resize(model: nn.Module, widths: Widths) -> None:
-    """Rebuild blocks at other widths, in place; what is rebuilt has weights that are not initialised.
+    """Rebuild blocks at other widths, in place; what is rebuilt has new weights, which mean nothing yet.
 
     A block that is not named stays: it is no part of what is pruned, or takes no part in the forward pass.
     """
