@@ -2,9 +2,13 @@
 
     pip install 'gohsp[hf,bench]'
     python benchmarks/cifar10.py --data hfds/cifar10                                            # one GPU
-    python benchmarks/cifar10.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml          # two CPU cores, hours
+    python benchmarks/cifar10.py --data hfds/cifar10 --recipe recipes/cifar10_deit_tiny.toml \
+        --model deit_tiny_patch16_224 --weights deit_tiny_patch16_224.safetensors \
+        --methods start dense oneshot no-ADMM gohsp no-ADMM-random hessian/isomorphic/heads taylor/isomorphic/heads
+                                                                           # two CPU cores, hours
 
-The dense model is trained on the way, once.
+The dense model is trained on the way, once. The two of Torch-Pruning's methods are those that kept most of a user's own
+data at -60 % by held-out accuracy (``own_data.py``).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Every method starts from one dense model and gets as many epochs as gohsp's ADMM and fine-tuning together, with the
 dense model as teacher:
 
-- ``gohsp``: the recipe as it stands, with ADMM; ``random``: its heads ranked at random; ``no-ADMM``, method
-  ``finetune``: ADMM's epochs given to fine-tuning;
+- ``gohsp``: the recipe as it stands, with ADMM; ``no-ADMM``, method ``finetune``: ADMM's epochs given to fine-tuning;
+  ``random`` and ``no-ADMM-random``: the same with heads ranked at random; ``oneshot``: nothing trained;
 - ``l2``, ``taylor``, ``hessian``, each ``/uniform`` and ``/isomorphic``: Torch-Pruning as in ``peers.py``, with the
   attention's scale that of the pruned dimension. What may be cut besides hidden units is chosen by the accuracy on
   held-out images right after the cut. Deep cuts leave little accuracy to choose by; a third part that ``peers.py``
@@ -41,9 +41,9 @@ from gohsp.evaluation import Metrics, evaluate
 from gohsp.structure import Widths, parse_budget
 from shared import RESULTS, data_name, macs, parameters, parser, read_results, resized, say, versions, write_results
 
-GOHSP = ("gohsp", "random", "no-ADMM")
 PEERS = tuple(f"{i}/{s}" for i in ("l2", "taylor", "hessian") for s in ("uniform", "isomorphic"))
-METHODS = ("start", "dense", *GOHSP, *PEERS, "scratch")
+METHODS = ("start", "dense", "gohsp", "random", "no-ADMM", *PEERS, "scratch")
+MORE = ("no-ADMM-random", "oneshot")
 LONG = ("gohsp-long", "dense-long")
 DENSE = ("start", "dense", "dense-long")
 GRADIENT_IMAGES = 1024
@@ -141,9 +141,12 @@ def dense_model(bench: Bench, model: nn.Module) -> nn.Module:
 
 def variant(config: Config, method: str) -> Config:
     """The settings of one of gohsp's methods."""
-    if method == "random":
-        return replace(config, ranking=replace(config.ranking, method="random"))
-    if method == "no-ADMM":
+    name, _, at_random = method.partition("random")
+    if at_random:
+        config = replace(config, ranking=replace(config.ranking, method="random"))
+    if method == "oneshot":
+        return replace(config, method="oneshot")
+    if name.startswith("no-ADMM"):
         epochs = config.admm.epochs + config.finetune.epochs
         return replace(config, method="finetune", finetune=replace(config.finetune, epochs=epochs))
     if method == "gohsp-long":
@@ -235,7 +238,7 @@ def finished_model(bench: Bench, dense: nn.Module, method: str, budget: str) -> 
         return copy.deepcopy(dense), {}
     if method in ("dense", "dense-long"):
         return bench.fit(name, copy.deepcopy(dense), bench.extra(long=method == "dense-long"), dense), {}
-    if method in (*GOHSP, "gohsp-long"):
+    if method in ("gohsp", "random", "no-ADMM", "gohsp-long", *MORE):
         return gohsp_model(bench, dense, method, variant(bench.config, method), budget), {}
     if method == "scratch":
         found = gohsp.describe(gohsp_model(bench, dense, "gohsp", bench.config, budget)).widths
@@ -272,7 +275,7 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     arguments.add_argument("--test-split")
     arguments.add_argument("--budgets", nargs="+")
     if "methods" in defaults:
-        arguments.add_argument("--methods", nargs="+", choices=(*METHODS, *LONG, *peers.METHODS))
+        arguments.add_argument("--methods", nargs="+", choices=(*METHODS, *MORE, *LONG, *peers.METHODS))
     arguments.add_argument(
         "--seed", type=int, default=0, help="of everything behind the dense model, which has the recipe's"
     )

@@ -309,6 +309,7 @@ def imagewoof() -> str | None:
     names = {
         "gohsp": "gohsp with ADMM",
         "random": "gohsp with ADMM, heads ranked at random",
+        "no-ADMM-random": "gohsp, heads ranked at random",
         "oneshot": "**gohsp**",
         "uniform": "gohsp with ADMM, uniform widths",
         "plain": "uniform widths, Euclidean ADMM, no repair",
@@ -410,6 +411,7 @@ def methods_table(methods: dict[str, dict[str, list[Json]]]) -> str:
 
 COMPARISONS = {
     "cifar10_vit_small": "CIFAR-10, ViT-Small",
+    "cifar10_deit_tiny": "CIFAR-10 at 96 px, DeiT-Tiny, 45,000 training images",
     "cifar10_cpu": "CIFAR-10, a ViT of 0.7 million parameters and 8,000 training images",
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
@@ -422,6 +424,7 @@ METHODS = {
     "gohsp": "gohsp with ADMM",
     "gohsp-long": "gohsp with ADMM, as many epochs as from scratch",
     "random": "gohsp with ADMM, heads ranked at random",
+    "no-ADMM-random": "gohsp, heads ranked at random",
     "scratch": "gohsp's shape trained from scratch",
     "peer": "Torch-Pruning, the best of those tried",
 }
