@@ -908,10 +908,10 @@ def int8() -> str | None:
     rows = []
     for key, row in found["rows"].items():
         runtime, name = key.split(": ")
-        cells = [time_in(found["times"].get(way, {}).get(name)) for way in (runtime, "torch.compile")]
-        plain, compiled = cells if runtime == "torch" else (cells[0], "")
-        score, size = f"{row['top1']['both']:.1f} %", f"{row['bytes'] / 1e6:.1f} MB"
-        rows.append([f"{runtime}: {name}", score, size, plain, compiled])
+        told = [f"{row['top1']['both']:.1f} %", f"{row['bytes'] / 1e6:.1f} MB"]
+        for way in (runtime, "torch.compile") if runtime == "torch" else (runtime,):
+            if timings := found["times"].get(way, {}).get(name):
+                rows.append([f"{way}: {name}", *told, time_in(timings)])
     batches = [timing["batch_size"] for timing in next(iter(found["times"]["torch"].values()))]
     dense, pruned = found["models"]["dense"], found["models"]["pruned"]
     versions, machine = found["versions"], found["machine"]
@@ -926,15 +926,13 @@ def int8() -> str | None:
             "Times are milliseconds a batch of "
             f"{' / '.join(map(str, batches))}, and in brackets how many times as fast that is as the dense model in "
             "float32, both in turns by the same runtime.",
-            table(["", "top-1", "size", "time", "time, compiled"], rows),
+            table(["", "top-1", "size", "time"], rows),
         ]
     )
 
 
-def time_in(timings: Sequence[Json] | None) -> str:
-    """Milliseconds and speed-ups by batch size; nothing where none were measured."""
-    if timings is None:
-        return ""
+def time_in(timings: Sequence[Json]) -> str:
+    """Milliseconds and speed-ups by batch size."""
     ms = " / ".join(f"{timing['milliseconds']['median']:.1f}" for timing in timings)
     speedup = " / ".join(f"{timing['speedup']['median']:.2f}" for timing in timings)
     return f"{ms} ({speedup})"
