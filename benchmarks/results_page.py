@@ -909,9 +909,9 @@ def int8() -> str | None:
     for key, row in found["rows"].items():
         runtime, name = key.split(": ")
         told = [f"{row['top1']['both']:.1f} %", f"{row['bytes'] / 1e6:.1f} MB"]
-        for way in (runtime, "torch.compile") if runtime == "torch" else (runtime,):
-            if timings := found["times"].get(way, {}).get(name):
-                rows.append([f"{way}: {name}", *told, time_in(timings)])
+        ways = [runtime, "torch.compile"] if runtime == "torch" else [runtime]
+        timed = {way: found["times"].get(way, {}).get(name) for way in ways}
+        rows += [[f"{way}: {name}", *told, time_in(timings)] for way, timings in timed.items() if timings]
     batches = [timing["batch_size"] for timing in next(iter(found["times"]["torch"].values()))]
     dense, pruned = found["models"]["dense"], found["models"]["pruned"]
     versions, machine = found["versions"], found["machine"]
