@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,6 +89,9 @@ class Analysis:
 def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
     """Rank heads and weigh tokens; the first ranking's pass serves both."""
     settings, tokens = session.config.ranking, TokenWeightFitter()
+    # A later ranking asks how sure a silenced model is of what the dense one predicts.
+    outputs: list[Tensor] = []
+    repeated = settings.rankings > 1 and settings.needs_gradients and session.objective.confidence is not None
 
     def gather(silenced: nn.Module) -> HeadStatistics:
         fitter = HeadStatisticsFitter(
@@ -102,10 +105,13 @@ def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
         whole, gradients_wanted = silenced is model, settings.needs_gradients
         # Tokens are weighed by draws; heads where the objective has no confidence.
         draws = whole or (gradients_wanted and session.objective.confidence is None)
-        for gradients in _passes(session, silenced, network, draws=int(draws), confidence=gradients_wanted):
+        dense = outputs if repeated and not whole else None
+        for gradients in _passes(session, silenced, network, int(draws), confidence=gradients_wanted, dense=dense):
             fitter.update(gradients)
             if whole:
                 tokens.update(gradients)
+            if whole and repeated:
+                outputs.append(gradients.output)
         advance()
         return fitter.statistics
 
@@ -115,7 +121,13 @@ def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
 
 
 def _passes(
-    session: Session, model: nn.Module, network: Network, *, draws: int = 1, confidence: bool = False
+    session: Session,
+    model: nn.Module,
+    network: Network,
+    draws: int = 1,
+    *,
+    confidence: bool = False,
+    dense: Iterable[Tensor] | None = None,
 ) -> Iterator[Gradients]:
     """The passes that heads are ranked and tokens weighed by."""
     with fast_attention(session.precision, model):
@@ -126,6 +138,7 @@ def _passes(
             session.calibration.first(ANALYSIS_IMAGES),
             draws=draws,
             confidence=confidence,
+            dense=dense,
             seed=session.config.seed,
             precision=session.precision,
         )

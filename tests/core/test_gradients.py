@@ -57,15 +57,20 @@ def test_draws_and_confidence_are_differentiated_at_what_readouts_write(
 ) -> None:
     model, objective = make_model(mlp_ratio=1, **arguments), OBJECTIVES[of]
     network, images = describe(model), images[:6]
-    found = one_pass(model, network, objective, images, draws=3, confidence=True, seed=5)
+    dense = torch.randn(6, *objective.output(model(images)).shape[1:])
+    found = one_pass(model, network, objective, images, draws=3, confidence=True, dense=[dense], seed=5)
     generator = torch.Generator().manual_seed(5)
     assert (found.images, len(found.drawn)) == (6, 3)
+    torch.testing.assert_close(found.output, objective.output(model(images)))
     for drawn in found.drawn:
         assert_same(drawn, by_probes(model, network, images, lambda output: objective.draw(output, generator)))
     if objective.confidence is None:
         assert found.confidence is None
-    else:
-        assert_same(found.confidence, by_probes(model, network, images, objective.confidence))
+        return
+    sureness = objective.confidence
+    for expected, given in ((dense, [dense]), (found.output, None)):
+        sure = one_pass(model, network, objective, images, draws=0, confidence=True, dense=given)
+        assert_same(sure.confidence, by_probes(model, network, images, lambda out, of=expected: sureness(out, of)))
 
 
 @pytest.mark.parametrize("of", OBJECTIVES)

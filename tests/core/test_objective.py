@@ -122,12 +122,12 @@ def test_draws_are_those_of_their_generator(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_confidence_is_the_log_probability_of_the_predicted_classes() -> None:
-    logits = noise(5, 6)
+def test_confidence_is_the_log_probability_of_the_classes_that_the_dense_model_predicts() -> None:
+    logits, dense = noise(5, 6), noise(5, 6)
     confidence = classification().confidence
     assert confidence is not None
     p = logits.softmax(-1)
-    torch.testing.assert_close(confidence(logits), p[range(5), logits.argmax(-1)].log().sum())
+    torch.testing.assert_close(confidence(logits, dense), p[range(5), dense.argmax(-1)].log().sum())
     assert features().confidence is None
 
 

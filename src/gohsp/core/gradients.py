@@ -34,6 +34,7 @@ class Gradients:
 
     Attributes:
         images: How many.
+        output: What counts of the model's output ``[B, ...]``, float32.
         inputs: What attentions read, row by row.
         calls: What attentions are called with besides.
         read: What readouts read ``[B, tokens, units]``.
@@ -42,6 +43,7 @@ class Gradients:
     """
 
     images: int
+    output: Tensor
     inputs: Mapping[str, Tensor]
     calls: Mapping[str, Call]
     read: Mapping[str, Tensor]
@@ -57,6 +59,7 @@ def differentiated(
     *,
     draws: int = 1,
     confidence: bool = False,
+    dense: Iterable[Tensor] | None = None,
     seed: int = 0,
     precision: torch.dtype = torch.float32,
 ) -> Iterator[Gradients]:
@@ -69,6 +72,8 @@ def differentiated(
         batches: Images ``[B, C, H, W]``.
         draws: Backward passes of the objective's draws. With none, and no confidence, there is no backward pass.
         confidence: Whether to differentiate the objective's confidence, too, where it has one.
+        dense: The dense model's outputs, as an earlier call of this function with the same images gave them one by one;
+            None where ``model`` is the dense model.
         seed: Of the draws.
         precision: Data type of the passes; below float32 by autocast.
 
@@ -77,8 +82,9 @@ def differentiated(
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    for images in (few for batch in batches for few in batch.split(IMAGES)):
-        yield _pass(model, network, objective, images.to(device), draws, confidence, generator, precision)
+    few = (few for batch in batches for few in batch.split(IMAGES))
+    for images, expected in ((images, None) for images in few) if dense is None else zip(few, dense, strict=True):
+        yield _pass(model, network, objective, images.to(device), draws, confidence, expected, generator, precision)
 
 
 def _pass(
@@ -88,6 +94,7 @@ def _pass(
     images: Tensor,
     draws: int,
     confidence: bool,
+    dense: Tensor | None,
     generator: torch.Generator,
     precision: torch.dtype,
 ) -> Gradients:
@@ -124,13 +131,15 @@ def _pass(
             require_finite(f"the input of module '{sub.readout.module}'", read[sub.name])
         require_finite("the model's output", output)
         scalars = [objective.draw(output, generator) for _ in range(draws)]
-        sure = objective.confidence(output) if confidence and objective.confidence else None
+        expected = output.detach() if dense is None else dense
+        sure = objective.confidence(output, expected) if confidence and objective.confidence else None
         wanted = scalars if sure is None else [*scalars, sure]
         found = [
             {name: in_stream(subs[name], g, len(images)) for name, g in _differentiate(scalar, written, last).items()}
             for scalar, last in ((scalar, scalar is wanted[-1]) for scalar in wanted)
         ]
-    return Gradients(len(images), inputs, calls, read, tuple(found[:draws]), None if sure is None else found[-1])
+    sides = tuple(found[:draws]), None if sure is None else found[-1]
+    return Gradients(len(images), output.detach(), inputs, calls, read, *sides)
 
 
 def _differentiate(scalar: Tensor, written: Mapping[str, Tensor], last: bool) -> dict[str, Tensor]:

@@ -29,22 +29,22 @@ class Objective:
             0, and 0 for equal ones.
         draw: Takes one such tensor and a generator to a random scalar. For a small change of the output, half the mean
             square of the scalar's change is the distance: its gradients are draws of the Fisher information.
-        confidence: Takes such a tensor to the scalar whose fall is a loss to first order, too; None where a change of
-            the output is a loss to second order alone.
+        confidence: Takes such a tensor, and the dense model's, to the scalar whose fall is a loss to first order, too;
+            None where a change of the output is a loss to second order alone.
     """
 
     name: str
     output: Callable[[Any], Tensor]
     distance: Callable[[Tensor, Tensor], Tensor]
     draw: Callable[[Tensor, torch.Generator], Tensor]
-    confidence: Callable[[Tensor], Tensor] | None = None
+    confidence: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def classification(output: Callable[[Any], Tensor] | None = None) -> Objective:
     """Keep the predictions: ``KL(dense || pruned)`` of the classes, in nats.
 
     Gradients are those of random signed sums of the logits whose covariance is the Fisher information of the model's
-    own predictions, so that no label is read; the confidence is that in the predicted class.
+    own predictions, so that no label is read; the confidence is that in the class that the dense model predicts.
 
     Args:
         output: Takes what the model returns to logits ``[B, classes]``; None finds them (:func:`tensor_in`).
@@ -65,8 +65,8 @@ def _fisher_sum(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (p.sqrt() * _signs(logits, generator) * centred).sum()
 
 
-def _confidence(logits: Tensor) -> Tensor:
-    return logits.log_softmax(dim=-1).amax(dim=-1).sum()
+def _confidence(logits: Tensor, dense: Tensor) -> Tensor:
+    return logits.log_softmax(dim=-1).gather(-1, dense.argmax(dim=-1, keepdim=True)).sum()
 
 
 def features(output: Callable[[Any], Tensor] | None = None, *, scale: float = 1.0) -> Objective:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gohsp
+from gohsp import Config
 from gohsp.core.gradients import differentiated
 from gohsp.core.objective import Objective, classification, features
 from gohsp.core.ranking import (
@@ -43,12 +45,13 @@ def gather(
     *,
     precision: torch.dtype = torch.float32,
     objective: Objective | None = None,
+    dense: Iterable[Tensor] | None = None,
 ) -> HeadStatistics:
     """What a ranking by these settings needs of the images."""
     of = {"scope": settings.scope, "edge": settings.edge, "wanted": settings.wanted, "precision": precision}
     fitter = HeadStatisticsFitter(model, network, **of)  # type: ignore[arg-type]
     draws = int(settings.needs_gradients)
-    how = {"draws": draws, "confidence": settings.needs_gradients, "precision": precision}
+    how = {"draws": draws, "confidence": settings.needs_gradients, "dense": dense, "precision": precision}
     for gradients in differentiated(model, network, objective or classification(), batches, **how):
         fitter.update(gradients)
     return fitter.statistics
@@ -377,9 +380,11 @@ def test_a_sublayer_that_is_gone_has_no_scores(model: Any, images: Tensor) -> No
 HEADS_OF = {FIRST: range(HEADS), SECOND: range(HEADS)}
 
 
-def in_steps(model: nn.Module, network: Network, images: Tensor, settings: RankingSettings) -> HeadRanking:
+def in_steps(
+    model: nn.Module, network: Network, images: Tensor, settings: RankingSettings, dense: list[Tensor] | None = None
+) -> HeadRanking:
     def gathered(silenced: nn.Module) -> HeadStatistics:
-        return gather(silenced, network, [images], settings)
+        return gather(silenced, network, [images], settings, dense=dense)
 
     return rank_in_steps(model, network, gathered, settings)
 
@@ -455,6 +460,18 @@ def test_of_two_heads_that_stand_in_for_each_other_one_stays(
         return sorted((order.index(0), order.index(1)))
 
     assert place(once)[1] < place(steps)[1]
+
+
+def test_later_rankings_ask_for_what_the_dense_model_predicts(
+    model: nn.Module, network: Network, images: Tensor
+) -> None:
+    settings = RankingSettings(steps=2 * HEADS, damping=0.0)
+    ranking = gohsp.rank(model, [images], config=Config(ranking=settings, precision="no"))
+    images = images[: ranking.images]
+    with torch.no_grad():
+        expected = in_steps(model, network, images, settings, dense=[model(images)])
+    assert ranking.left_at == expected.left_at
+    assert ranking.left_at != in_steps(model, network, images, settings).left_at
 
 
 @pytest.mark.parametrize("steps", [2 * HEADS, 2 * HEADS + 1, 100])
