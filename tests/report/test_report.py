@@ -62,7 +62,7 @@ def small() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def large() -> Report:
-    return parse(make_content(24, 16, 4096, seed=1))
+    return parse(make_content(12, 16, 4096, seed=1))
 
 
 # --- schema ---------------------------------------------------------------------------------------------
@@ -233,6 +233,7 @@ def test_not_an_object() -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_reading_imports_no_library_that_draws_or_computes(small: dict[str, Any], tmp_path: Path) -> None:
     write(parse(small), tmp_path)
     script = (
@@ -244,6 +245,7 @@ def test_reading_imports_no_library_that_draws_or_computes(small: dict[str, Any]
     assert told.stdout.split() == ["3"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_write_then_read_is_identity(small: dict[str, Any], tmp_path: Path) -> None:
     report = parse(small)
     write(report, tmp_path / "run")
@@ -253,6 +255,7 @@ def test_write_then_read_is_identity(small: dict[str, Any], tmp_path: Path) -> N
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == render_html(report)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("fails", ["write", "replace"])
 def test_failing_write_leaves_the_old_files(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
@@ -278,6 +281,7 @@ def test_failing_write_leaves_the_old_files(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_files_are_readable_by_others_as_the_umask_says(small: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write(parse(one_shot(small)), tmp_path)
@@ -297,6 +301,7 @@ def test_read_names_the_file_and_the_fault(small: dict[str, Any], tmp_path: Path
         read(tmp_path)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_report_that_was_changed_is_refused_however_plausible(small: dict[str, Any], tmp_path: Path) -> None:
     write(parse(small), tmp_path)
     path = tmp_path / "report.json"
@@ -437,6 +442,7 @@ def test_page_of_a_run_without_training(small: dict[str, Any]) -> None:
     assert "trained longer" not in page.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str, Any]) -> None:
     report = parse(without_labels(small))
     page = Page(render_html(report))
@@ -480,12 +486,14 @@ def test_fidelity_is_told_as_a_share_of_the_variance_for_features(small: dict[st
         assert wrong not in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_fidelity_by_the_users_own_objective(small: dict[str, Any]) -> None:
     text = Page(render_html(parse(of_features(small, "boxes")))).text
     assert "0.321 by the objective “boxes”" in text
     assert "variance" not in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("kept", "told"), [(1, "kept as it was after 1 of 2 windows"), (0, "No window of healing helped")]
 )
@@ -625,8 +633,8 @@ def test_samples_fit_each_other(small: dict[str, Any], path: str, value: Any, to
 
 def test_large_model_renders(large: Report) -> None:
     html = render_html(large)
-    assert len(Page(html).labels()) == 3 + 24
-    assert len(html) < 4_000_000
+    assert len(Page(html).labels()) == 3 + 12
+    assert len(html) < 2_000_000
 
 
 def test_untrusted_text_is_escaped(small: dict[str, Any]) -> None:
@@ -643,6 +651,7 @@ def test_untrusted_text_is_escaped(small: dict[str, Any]) -> None:
     assert page.text.count("alert('x')") >= 10
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_class_names_are_shown_shortened_and_escaped(small: dict[str, Any]) -> None:
     names = [SCRIPT, *(f"class {number}" for number in range(1, small["data"]["classes"]))]
     report = edited(small, "data/class_names", names)
@@ -657,6 +666,7 @@ def test_class_names_are_shown_shortened_and_escaped(small: dict[str, Any]) -> N
         parse(edited(small, "data/class_names", ["a", "b", "c"]))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_warnings_are_shown_where_due(small: dict[str, Any], page: Page) -> None:
     assert not any(attributes.get("class") == "warn" for _, attributes in page.tags)
     report = edited(small, "admm/status", "epochs_over")
