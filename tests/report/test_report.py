@@ -393,6 +393,17 @@ def test_page_loads_nothing_and_runs_nothing(html: str, page: Page) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
+def test_what_scrolls_is_reached_by_keyboard_and_has_a_name(page: Page) -> None:
+    regions = [of for _, of in page.tags if "scroll" in (of.get("class") or "").split()]
+    assert [of["aria-label"] for of in regions] == [
+        "Before and after",
+        "Widths and kept heads of every block",
+        "Time of every step",
+        "Figures of every epoch",
+    ]
+    assert all((of["tabindex"], of["role"]) == ("0", "region") for of in regions)
+
+
 def test_ids_are_unique_and_references_hit(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
