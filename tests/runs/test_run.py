@@ -371,6 +371,16 @@ def test_a_folder_without_splits_is_refused(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_that_a_folder_has_no_splits_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    write_images(tmp_path / "images", 4)
+    monkeypatch.setattr("gohsp.steps.analyse", interrupt)  # by then calibration images are drawn
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", model=tiny(), source=str(tmp_path / "images"), config=config_with(**ONESHOT))
+    assert caplog.text.count("has no split folders") == 1
+
+
 def test_unreadable_images_are_counted_and_do_not_end_the_run(tmp_path: Path):
     """One would be alone in its batch, in training and in validation."""
     write_images(tmp_path / "images" / "train", 8)
