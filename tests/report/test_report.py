@@ -39,7 +39,7 @@ from gohsp.report import (
 )
 from gohsp.report.blocks import blocks_of
 from gohsp.report.html import THEME, duration, index_ranges, render_html
-from gohsp.report.summary import quantity, signed
+from gohsp.report.summary import distance_text, quantity, signed
 from gohsp.structure import AttentionWidths
 from reports import Page, edited, make_content, of_features, one_shot, sampled, without, without_labels
 
@@ -359,6 +359,8 @@ def test_texts_of_numbers() -> None:
         "1.26 G",
     ]
     assert [signed(x, 1) for x in (None, -0.04, 0.0, 0.06, -12.34)] == ["", "±0.0", "±0.0", "+0.1", "−12.3"]
+    texts = ["0.000", "0.321", "0.001", "0.00049", "0.00012", "1.3e-07"]
+    assert [distance_text(d) for d in (0.0, 0.321, 0.0006, 0.00049, 0.000123, 1.26e-7)] == texts
     assert [duration(s) for s in (0.44, 34.2, 185, 3599.7, 7800)] == [
         "0.4 s",
         "34 s",
@@ -499,8 +501,10 @@ def test_fidelity_is_told_as_a_share_of_the_variance_for_features(small: dict[st
 
 @pytest.mark.usefixtures("no_pictures")
 def test_fidelity_by_the_users_own_objective(small: dict[str, Any]) -> None:
-    text = Page(render_html(parse(of_features(small, "boxes")))).text
-    assert "0.321 by the objective “boxes”" in text
+    boxes = edited(of_features(small, "boxes"), "fidelity/distance", 0.000123)
+    text = Page(render_html(parse(boxes))).text
+    assert "0.00012 by the objective “boxes”" in text
+    assert text.count("0.00012") == 3  # in a tile and in the table, too
     assert "variance" not in text
 
 
