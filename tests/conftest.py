@@ -50,6 +50,12 @@ def _repeatable() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the page of a report: to draw them takes longer than a tiny run, or than what a page says in words."""
+    monkeypatch.setattr("gohsp.report.html._picture", lambda *_, **__: "")
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., nn.Module]:
     """``make_model(architecture, seed=0, **arguments)``: a tiny timm model with random weights, in eval mode."""

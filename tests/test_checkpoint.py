@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from gohsp import models
 from gohsp.data import Preprocessing
 from gohsp.errors import CheckpointError, NonFiniteError, StorageError, UnsupportedModelError
 from gohsp.structure import AttentionKept, FfnKept, Kept, kept_to_json
+from robustness import child
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 EQUAL = ((0, 2), 4, 4, 24), ((0, 1, 3), 6, 6, 40)
@@ -151,16 +150,18 @@ def test_a_new_process_loads_the_same_functions(saved, tmp_path: Path):
     root, made = saved
     inputs = {variant: images_for(model) for variant, (model, _) in made.items()}
     save_file(inputs, tmp_path / "images.safetensors")
-    script = (
-        "import sys, torch, gohsp\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "torch.load = None\n"  # weights come without unpickling
-        "images = load_file(sys.argv[2])\n"
-        "with torch.no_grad():\n"
-        "    save_file({v: gohsp.load(f'{sys.argv[1]}/{v}')(x) for v, x in images.items()}, sys.argv[3])\n"
-    )
-    files = [str(root), str(tmp_path / "images.safetensors"), str(tmp_path / "logits.safetensors")]
-    subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=300)
+    script = f"""
+import torch, gohsp
+from safetensors.torch import load_file, save_file
+torch.load = None  # weights come without unpickling
+images = load_file({str(tmp_path / "images.safetensors")!r})
+with torch.no_grad():
+    logits = {{v: gohsp.load({str(root)!r} + "/" + v)(x) for v, x in images.items()}}
+save_file(logits, {str(tmp_path / "logits.safetensors")!r})
+"""
+    process = child.start(exec, script, {})
+    process.join(300)
+    assert process.exitcode == 0
     logits = load_file(tmp_path / "logits.safetensors")
     with torch.no_grad():
         for variant, (model, _) in made.items():

@@ -21,6 +21,8 @@ from gohsp import cli, models
 from gohsp.config import DataSettings, from_mapping
 from gohsp.errors import CheckpointError, DataError, GohspError, RunError, UnsupportedModelError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
 WIDTHS = {
     "blocks.0.attn": gohsp.AttentionWidths(heads=3, qk=4, vo=6),

@@ -30,6 +30,8 @@ from gohsp.core.objective import tensor_in
 from gohsp.data import Preprocessing, eval_transform
 from gohsp.errors import CheckpointError, DataError, UnsupportedModelError
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 HF = {

@@ -26,6 +26,8 @@ from gohsp.core.moments import collect_moments
 from gohsp.errors import CheckpointError, GohspError, RunError, UnsupportedModelError
 from gohsp.structure import keep_everything
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 NAME = "vit_tiny_patch16_224"
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
 CALIBRATION = {"device": "cpu", "calibration": {"images": 32, "holdout": 8}}

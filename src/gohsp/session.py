@@ -87,13 +87,13 @@ class Session:
         """A few images ``[B, C, H, W]``, to see that two models compute the same."""
         return self.calibration.first(8)[0]
 
+    @torch.no_grad()  # and not by a block, which would stay open where nobody takes the rest
     def entered(self, trunk: Trunk, images: Iterable[Tensor], *, mirror: bool = False) -> Iterator[Tensor]:
         """What enters the first block, in batches, in float32; with ``mirror`` that of the mirror images follows."""
-        with torch.no_grad():
-            for batch in images:
-                yield trunk.enter(batch).float()
-                if mirror:
-                    yield trunk.enter(batch.flip(-1)).float()
+        for batch in images:
+            yield trunk.enter(batch).float()
+            if mirror:
+                yield trunk.enter(batch.flip(-1)).float()
 
     def outputs(self, model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
         """What counts of a model's outputs, in batches."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,7 +374,7 @@ def test_a_file_names_no_other_class_and_no_text_that_is_no_setting(name: str, a
     check_specification({**spec, "architecture": "ViTModel", "arguments": {"hidden_act": "relu"}}, "a file")
 
 
-# A family of one's own, as the page describes it
+# A family of one's own; the page's is described by test_docs
 
 
 class OwnAttention(nn.Module):
@@ -402,38 +400,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).relu())
-
-
-class Block(nn.Module):
-    __module__ = "mine"
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim), OwnAttention(dim, 4)
-        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.ff(self.norm2(x))
-
-
-def test_the_pages_example_describes_blocks_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gohsp.families, "_known", gohsp.families._known)  # forgotten after this test
-    patches = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2))
-    model = nn.Sequential(patches, Turned(), Block(32), Block(32), nn.Flatten(1), nn.Linear(32 * 16, 5)).eval()
-    page = Path(__file__).parents[2] / "docs" / "families.md"
-    *_, code = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    ran: dict[str, Any] = {"gohsp": gohsp, "model": model, "images": images_for("torch encoder layer", 24)}
-    exec(code, ran)
-    assert parameters(ran["result"].model) <= 0.6 * parameters(model)
-    assert ran["result"].equality <= EQUALITY_TOLERANCE
-
-
-class Turned(nn.Module):
-    """Channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mT
 
 
 class Listed(nn.Module):

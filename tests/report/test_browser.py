@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gohsp.report.html import render_comparison, render_html
 from gohsp.report.schema import parse
@@ -75,6 +77,30 @@ def test_a_page_is_whole_at_every_width(browser: Any, pages: dict[str, Path], na
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_is_too_wide_shows_it_and_scrolls_by_keyboard(
+    browser: Any, pages: dict[str, Path], scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": 420, "height": 900}, color_scheme=scheme)
+    page.goto(pages["report"].as_uri())
+    region = page.get_by_role("region", name="Before and after", exact=True)
+
+    def shade() -> int:
+        """How far the edge on the right differs from the card, of which the middle shows, above all text."""
+        shot = Image.open(io.BytesIO(region.screenshot())).convert("L")
+        edge, card = (shot.getpixel((x, 3)) for x in (shot.width - 2, shot.width - 60))
+        return abs(edge - card)
+
+    assert region.evaluate("of => of.scrollWidth > of.clientWidth")
+    assert shade() > 8
+    region.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("of => of.scrollLeft > 0", arg=region.element_handle())
+    region.evaluate("of => of.scrollTo({left: of.scrollWidth, behavior: 'instant'})")
+    assert shade() == 0
+    page.close()
 
 
 def test_values_are_told_to_mouse_and_keyboard_and_stay_on_the_page(browser: Any, pages: dict[str, Path]) -> None:

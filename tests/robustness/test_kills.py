@@ -87,17 +87,15 @@ def test_a_run_killed_at_any_change_of_its_folder_ends_as_one_left_alone(
     tally.require_good()
 
 
-@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(
-    job: Job, whole: Whole, tmp_path: Path, option: str
-):
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(job: Job, whole: Whole, tmp_path: Path):
     home = Home(tmp_path)
     first = job.begin(home, stop=Stop(len(whole.changes) // 2, signal.SIGSTOP))
     first.wait_for("stopped")
     try:
-        second = job.begin(Home(tmp_path), option, output="second").wait()
+        others = [job.begin(Home(tmp_path), option, output=option) for option in ("--resume", "--overwrite")]
+        refused = [other.wait() for other in others]
     finally:
         first.signal(signal.SIGCONT)
     ended = first.wait()
-    assert second.refused, second.output
+    assert all(other.refused for other in refused), refused
     assert outcome(whole, home, ended) == (IDENTICAL, "")

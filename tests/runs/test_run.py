@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,9 @@ from gohsp.structure import (
     kept_widths,
     parse_budget,
 )
+from robustness import child
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
 ONE_EPOCH = {"epochs": 1, "learning_rate": 3e-3, "warmup": 0.0}
@@ -64,7 +65,6 @@ WIDTHS: dict[str, AttentionWidths | FfnWidths] = {
     "blocks.1.attn": AttentionWidths(heads=4, qk=8, vo=8),
     "blocks.1.mlp": FfnWidths(units=7),
 }
-MAIN = "import sys; from gohsp.cli import main; sys.exit(main())"
 
 
 def config_with(**changes: Any) -> Config:
@@ -169,11 +169,10 @@ def test_the_saved_model_is_the_returned_one(finished: gohsp.RunResult):
     assert gohsp.describe(gohsp.load(finished.folder / "dense")).widths == gohsp.describe(tiny()).widths
 
 
-def test_the_command_line_scores_the_result_in_a_new_process_as_reported(finished: gohsp.RunResult):
-    command = [sys.executable, "-c", MAIN, "evaluate", str(finished.folder), "--data", "digits", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    (line,) = done.stdout.splitlines()
-    scores = json.loads(line)
+def test_the_command_line_scores_the_result_in_a_new_process_as_reported(finished: gohsp.RunResult, tmp_path: Path):
+    ended = child.gohsp(["evaluate", str(finished.folder), "--data", "digits", "--json"], child.Home(tmp_path)).wait()
+    assert ended.status == 0, ended.output
+    scores = json.loads(ended.output)
     assert list(scores) == ["top1", "top5", "loss", "n"]
     reported = finished.report.pruned
     assert (scores["top1"], scores["top5"], scores["n"]) == (reported.top1, reported.top5, 180)
@@ -370,6 +369,16 @@ def test_a_folder_without_splits_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"images are the same, folder '.*val'"):
         run(tmp_path / "run", source=str(tmp_path / "split"), config=settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_that_a_folder_has_no_splits_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    write_images(tmp_path / "images", 4)
+    monkeypatch.setattr("gohsp.steps.analyse", interrupt)  # by then calibration images are drawn
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", model=tiny(), source=str(tmp_path / "images"), config=config_with(**ONESHOT))
+    assert caplog.text.count("has no split folders") == 1
 
 
 def test_unreadable_images_are_counted_and_do_not_end_the_run(tmp_path: Path):

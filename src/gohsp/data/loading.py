@@ -194,9 +194,32 @@ def calibration_images(
         DataError: ``count`` or ``batch_size`` is not positive; the source cannot be opened; no image can be
             read, or one cannot and ``strict`` is set.
     """
+    return drawn(
+        open_split(source, split),
+        count,
+        transform=transform,
+        seed=seed,
+        batch_size=batch_size,
+        skip=skip,
+        strict=strict,
+        store=store,
+    )
+
+
+def drawn(
+    images: Split,
+    count: int,
+    *,
+    transform: Transform,
+    seed: int = 0,
+    batch_size: int = 64,
+    skip: int = 0,
+    strict: bool = False,
+    store: Callable[[], MutableSequence[Tensor]] = list,
+) -> MutableSequence[Tensor]:
+    """As :func:`calibration_images`, of a split that is open: what there is to be warned of is said once."""
     if count < 1 or batch_size < 1:
         raise DataError(f"count={count}, batch_size={batch_size}: both must be at least 1")
-    images = open_split(source, split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches, pending, found = store(), [], 0
     with _seeded(seed % 2**32):

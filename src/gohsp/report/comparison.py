@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gohsp.report.schema import Metrics, Report
-from gohsp.report.summary import METHODS, UNITS, quantity, relative, signed, standard_error
+from gohsp.report.summary import METHODS, UNITS, distance_text, quantity, relative, signed, standard_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,14 +33,14 @@ class Measure:
 
     Attributes:
         name: What a column or an axis says.
-        digits: Behind the point.
+        text: How a value is written.
         of_dense: Its value for a dense model.
         of_run: Its value for what a run made; None where it has none.
         drawn: Whether it has pictures, too; not where another one tells the same more plainly.
     """
 
     name: str
-    digits: int
+    text: Callable[[float], str]
     of_dense: Callable[[Metrics], float | None]
     of_run: Callable[[Report], float | None]
     drawn: bool = True
@@ -135,11 +135,14 @@ def measures_of(reports: Mapping[str, Report]) -> list[Measure]:
 
 
 _TOP1 = Measure(
-    name="top-1 (%)", digits=1, of_dense=lambda metrics: metrics.top1, of_run=lambda report: report.pruned.top1
+    name="top-1 (%)",
+    text="{:.1f}".format,
+    of_dense=lambda metrics: metrics.top1,
+    of_run=lambda report: report.pruned.top1,
 )
 _AGREEMENT = Measure(
     name="agreement (%)",
-    digits=1,
+    text="{:.1f}".format,
     of_dense=lambda _: 100.0,
     of_run=lambda report: report.fidelity.agreement if report.fidelity else None,
 )
@@ -152,7 +155,7 @@ def _distance(objective: str) -> Measure:
 
     return Measure(
         name=f"distance ({UNITS.get(objective, objective)})",
-        digits=3,
+        text=distance_text,
         of_dense=lambda _: 0.0,
         of_run=of_run,
         drawn=objective != "classification",
@@ -216,7 +219,7 @@ def _merged(points: Sequence[Point]) -> list[Point]:
 
 def _told(name: str, cost: Cost, x: float, measure: Measure, y: float) -> str:
     size = quantity(x) if x >= 1000 else f"{x:.1f}"
-    return f"{name}: {cost.name} {size}, {measure.name} {y:.{measure.digits}f}"
+    return f"{name}: {cost.name} {size}, {measure.name} {measure.text(y)}"
 
 
 # The table
@@ -261,7 +264,7 @@ def _row(
         error = f" ± {standard_error(metrics):.1f}" if measure is _TOP1 else ""
         before = measure.of_dense(dense) if dense and measure is _TOP1 else None
         change = None if before is None else value - before
-        return f"{value:.{measure.digits}f}{error}", signed(change, measure.digits)
+        return f"{measure.text(value)}{error}", signed(change, 1)
 
     params, macs = (dense.params, dense.macs) if dense else (None, None)
     scores = [scored(measure, value) for measure, value in zip(measures, values, strict=True)]

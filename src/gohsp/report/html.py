@@ -19,7 +19,7 @@ from gohsp.report import comparison, plots
 from gohsp.report.blocks import blocks_of
 from gohsp.report.comparison import Origin
 from gohsp.report.schema import Report
-from gohsp.report.summary import METHODS, headers, quantity, relative, signed, summary_table
+from gohsp.report.summary import METHODS, distance_text, headers, quantity, relative, signed, summary_table
 from gohsp.structure import AttentionWidths, Widths, amount, is_absent
 
 SHOWN_CLASSES = 20
@@ -101,6 +101,7 @@ def _page(template: str, **content: Any) -> str:
     environment.filters |= {
         "quantity": quantity,
         "signed": signed,
+        "distance": distance_text,
         "duration": duration,
         "amount": lambda cost, kind: amount(kind, cost),
         "index_ranges": index_ranges,

@@ -62,8 +62,9 @@ class SummaryRow:
                 (f"{self.top5:.1f}", signed(self.top5_change, 1)),
                 (f"{self.loss:.3f}", signed(self.loss_change, 3)),
             ]
-        kept = ((self.agreement, 1), (self.distance, 3))
-        return sizes + [(f"{value:.{digits}f}", "") for value, digits in kept if value is not None]
+        agreement = None if self.agreement is None else f"{self.agreement:.1f}"
+        distance = None if self.distance is None else distance_text(self.distance)
+        return [*sizes, *((text, "") for text in (agreement, distance) if text is not None)]
 
 
 def headers(report: Report) -> tuple[str, ...]:
@@ -104,6 +105,12 @@ def quantity(value: float) -> str:
             scaled = value / factor
             return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{prefix}"
     return str(value)
+
+
+def distance_text(distance: float) -> str:
+    """A distance of outputs with three places, or with two figures where these would tell nothing: 0.321, 0.00012."""
+    text = f"{distance:.3f}"
+    return text if float(text) or not distance else f"{distance:.2g}"
 
 
 def signed(value: float | None, digits: int, unit: str = "") -> str:

@@ -23,16 +23,13 @@ def class_names(model: nn.Module, train_split: data.Split) -> tuple[str, ...] | 
     return models.class_names(model) or train_split.class_names
 
 
-def draw_images(
-    model: nn.Module, config: Config, folder: RunFolder, source: data.DataSource, split: data.Split
-) -> CalibrationSet:
+def draw_images(model: nn.Module, config: Config, folder: RunFolder, split: data.Split) -> CalibrationSet:
     """Draw calibration images from the training split; no label is read."""
     size, settings = len(split), config.calibration
     holdout = min(settings.holdout, -(-size // 20))  # a small set gives a twentieth of its images
     count = max(1, min(settings.images, size - holdout))
-    images = data.calibration_images(
-        source,
-        config.data.train_split,
+    images = data.drawn(
+        split,
         min(count + holdout, size),
         transform=data.eval_transform(data.Preprocessing.from_model(model)),
         seed=config.seed,

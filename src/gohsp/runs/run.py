@@ -253,7 +253,7 @@ def _data_request(
 def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     config, dense = task.config, task.dense
     kept_steps = KeptSteps(folder.timings(), folder)
-    images = draw_images(dense, config, folder, task.source, task.splits[0])
+    images = draw_images(dense, config, folder, task.splits[0])
     session = api.open_session(dense, images, config=config, progress=task.progress)
     session = dataclasses.replace(session, steps=kept_steps, store=folder.spool)
     labelled, trained, scores = None, Trained(()), None

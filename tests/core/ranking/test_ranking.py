@@ -312,7 +312,7 @@ def test_default_ranking_reads_what_zeroing_a_head_of_deit_tiny_costs(assets: Pa
     batches = data.calibration_images(
         data.DataSource(source=f"hfds/{assets / 'data' / 'imagenet-1k-mini'}"),
         "train",
-        128,
+        64,
         transform=data.eval_transform(data.Preprocessing.from_model(model)),
         batch_size=32,
     )
