@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"((?:^<!-- .*? -->\n)*)^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 GIVEN, NOT_RUN = re.compile(r"<!-- given: (.*?) -->", re.DOTALL), re.compile(r"<!-- not run: (.*?) -->", re.DOTALL)
+TOML = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ELSEWHERE = {"docs/training.md"}
 """Pages whose blocks a test of their own runs."""
 
@@ -198,6 +200,12 @@ def test_the_python_of_a_page_runs(page: Path, namespace: dict[str, Any]):
             exec(code, namespace)
         above = "\n" * text.count("\n", 0, block.start(2))  # so that a traceback shows the page's line
         exec(compile(above + block[2], page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if TOML.search(page.read_text())], ids=name_of)
+def test_the_settings_of_a_page_are_taken(page: Path):
+    for block in TOML.finditer(page.read_text(encoding="utf-8")):
+        from_mapping(tomllib.loads(block[1]))
 
 
 def test_few_blocks_are_left_untried():
