@@ -9,8 +9,11 @@ In front of a block a page may say, in a comment that readers do not see, what t
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
+import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +29,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import gohsp
 from conftest import randomise
 from gohsp.config import from_mapping
+from gohsp.data import Preprocessing, eval_transform
 from test_hub import Hub
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"((?:^<!-- .*? -->\n)*)^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 GIVEN, NOT_RUN = re.compile(r"<!-- given: (.*?) -->", re.DOTALL), re.compile(r"<!-- not run: (.*?) -->", re.DOTALL)
+TOML = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ELSEWHERE = {"docs/training.md"}
 """Pages whose blocks a test of their own runs."""
 
@@ -198,6 +203,31 @@ def test_the_python_of_a_page_runs(page: Path, namespace: dict[str, Any]):
             exec(code, namespace)
         above = "\n" * text.count("\n", 0, block.start(2))  # so that a traceback shows the page's line
         exec(compile(above + block[2], page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if TOML.search(page.read_text())], ids=name_of)
+def test_the_settings_of_a_page_are_taken(page: Path):
+    for block in TOML.finditer(page.read_text(encoding="utf-8")):
+        from_mapping(tomllib.loads(block[1]))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize(("size", "crop_pct"), [((60, 45), 0.9), ((45, 61), 0.875), ((32, 32), 1.0)])
+def test_without_gohsp_an_image_becomes_what_evaluation_makes_of_it(
+    crop_mode: str, size: tuple[int, int], crop_pct: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    told = {"image_size": (32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2), "crop_pct": crop_pct}
+    made = Preprocessing(channels=3, interpolation="bicubic", crop_mode=crop_mode, **told)
+    Path("small.onnx.json").write_text(json.dumps({"preprocessing": asdict(made)}))
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save("photo.jpg")
+    script = next(
+        block[2] for block in BLOCK.finditer((ROOT / "docs/tutorials/deploy.md").read_text()) if "crop" in block[2]
+    )
+    exec(script.partition("session =")[0], names := {})
+    expected = eval_transform(made)(Image.open("photo.jpg")).permute(1, 2, 0)
+    np.testing.assert_allclose(names["pixels"], expected, atol=1e-5)
 
 
 def test_few_blocks_are_left_untried():
