@@ -29,6 +29,7 @@ from gohsp.data import (
     sources,
     train_transform,
 )
+from gohsp.data.calibration import calibration_set
 from gohsp.errors import DataError, MissingPackageError
 
 ASSETS = Path(os.environ.get("GOHSP_ASSETS", Path(__file__).parents[1] / ".." / "shared"))
@@ -761,3 +762,16 @@ def test_real_parquet_sets_open_by_name_alone():
     dogs = open_split(DataSource(source=f"hfds/{ASSETS}/data/imagewoof-160"), "train[:90%]")
     assert len(dogs) == 4500
     assert set(dogs.labels()) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("given", "calibrate", "held_out"),
+    [(1, 1, 1), (30, 28, 2), (100, 95, 5), (110, 100, 10), (120, 100, 20), (500, 100, 20)],
+)
+def test_no_more_images_calibrate_than_asked_for(given: int, calibrate: int, held_out: int):
+    images = torch.arange(float(given)).view(-1, 1, 1, 1).split(7)
+    found = calibration_set(images, count=100, holdout=20, mirror=False)
+    parts = [torch.cat([*part]).flatten().tolist() for part in (found.images, found.holdout)]
+    assert [len(part) for part in parts] == [calibrate, held_out]
+    assert parts[0] == list(range(calibrate))
+    assert parts[1] == list(range(max(0, min(given, 120) - held_out), min(given, 120)))

@@ -166,10 +166,10 @@ def prune(
             trained by methods that train; what is made of it has its data types again, and what was frozen is. It is
             taken out of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, and a warning says so.
         images: Preprocessed images: a ``DataLoader``, or any iterable of tensors ``[C, H, W]`` or ``[B, C, H, W]``, of
-            pairs that begin with one, or of mappings that hold one. The first thousand are read, and no label; methods
-            that train take all of it, in pairs, anew in every epoch. A model that takes more than images is called with
-            what else the first mapping holds by the names of its arguments; of what has an entry for each image, with
-            the first, for all images.
+            pairs that begin with one, or of mappings that hold one. The first 1,152 are read (``config.calibration``),
+            and no label; methods that train take all of it, in pairs, anew in every epoch. A model that takes more than
+            images is called with what else the first mapping holds by the names of its arguments; of what has an entry
+            for each image, with the first, for all images.
         budget: Such as ``params=-40%`` or ``macs=0.8G``, an upper bound that is met within 1 %; or ``latency=-25%``
             of the time that the dense model takes on its device.
         method: ``oneshot``, ``finetune`` or ``gohsp``; None takes the configuration's, by default ``oneshot``.
