@@ -147,7 +147,7 @@ def test_what_comes_out_fits_what_went_in(vit: nn.Module, pruned: gohsp.Pruned):
     assert set(pruned.seconds) == {"rank", "allocate", "cut"}
 
 
-@pytest.mark.parametrize("budget", ["macs=-25%", "params=20K", "macs=75%"])
+@pytest.mark.parametrize("budget", ["macs=-25%", "params=20K"])
 def test_budgets_are_bounds_that_are_met(vit: nn.Module, data: Tensor, budget: str):
     fine = from_mapping({"precision": "no", "widths": {"multiple": 1, "min_width": 1}})
     small = gohsp.describe(gohsp.prune(vit, [data], budget, config=fine).model)
@@ -155,7 +155,6 @@ def test_budgets_are_bounds_that_are_met(vit: nn.Module, data: Tensor, budget: s
     limit = {
         "macs=-25%": 0.75 * gohsp.count_macs(dense),
         "params=20K": 20_000,
-        "macs=75%": 0.75 * gohsp.count_macs(dense),
     }[budget]
     cost = (gohsp.count_params if budget.startswith("params") else gohsp.count_macs)(small)
     assert 0.99 * limit <= cost <= limit
