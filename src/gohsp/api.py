@@ -30,6 +30,7 @@ from gohsp.runtime import ProgressCallback, resolve_precision, unheard
 from gohsp.session import Session
 from gohsp.steps import Allocation, Fidelity, Healing
 from gohsp.structure import (
+    COUNTED,
     Budget,
     Network,
     SublayerKept,
@@ -38,6 +39,7 @@ from gohsp.structure import (
     amount,
     bound_for,
     check_widths,
+    cost_of,
     excluding,
     parse_budget,
 )
@@ -208,6 +210,7 @@ def prune(
         require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
         _require_rereadable("scores on validation images", config, validation)
+    tell_budget(network, goal)
     session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     pruned = run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
@@ -278,6 +281,18 @@ def require_possible(network: Network, goal: Budget, widths: Widths | None, conf
             )
     else:
         allocation.require_feasible(network, bound, config.widths, uniform=config.uniform)
+
+
+def tell_budget(network: Network, goal: Budget) -> None:
+    """Say in the log what a budget was understood to be; ``network`` is the dense one."""
+    if goal.kind != "latency":
+        dense = cost_of(network, network.widths, COUNTED[goal.kind])
+        most = f"{goal.limit(dense):,} of {amount(goal.kind, dense)}"
+    elif goal.relative:
+        most = f"{100 * goal.number:g} % of the time that the dense model takes, which is measured on the way"
+    else:
+        most = amount("latency", goal.number)
+    logger.info("budget %s: at most %s", goal.requested.strip(), most)
 
 
 def open_session(

@@ -26,9 +26,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
 
+from gohsp import api, console, data, exporting, files, hub, models, opening, report, runs
 from gohsp import config as configs
-from gohsp import console, data, exporting, files, hub, models, opening, report, runs
-from gohsp.api import rank
 from gohsp.benchmark import Benchmark, Spread, bench
 from gohsp.config import Config, Dtype
 from gohsp.core.ranking import RankingSettings
@@ -150,7 +149,7 @@ class Rank:
         out, drawn = _made(self.out), self.attention or names[0]
         with console.notes.status("ranking heads"):
             config = Config(at=self.at, ranking=self.settings, seed=self.seed)
-            ranking = report.Ranking.of(rank(model.to(pick_device("auto")), batches, config=config))
+            ranking = report.Ranking.of(api.rank(model.to(pick_device("auto")), batches, config=config))
         text = json.dumps(ranking.model_dump(mode="json"), indent=2) + "\n"
         files.write_atomic(out / "ranking.json", text)
         _draw_graph(ranking, drawn, out / "graph.png")
@@ -668,9 +667,22 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+class _Said(logging.Handler):
+    """What the log tells of a pruning before its steps, such as the budget, as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message that is no warning, which is shown anyway."""
+        if record.levelno == logging.INFO:
+            console.say(record.getMessage())
+
+
+_SAID = _Said()
+
+
 def _set_up() -> None:
     """Warnings and messages go to standard error, in any encoding."""
     console.tolerate_any_character()
+    api.logger.addHandler(_SAID)  # once, however often
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",

@@ -59,6 +59,11 @@ def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
             bars.stop()
 
 
+def say(text: str) -> None:
+    """Print a line on standard error as it is."""
+    notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def tolerate_any_character() -> None:
     """Let standard output and error escape what their encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):

@@ -252,6 +252,7 @@ def _data_request(
 
 def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     config, dense = task.config, task.dense
+    api.tell_budget(task.network, task.goal)
     kept_steps = KeptSteps(folder.timings(), folder)
     images = draw_images(dense, config, folder, task.splits[0])
     session = api.open_session(dense, images, config=config, progress=task.progress)

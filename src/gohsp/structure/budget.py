@@ -100,9 +100,10 @@ def parse_budget(text: str) -> Budget:
             f"{kind}=-30%"
         )
     if not relative and not unit and 0 < number < 1:
+        share = f"{100 * number:g}"
         raise BudgetError(
             f"budget '{text}' allows less than one of the {UNITS[kind]}; write a share as what goes, in percent: "
-            f"{kind}=-{100 * number:g}% removes {100 * number:g} %, {kind}=-{100 * (1 - number):g}% keeps {100 * number:g} %"
+            f"{kind}=-{share}% removes {share} %, {kind}=-{100 * (1 - number):g}% keeps {share} %"
         )
     if not 0 < number < float("inf"):
         raise BudgetError(f"budget '{text}' must be a finite number above 0, as in {_EXAMPLES[kind]}")
