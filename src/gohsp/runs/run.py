@@ -254,7 +254,7 @@ def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     config, dense = task.config, task.dense
     api.tell_budget(task.network, task.goal)
     kept_steps = KeptSteps(folder.timings(), folder)
-    images = draw_images(dense, config, folder, task.splits[0])
+    images = draw_images(dense, config, folder, task.splits[0], task.progress)
     session = api.open_session(dense, images, config=config, progress=task.progress)
     session = dataclasses.replace(session, steps=kept_steps, store=folder.spool)
     labelled, trained, scores = None, Trained(()), None
