@@ -592,7 +592,8 @@ def test_images_that_are_none_are_refused(vit: nn.Module, images: Any, message: 
 
 
 def test_images_that_the_model_does_not_take_are_refused(vit: nn.Module, data: Tensor):
-    refuse(UnsupportedModelError, r"cannot compute an image of \[3, 24, 24\]", vit, torch.zeros(4, 3, 24, 24), BUDGET)
+    message = r"cannot compute an image of \[3, 24, 24\].*; give images of the size that it takes, \[3, 16, 16\]$"
+    refuse(UnsupportedModelError, message, vit, torch.zeros(4, 3, 24, 24), BUDGET)
     refuse(UnsupportedModelError, r"cannot compute an image of \[1, 16, 16\]", vit, data[:, :1], BUDGET)
 
 
@@ -622,7 +623,7 @@ def test_exclusions_can_make_a_budget_impossible(vit: nn.Module):
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [
-        (["blocks.7"], r"'blocks\.7', which is no sub-layer"),
+        (["blocks.7"], r"'blocks\.7', which is no sub-layer .*; there are 'blocks\.0' to 'blocks\.1'$"),
         (["ffns"], "did you mean 'ffn'"),
         ("ffn", r"write \['ffn'\]"),
         ([3], "3, which is no sub-layer"),

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohsp import models, steps
-from gohsp.config import Config, Method
+from gohsp.config import Config, Method, settled
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
 from gohsp.core.curves import fits
@@ -195,7 +195,7 @@ def prune(
     Raises:
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
-    config = config or Config()
+    config = settled(config)
     if method is not None:
         config = replace(config, method=method)
     if at is not None:
@@ -309,7 +309,7 @@ def open_session(
         DataError: There are no images, or of another kind.
         UnsupportedModelError: The model's output fits no objective, or not the one given.
     """
-    config = config or Config()
+    config = settled(config)
     settings = config.calibration
     require_objective(objective)
     if not isinstance(images, CalibrationSet):
@@ -648,7 +648,7 @@ def allocate(
         ConfigError: It is one of latency, which has to be measured on the way (:func:`prune` does).
         PlanError: The curves are not of this model.
     """
-    config = config or Config()
+    config = settled(config)
     network = excluding(model if isinstance(model, Network) else models.describe(model, at=config.at), exclude)
     goal = parse_budget(budget)
     if goal.kind == "latency":
@@ -703,7 +703,7 @@ def cut(
     Raises:
         PlanError: ``widths`` do not fit the model.
     """
-    config, model = config or Config(), models.unwrapped(model)
+    config, model = settled(config), models.unwrapped(model)
     example, images = _example(model, images, config.at)
     check_widths(models.describe(model, example, config.at), widths)
     session, dense, network = _open(model, images, (), objective, config, progress)
@@ -732,7 +732,7 @@ def heal(
         config: Of which ``at``, ``heal``, ``calibration``, ``seed`` and ``precision`` count; by default 3 epochs.
         progress: Is told how far it is.
     """
-    config = config or Config()
+    config = settled(config)
     if config.heal.epochs == 0:
         config = replace(config, heal=replace(config.heal, epochs=3))
     model, dense = models.unwrapped(model), models.unwrapped(dense)
@@ -771,7 +771,7 @@ def finetune(
         UnsupportedModelError: The model is no classifier.
         NonFiniteError: The loss is NaN or infinite.
     """
-    config = replace(config or Config(), method="finetune")
+    config = replace(settled(config), method="finetune")
     _require_rereadable("trains on the images", config, images)
     probe = calibration_set(images, count=8, holdout=0, mirror=False)
     session = Session(
@@ -793,7 +793,7 @@ def _open(
     config: Config | None,
     progress: ProgressCallback | None,
 ) -> tuple[Session, nn.Module, Network]:
-    config, model = config or Config(), models.unwrapped(model)
+    config, model = settled(config), models.unwrapped(model)
     example, images = _example(model, images, config.at)
     dense = models.working_copy(model, example, config.at)
     models.check_finite(dense)

@@ -121,7 +121,7 @@ def run(
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
     require_one_process()
-    config, goal = config or Config(), parse_budget(budget)
+    config, goal = configs.settled(config), parse_budget(budget)
     source = source if isinstance(source, data.DataSource) else data.DataSource(source=source)
     inputs = {
         "the model": None if isinstance(model, nn.Module) else model,
