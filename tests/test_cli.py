@@ -241,6 +241,13 @@ def test_misuse_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
+def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    assert "Vision Transformers smaller and faster" in capsys.readouterr().out
+
+
 def test_a_misspelt_key_of_the_settings_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "typo.toml").write_text("[training]\nbatchsize = 3\n")
     arguments = ["prune", "m", "--data", "digits", "--budget", "params=-30%", "--out", str(tmp_path / "run")]

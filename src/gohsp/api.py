@@ -319,8 +319,8 @@ def open_session(
     widest = models.describe(model, images.first(1)[0], config.at).embed_dim
     if images.count < widest:
         logger.warning(
-            "%d calibration images are fewer than the model's %d channels: at any one token, such as the class token, "
-            "second moments are singular, and only the ridge makes repairs possible; give %d images or more",
+            "%d calibration images are fewer than the model's %d channels: too few to tell what each part of the model "
+            "does, so that more accuracy than necessary is lost; give %d images or more, without labels",
             images.count,
             widest,
             4 * widest,

@@ -189,13 +189,13 @@ class Prune:
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
-    """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%."""
+    """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%; a --plan has to meet it, too."""
     out: Folder
     """Folder of the run."""
     config: Path | None = None
     """A TOML file of settings; the flags below override it."""
     plan: Path | None = None
-    """An edited plan.json whose widths to use."""
+    """An edited plan.json whose widths are used as they are, where they meet --budget."""
     exclude: tuple[str, ...] = ()
     """What to leave alone: names of sub-layers or blocks, or kinds of unit (head, qk, vo, ffn)."""
     resume: bool = False
@@ -596,6 +596,8 @@ def read_plan(path: Path) -> dict[str, SublayerWidths]:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
+ABOUT = "Make trained Vision Transformers smaller and faster by structured pruning. More on a verb: gohsp VERB --help"
+
 VERBS: dict[str, Any] = {
     "demo": Demo,
     "rank": Rank,
@@ -710,7 +712,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _interruptible():
             try:
                 require_one_process()
-                verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
+                verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=ABOUT, args=arguments)
                 verb(["gohsp", *arguments])
                 console.deliver()
             except (GohspError, OSError) as error:
