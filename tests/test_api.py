@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import gohsp
 from conftest import TINY, randomise
+from gohsp.api import tell_budget
 from gohsp.config import Config, from_mapping
 from gohsp.core.moments import collect_moments
 from gohsp.data import DataSource, open_split
 from gohsp.errors import BudgetError, CheckpointError, ConfigError, DataError, PlanError, UnsupportedModelError
-from gohsp.structure import AttentionWidths, FfnWidths
+from gohsp.structure import AttentionWidths, FfnWidths, parse_budget
 
 COUNT = 96
 BUDGET = "params=-30%"
@@ -612,6 +613,22 @@ def test_images_that_the_model_does_not_take_are_refused(vit: nn.Module, data: T
 )
 def test_budgets_that_cannot_be_met_are_refused(vit: nn.Module, budget: Any, error: type[gohsp.GohspError]):
     refuse(error, "budget", vit, Unread(), budget)
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (" params=-30% ", "budget params=-30%: at most 16,579 of 23,685 parameters"),
+        ("latency=-25%", "budget latency=-25%: at most 75 % of the time that the dense model takes"),
+        ("latency=8ms", "budget latency=8ms: at most 8.000 ms a batch"),
+    ],
+)
+def test_what_a_budget_was_understood_to_be_is_logged(
+    vit: nn.Module, budget: str, told: str, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "gohsp.api")
+    tell_budget(gohsp.describe(vit), parse_budget(budget))
+    assert told in caplog.text
 
 
 def test_exclusions_can_make_a_budget_impossible(vit: nn.Module):

@@ -25,7 +25,8 @@ INDEX = "model.safetensors.index.json"
 
 _SET_CLASSES = (
     '. The number of classes is set by num_classes: arguments={"num_classes": 10} of gohsp.open_model, '
-    "model_arguments.num_classes of a run; for a timm model 0 leaves the classifier out"
+    "model_arguments.num_classes of a run. By default it is that of the file's classifier, where there is one; for a "
+    "timm model 0 leaves the classifier out"
 )
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
