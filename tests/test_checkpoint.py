@@ -470,7 +470,9 @@ def test_what_is_neither_folder_nor_hub_is_refused(monkeypatch: pytest.MonkeyPat
     def offline(name: str, **_: Any) -> str:
         raise LocalEntryNotFoundError("no network")
 
-    with pytest.raises(CheckpointError, match="'no/such/folder' is neither a local folder nor a hub repository"):
+    with pytest.raises(
+        CheckpointError, match="there is no folder 'no/such/folder', and names on the hub have the form OWNER/NAME"
+    ):
         gohsp.load("no/such/folder")  # no repository's name has two slashes: refused without a request
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"neither a local folder nor a hub repository.*no network"):

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import gohsp
-from gohsp import cli, config, report
+from gohsp import cli, config, console, report
 from gohsp.config import Config
 from gohsp.errors import CheckpointError, GohspError
 from gohsp.structure import AttentionWidths, FfnWidths
@@ -204,6 +204,21 @@ def test_the_card_of_a_run_tells_what_was_before_and_the_report_of_another_model
         gohsp.model_card(tmp_path / "run", "me/small")
 
 
+# Progress
+
+
+def test_where_no_bar_can_be_drawn_lines_say_how_far_a_step_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    clock = iter([0.0, 100.0, 129.0, 130.0, 131.0, 190.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress() as tell:
+        for done in range(5):
+            tell(gohsp.Progress("heal", done, 4))
+    lines = ["heal: begins, 4 to do", "heal: 2 of 4 after 0:30", "heal: 4 of 4 after 1:30"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 # Failing
 
 
@@ -224,6 +239,13 @@ def test_misuse_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixtu
         cli.main(arguments)
     assert misuse.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    assert "Vision Transformers smaller and faster" in capsys.readouterr().out
 
 
 def test_a_misspelt_key_of_the_settings_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -283,12 +305,16 @@ def test_an_interruption_exits_with_130(
     assert capsys.readouterr().err.endswith("interrupted\n")
 
 
-def test_oneshot_is_the_default_method(tmp_path: Path, model: str):
+def test_oneshot_is_the_default_method(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "run"
     arguments = ["prune", model, "--data", "digits", "--budget", "params=-30%", "--out", str(out)]
     widths = ["--widths.multiple", "2", "--widths.min-width", "2"]
     assert cli.main([*arguments, "--calibration.images", "40", *widths]) == 0
     content = report.read(out)
+    dense = f"{content.dense.params:,} parameters"
+    first, second, *_ = capsys.readouterr().err.splitlines()  # which is no terminal's
+    assert first == f"budget params=-30%: at most {int(0.7 * content.dense.params):,} of {dense}"
+    assert second.startswith("images: begins, ")
     assert content.method == content.config["method"] == "oneshot"
     assert content.data.calibration_images == 40
     assert content.pruned.top1 is None

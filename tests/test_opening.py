@@ -210,6 +210,21 @@ def test_another_classifier_must_be_asked_for(weights: Path):
         with_new(num_classes=4, mlp_ratio=2.0)  # a new classifier excuses nothing else
 
 
+def test_the_number_of_classes_is_that_of_the_files_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "gohsp")
+    path, sizes = tmp_path / "w.pth", {key: value for key, value in SMALL.items() if key != "num_classes"}
+    state = tiny(num_classes=7).state_dict()
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    model = gohsp.open_model(NAME, weights=path, arguments=sizes)
+    assert torch.equal(model.get_parameter("head.weight"), state["head.weight"])
+    assert "their classifier 'head' tells 7 classes apart" in caplog.text
+
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16}
+    torch.save(gohsp.open_model("torchvision:vit_b_16", arguments={**sizes, "num_classes": 3}).state_dict(), path)
+    model = gohsp.open_model("torchvision:vit_b_16", weights=path, arguments=sizes)
+    assert gohsp.models.num_classes(model) == 3
+
+
 PREFIXES = ["module.", "_orig_mod.", "backbone.", "model.", "encoder.", "_orig_mod.module.backbone."]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gohsp import models, steps
-from gohsp.config import Config, Method
+from gohsp.config import Config, Method, settled
 from gohsp.core import admm, allocation
 from gohsp.core.allocation import Curves
 from gohsp.core.curves import fits
@@ -30,6 +30,7 @@ from gohsp.runtime import ProgressCallback, resolve_precision, unheard
 from gohsp.session import Session
 from gohsp.steps import Allocation, Fidelity, Healing
 from gohsp.structure import (
+    COUNTED,
     Budget,
     Network,
     SublayerKept,
@@ -38,6 +39,7 @@ from gohsp.structure import (
     amount,
     bound_for,
     check_widths,
+    cost_of,
     excluding,
     parse_budget,
 )
@@ -193,7 +195,7 @@ def prune(
     Raises:
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
-    config = config or Config()
+    config = settled(config)
     if method is not None:
         config = replace(config, method=method)
     if at is not None:
@@ -208,6 +210,7 @@ def prune(
         require_optimizer(config.training.optimizer)
         _require_rereadable("trains on the images", config, images)
         _require_rereadable("scores on validation images", config, validation)
+    tell_budget(network, goal)
     session = open_session(dense, unlabelled, config=config, objective=objective, progress=progress)
     labelled = _labelled(session, dense, images, validation) if config.trains else None
     pruned = run_steps(session, dense, network, goal, given=widths, measured=curves, labelled=labelled)
@@ -280,6 +283,18 @@ def require_possible(network: Network, goal: Budget, widths: Widths | None, conf
         allocation.require_feasible(network, bound, config.widths, uniform=config.uniform)
 
 
+def tell_budget(network: Network, goal: Budget) -> None:
+    """Say in the log what a budget was understood to be; ``network`` is the dense one."""
+    if goal.kind != "latency":
+        dense = cost_of(network, network.widths, COUNTED[goal.kind])
+        most = f"{goal.limit(dense):,} of {amount(goal.kind, dense)}"
+    elif goal.relative:
+        most = f"{100 * goal.number:g} % of the time that the dense model takes, which is measured on the way"
+    else:
+        most = amount("latency", goal.number)
+    logger.info("budget %s: at most %s", goal.requested.strip(), most)
+
+
 def open_session(
     model: nn.Module,
     images: Iterable[Any] | CalibrationSet,
@@ -294,7 +309,7 @@ def open_session(
         DataError: There are no images, or of another kind.
         UnsupportedModelError: The model's output fits no objective, or not the one given.
     """
-    config = config or Config()
+    config = settled(config)
     settings = config.calibration
     require_objective(objective)
     if not isinstance(images, CalibrationSet):
@@ -304,8 +319,8 @@ def open_session(
     widest = models.describe(model, images.first(1)[0], config.at).embed_dim
     if images.count < widest:
         logger.warning(
-            "%d calibration images are fewer than the model's %d channels: at any one token, such as the class token, "
-            "second moments are singular, and only the ridge makes repairs possible; give %d images or more",
+            "%d calibration images are fewer than the model's %d channels: too few to tell what each part of the model "
+            "does, so that more accuracy than necessary is lost; give %d images or more, without labels",
             images.count,
             widest,
             4 * widest,
@@ -633,7 +648,7 @@ def allocate(
         ConfigError: It is one of latency, which has to be measured on the way (:func:`prune` does).
         PlanError: The curves are not of this model.
     """
-    config = config or Config()
+    config = settled(config)
     network = excluding(model if isinstance(model, Network) else models.describe(model, at=config.at), exclude)
     goal = parse_budget(budget)
     if goal.kind == "latency":
@@ -688,7 +703,7 @@ def cut(
     Raises:
         PlanError: ``widths`` do not fit the model.
     """
-    config, model = config or Config(), models.unwrapped(model)
+    config, model = settled(config), models.unwrapped(model)
     example, images = _example(model, images, config.at)
     check_widths(models.describe(model, example, config.at), widths)
     session, dense, network = _open(model, images, (), objective, config, progress)
@@ -717,7 +732,7 @@ def heal(
         config: Of which ``at``, ``heal``, ``calibration``, ``seed`` and ``precision`` count; by default 3 epochs.
         progress: Is told how far it is.
     """
-    config = config or Config()
+    config = settled(config)
     if config.heal.epochs == 0:
         config = replace(config, heal=replace(config.heal, epochs=3))
     model, dense = models.unwrapped(model), models.unwrapped(dense)
@@ -756,7 +771,7 @@ def finetune(
         UnsupportedModelError: The model is no classifier.
         NonFiniteError: The loss is NaN or infinite.
     """
-    config = replace(config or Config(), method="finetune")
+    config = replace(settled(config), method="finetune")
     _require_rereadable("trains on the images", config, images)
     probe = calibration_set(images, count=8, holdout=0, mirror=False)
     session = Session(
@@ -778,7 +793,7 @@ def _open(
     config: Config | None,
     progress: ProgressCallback | None,
 ) -> tuple[Session, nn.Module, Network]:
-    config, model = config or Config(), models.unwrapped(model)
+    config, model = settled(config), models.unwrapped(model)
     example, images = _example(model, images, config.at)
     dense = models.working_copy(model, example, config.at)
     models.check_finite(dense)

@@ -146,6 +146,11 @@ def bench(
             a model that cannot be compiled or compute a batch, or a file of another data type or for another device;
             the message names it.
     """
+    if not isinstance(models, Mapping):
+        raise ConfigError(
+            f"models must be a table of names and models, such as {{'dense': model, 'small': small}}, got a "
+            f"{type(models).__name__}"
+        )
     settings = _settings(batch_sizes, dtype, rounds)
     _require_one_of("device", device, Device)
     place = pick_device(device)

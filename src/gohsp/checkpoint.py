@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -516,6 +517,13 @@ def local_folder(
         if revision is not None:
             raise CheckpointError(f"'{folder}' is a local folder, which has no revision {revision!r}; leave it out")
         return folder
+    if folder.is_file():
+        raise CheckpointError(
+            f"'{folder}' is a file, where a folder of gohsp.save or of a run is loaded; of a file of weights make a "
+            "model by gohsp.open_model(name, weights=...)"
+        )
+    if not re.fullmatch(r"[^/\\]+/[^/\\]+", str(folder_or_hub_id)):
+        raise CheckpointError(f"there is no folder '{folder_or_hub_id}', and names on the hub have the form OWNER/NAME")
     require_packages(f"'{folder}', which is no folder,", "hub", "huggingface_hub")
     from huggingface_hub import snapshot_download  # models of local folders need none
 

@@ -26,9 +26,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
 
+from gohsp import api, console, data, exporting, files, hub, models, opening, report, runs
 from gohsp import config as configs
-from gohsp import console, data, exporting, files, hub, models, opening, report, runs
-from gohsp.api import rank
 from gohsp.benchmark import Benchmark, Spread, bench
 from gohsp.config import Config, Dtype
 from gohsp.core.ranking import RankingSettings
@@ -150,7 +149,7 @@ class Rank:
         out, drawn = _made(self.out), self.attention or names[0]
         with console.notes.status("ranking heads"):
             config = Config(at=self.at, ranking=self.settings, seed=self.seed)
-            ranking = report.Ranking.of(rank(model.to(pick_device("auto")), batches, config=config))
+            ranking = report.Ranking.of(api.rank(model.to(pick_device("auto")), batches, config=config))
         text = json.dumps(ranking.model_dump(mode="json"), indent=2) + "\n"
         files.write_atomic(out / "ranking.json", text)
         _draw_graph(ranking, drawn, out / "graph.png")
@@ -190,13 +189,13 @@ class Prune:
     data: str
     """A folder of class folders, hfds/..., wds/... or digits."""
     budget: str
-    """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%."""
+    """Such as params=4.0M, params=-40%, macs=0.9G, macs=-30% or latency=-25%; a --plan has to meet it, too."""
     out: Folder
     """Folder of the run."""
     config: Path | None = None
     """A TOML file of settings; the flags below override it."""
     plan: Path | None = None
-    """An edited plan.json whose widths to use."""
+    """An edited plan.json whose widths are used as they are, where they meet --budget."""
     exclude: tuple[str, ...] = ()
     """What to leave alone: names of sub-layers or blocks, or kinds of unit (head, qk, vo, ffn)."""
     resume: bool = False
@@ -597,6 +596,8 @@ def read_plan(path: Path) -> dict[str, SublayerWidths]:
         raise PlanError(f"plan '{path}' cannot be read ({error}); give a plan.json that gohsp wrote") from error
 
 
+ABOUT = "Make trained Vision Transformers smaller and faster by structured pruning. More on a verb: gohsp VERB --help"
+
 VERBS: dict[str, Any] = {
     "demo": Demo,
     "rank": Rank,
@@ -668,9 +669,22 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+class _Said(logging.Handler):
+    """What the log tells of a pruning before its steps, such as the budget, as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message that is no warning, which is shown anyway."""
+        if record.levelno == logging.INFO:
+            console.say(record.getMessage())
+
+
+_SAID = _Said()
+
+
 def _set_up() -> None:
     """Warnings and messages go to standard error, in any encoding."""
     console.tolerate_any_character()
+    api.logger.addHandler(_SAID)  # once, however often
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -698,7 +712,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _interruptible():
             try:
                 require_one_process()
-                verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=__doc__, args=arguments)
+                verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=ABOUT, args=arguments)
                 verb(["gohsp", *arguments])
                 console.deliver()
             except (GohspError, OSError) as error:

@@ -343,6 +343,22 @@ def _changed(settings: T, data: Mapping[str, Any], prefix: str) -> T:
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
+def settled(config: object) -> Config:
+    """The settings that a caller gave, or the defaults for None.
+
+    Raises:
+        ConfigError: Something else than a :class:`Config`.
+    """
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config must be a gohsp.Config, got a {type(config).__name__}; make it by gohsp.Config(...), or of a "
+            "table by gohsp.config.from_mapping(table)"
+        )
+    return config
+
+
 def read(path: Path) -> Config:
     """Read settings in TOML.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from gohsp.runtime import Progress, ProgressCallback
+from gohsp.runtime import Progress, ProgressCallback, unheard
 
 
 class _Console(Console):
@@ -29,13 +30,47 @@ results = _Console(emoji=False)
 notes = _Console(stderr=True, emoji=False)
 
 
+PAUSE = 30.0
+"""Seconds between two lines that say how far a step is, where no bar can be drawn."""
+
+
 @contextmanager
 def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
-    """A bar for every step, on standard error, with count, time gone and time left; yields what is to be told of them.
+    """What is to be told of progress: it draws a bar for every step, or prints lines where that is no terminal's.
 
     Args:
-        hidden: Whether to draw nothing.
+        hidden: Whether to show nothing.
     """
+    if hidden:
+        yield unheard
+    elif notes.is_terminal:
+        with _bars() as tell:
+            yield tell
+    else:
+        yield _lines()
+
+
+def _lines() -> ProgressCallback:
+    """Lines on standard error: where a step begins, and from time to time how far it is."""
+    began = said = time.monotonic()
+
+    def tell(news: Progress) -> None:
+        nonlocal began, said
+        now = time.monotonic()
+        if news.done == 0:
+            began = said = now
+            say(f"{news.step}: begins, {news.total} to do")
+        elif now - said >= PAUSE:
+            said = now
+            minutes, seconds = divmod(round(now - began), 60)
+            say(f"{news.step}: {news.done} of {news.total} after {minutes}:{seconds:02d}")
+
+    return tell
+
+
+@contextmanager
+def _bars() -> Iterator[ProgressCallback]:
+    """A bar for every step, on standard error, with count, time gone and time left."""
     tasks: dict[str, TaskID] = {}
     columns = (
         TextColumn("{task.description:<28}"),
@@ -44,7 +79,7 @@ def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    bars = Bars(*columns, console=notes, disable=hidden)
+    bars = Bars(*columns, console=notes)
 
     def tell(news: Progress) -> None:
         if news.step not in tasks:
@@ -57,6 +92,11 @@ def progress(*, hidden: bool = False) -> Iterator[ProgressCallback]:
     finally:
         if tasks:
             bars.stop()
+
+
+def say(text: str) -> None:
+    """Print a line on standard error as it is."""
+    notes.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def tolerate_any_character() -> None:

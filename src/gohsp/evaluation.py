@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +50,20 @@ def evaluate(
         advance: Called after each batch, for progress.
 
     Raises:
-        DataError: There are no images.
+        DataError: There are no images, batches without labels, or a label that the model has no class for.
         NonFiniteError: The model returns NaN or infinite logits.
     """
     training, device = model.training, device_of(model)
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     with fast_attention(precision, model):
-        for images, labels in batches:
+        for images, labels in map(_pair, batches):
             if not len(labels):  # none of its images could be read
                 continue
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast(device, precision):
                 logits = tensor_in(model(images)).float()
+            _require_classes(labels, logits.shape[1])
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()
@@ -73,3 +75,21 @@ def evaluate(
     if loss != loss or loss == float("inf"):
         raise NonFiniteError("the model's outputs hold NaN or infinite values; check its weights and the preprocessing")
     return Metrics(top1=100 * top1 / n, top5=100 * top5 / n, loss=loss / n, n=int(n))
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch of images and labels, which it must be."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise DataError(
+            f"scores need batches of two tensors, images [B, C, H, W] and labels [B], got a {type(batch).__name__}; "
+            "give a DataLoader of a data set with labels"
+        )
+    return batch[0], batch[1]
+
+
+def _require_classes(labels: Tensor, classes: int) -> None:
+    if labels.ndim != 1 or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels must be whole numbers [B] from 0 to {classes - 1}, for the model's {classes} classes; got "
+            f"{list(labels.shape)} of {labels.dtype} from {labels.min():g} to {labels.max():g}"
+        )

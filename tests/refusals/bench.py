@@ -73,6 +73,7 @@ def refusal(given: str, act: Callable[[Path], object], error: type[GohspError], 
 
 
 CASES = (
+    refusal("models without names", lambda _: gohsp.bench([tiny()]), ConfigError, "such as {'dense': model"),  # type: ignore[arg-type]
     refusal("no model", lambda _: gohsp.bench({}), ConfigError, "at least one model"),
     refusal("models for images of different sizes", benched(tiny(img_size=16)), UnsupportedModelError,
             "'dense' [1, 8, 8], 'small' [1, 16, 16]"),

@@ -23,6 +23,8 @@ CASES = (
     budget("more than all taken off", "params=-140%", "leaves -40 % of the model; ask for more than 0"),
     budget("all taken off", "macs=-100%", "leaves 0 % of the model"),
     budget("nothing taken off", "macs=-0%", "leaves 100 % of the model; ask for more than 0 and less than 100 %"),
+    budget("a percentage without a minus", "params=40%", "params=-40% removes 40 %; to keep 40 % write params=-60%"),
+    budget("a share that is no percentage", "macs=0.6", "macs=-60% removes 60 %, macs=-40% keeps 60 %"),
     budget("no parameters", "params=0", "must be a finite number above 0, as in params=4.0M"),
     budget("no time", "latency=0ms", "must be a finite number above 0, as in latency=8ms"),
     budget("a negative number", "params=-4M", "a negative number must be a percentage, as in params=-30%"),

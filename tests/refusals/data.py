@@ -6,15 +6,19 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import timm
+import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import gohsp
 from gohsp import models
 from gohsp.config import CalibrationSettings, DataSettings
 from gohsp.errors import ConfigError, DataError
+from gohsp.evaluation import evaluate
 from refusals import Refusal
 
 TITLE = "Data"
@@ -107,6 +111,14 @@ def shard(root: Path, *labels: str) -> object:
     return run(f"wds/{root}", root)
 
 
+PICTURES = torch.zeros(2, 3, 8, 8)
+
+
+def scored(batch: Any) -> object:
+    """Score a tiny model of two classes on one batch."""
+    return evaluate(model(), [batch])
+
+
 CASES = (
     Refusal("an empty source", lambda root: run("", root), DataError, "source is ''"),
     Refusal("a source that is no text", lambda root: run(None, root), DataError, "source is None"),
@@ -124,6 +136,21 @@ CASES = (
     Refusal("a folder with a link to itself", looped, DataError, "one and the same"),
     Refusal("a class folder whose name is no text", no_text, DataError, r"caf\xe9"),
     Refusal("shards with numbers and words for labels", lambda root: shard(root, "ant", "3"), DataError, "3 and 'ant'"),
+    Refusal(
+        "a data set in place of a DataLoader",
+        lambda _: gohsp.prune(model(), TensorDataset(torch.zeros(2, 3, 8, 8)), "params=-20%"),  # type: ignore[arg-type]
+        DataError,
+        "DataLoader(dataset, batch_size=64, shuffle=True)",
+    ),
+    Refusal(
+        "a label that the model has no class for",
+        lambda _: scored((PICTURES, torch.tensor([0, 2]))),
+        DataError,
+        "whole numbers [B] from 0 to 1, for the model's 2 classes",
+    ),
+    Refusal(
+        "images without labels, to score on", lambda _: scored(PICTURES), DataError, "images [B, C, H, W] and labels"
+    ),
     Refusal("class names that are too few", lambda _: models.set_class_names(model(), ["ant"]), DataError, "2 outputs"),
     Refusal("half an image", lambda _: CalibrationSettings(holdout=0.5), ConfigError, "calibration.holdout"),  # type: ignore[arg-type]
     Refusal("a split without a name", lambda _: DataSettings(train_split=" "), ConfigError, "train_split"),

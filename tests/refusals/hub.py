@@ -56,6 +56,8 @@ CASES = (
             CheckpointError, "revision and token are for OWNER/NAME"),
     Refusal("a revision of a hub's repository without asking for its weights",
             lambda _: gohsp.open_model("me/small", revision="v1"), CheckpointError, "with its pretrained weights"),
+    Refusal("a name that is no folder and none of the hub's", lambda _: gohsp.load("smal"), CheckpointError,
+            "there is no folder 'smal'"),
     Refusal("a hub's revision that is not there", without_network(lambda _: gohsp.load("me/small", revision="v9")),
             CheckpointError, "at revision 'v9'"),
 )  # fmt: skip

@@ -25,6 +25,11 @@ ATTENTION = {"heads": 4, "qk": 8, "vo": 8}
 MIXED_UP = {f"blocks.{block}.{name}": ATTENTION for block in (0, 1) for name in ("attn", "mlp")}
 
 
+def of_a_file(folder: Path) -> object:
+    (folder / "x.pth").touch()
+    return gohsp.load(folder / "x.pth")
+
+
 def tiny() -> Any:
     torch.manual_seed(0)
     return timm.create_model("vit_tiny_patch16_224", **TINY)
@@ -124,6 +129,7 @@ def _into_another(folder: Path) -> None:
 
 
 CASES = (
+    Refusal("a file in place of a folder to load", of_a_file, CheckpointError, "gohsp.open_model(name, weights=...)"),
     Refusal("saving a model with an activation of one's own", saving(_own_activation), UnsupportedModelError, "Scaled"),
     Refusal("saving a model with a head of several layers", saving(_head_of_layers), UnsupportedModelError, "head.0"),
     Refusal("saving a model with a further module", saving(_further_module), UnsupportedModelError, "adapter.weight"),

@@ -134,6 +134,10 @@ def _two_models(state: dict[str, torch.Tensor]) -> None:
         state |= {f"student.{name}": tensor, f"teacher.{name}": tensor.clone()}
 
 
+def _headless(state: dict[str, torch.Tensor]) -> None:
+    del state["head.weight"], state["head.bias"]
+
+
 class _Aside(nn.Module):
     """A model beside one that its forward does not call."""
 
@@ -250,6 +254,9 @@ CASES = (
     Refusal("an empty weights file", with_file("w.safetensors", b""), CheckpointError, "damaged, truncated or no"),
     Refusal("a weights file that is none", with_file("w.safetensors", b"\xff" * 99), CheckpointError, "damaged"),
     Refusal("weights of another size", with_weights(lambda s: None, embed_dim=64), CheckpointError, "the model has"),
+    Refusal("weights without a classifier", with_weights(_headless), CheckpointError, '{"num_classes": 10}'),
+    Refusal("weights with another number of classes than is asked for", with_weights(lambda s: None, num_classes=5),
+            CheckpointError, "model_arguments.num_classes"),
     Refusal("weights of several models", with_weights(_two_models), CheckpointError, "['student.', 'teacher.']"),
     Refusal("grey weights for colour images", with_weights(lambda s: None, in_chans=3), CheckpointError, "[32, 1, 4,"),
     Refusal("quantised weights", with_weights(lambda s: s.update({"head.bias": torch.ones(10, dtype=torch.int8)})),

@@ -71,7 +71,7 @@ CASES = (
         "a plan with a sub-layer that the model has not",
         file(json.dumps({**WHOLE, "blocks.2.mlp": FFN})),
         PlanError,
-        "has a sub-layer 'blocks.2.mlp', the model has none; did you mean 'blocks.",
+        "has a sub-layer 'blocks.2.mlp', the model has none; there are 'blocks.0.mlp' to 'blocks.1.mlp'",
     ),
     Refusal(
         "an attention's widths for an FFN",
@@ -110,7 +110,7 @@ CASES = (
         "uniform chooses the widths of all blocks, and widths are given; leave one of them out",
     ),
     Refusal("tables for widths, by Python", by_python(WHOLE), PlanError, "must have AttentionWidths"),
-    Refusal("something to exclude that is not there", excluded("blocks.7"), PlanError, "did you mean 'blocks."),
+    Refusal("something to exclude that is not there", excluded("blocks.7"), PlanError, "'blocks.0' to 'blocks.1'"),
     Refusal(
         "a text in place of a list of what to exclude",
         lambda folder: gohsp.run(tiny(), "digits", "params=-1%", folder / "run", exclude="qk"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import tomli_w
+from torch import nn
 
 import gohsp
 from gohsp import config
@@ -54,6 +55,12 @@ def above_the_model(**widths: int) -> Callable[[Path], object]:
 
 
 CASES = (
+    Refusal(
+        "a table in place of a Config",
+        lambda _: gohsp.prune(nn.Identity(), [], "params=-30%", config={"seed": 1}),  # type: ignore[arg-type]
+        ConfigError,
+        "gohsp.config.from_mapping(table)",
+    ),
     setting("seed", -1, "seed must be a whole number of at least 0"),
     setting("seed", 2**32, "at most 4294967295, got 4294967296"),
     setting("seed", True, "seed must be a whole number"),

@@ -551,7 +551,7 @@ def test_a_latency_budget_is_met_and_nearly_used(
 def test_a_latency_budget_that_nothing_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gohsp.latency.interleaved", count_multiplications)
     with pytest.raises(BudgetError, match=r"ms a batch: the smallest"):
-        run(tmp_path / "run", model=tiny(), config=config_with(**ONESHOT), budget="latency=1%")
+        run(tmp_path / "run", model=tiny(), config=config_with(**ONESHOT), budget="latency=-99%")
 
 
 def latency_search(monkeypatch: pytest.MonkeyPatch, budget: str, milliseconds: Callable[[float], float]) -> float:
@@ -569,10 +569,10 @@ def latency_search(monkeypatch: pytest.MonkeyPatch, budget: str, milliseconds: C
 
 
 def test_what_the_table_takes_for_too_small_is_tried_at_its_smallest(monkeypatch: pytest.MonkeyPatch):
-    assert latency_search(monkeypatch, "latency=50%", lambda bound: 49 if bound < 10.1 else 300) == pytest.approx(10)
-    assert latency_search(monkeypatch, "latency=50%", lambda bound: 1.4 * bound) == pytest.approx(50 / 1.4, rel=0.03)
-    with pytest.raises(BudgetError, match=r"no plan was measured to meet latency=50%"):
-        latency_search(monkeypatch, "latency=50%", lambda bound: 51 if bound < 10.1 else 300)
+    assert latency_search(monkeypatch, "latency=-50%", lambda bound: 49 if bound < 10.1 else 300) == pytest.approx(10)
+    assert latency_search(monkeypatch, "latency=-50%", lambda bound: 1.4 * bound) == pytest.approx(50 / 1.4, rel=0.03)
+    with pytest.raises(BudgetError, match=r"no plan was measured to meet latency=-50%"):
+        latency_search(monkeypatch, "latency=-50%", lambda bound: 51 if bound < 10.1 else 300)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

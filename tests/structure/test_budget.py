@@ -12,7 +12,6 @@ DENSE = {"params": 10_007, "macs": 300_001, "latency": 8.0}
     ("text", "kind", "limit"),
     [
         ("params=-30%", "params", int(0.7 * DENSE["params"])),
-        ("params=60%", "params", int(0.6 * DENSE["params"])),
         (" macs=-12.5% ", "macs", int(0.875 * DENSE["macs"])),
         ("MACS=2k", "macs", 2000),
         ("params=0.0003M", "params", 300),
@@ -48,6 +47,10 @@ def test_latency_budgets_are_milliseconds(text: str, limit: float) -> None:
         ("latency=3M", "ends with one of"),
         ("params=3ms", r"ends with one of \['k', 'm', 'g'\], or %"),
         ("params=-4M", "must be a percentage, as in params=-30%"),
+        ("params=40%", "params=-40% removes 40 %; to keep 40 % write params=-60%"),
+        ("macs=87.5%", "macs=-87.5% removes 87.5 %; to keep 87.5 % write macs=-12.5%"),
+        ("Latency=25%", "latency=-25% removes 25 %; to keep 25 % write latency=-75%"),
+        ("params=0.6", "params=-60% removes 60 %, params=-40% keeps 60 %"),
         ("params=100%", "leaves 100 % of the model; ask for more than 0 and less than 100 %"),
         ("params=-0%", "leaves 100 %"),
         ("macs=-140%", "leaves -40 %"),

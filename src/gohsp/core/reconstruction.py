@@ -384,7 +384,7 @@ class _Site:
         splits = [(rest.first(n).of_sums(sums), held_out.first(n).of_sums(sums)) for rest, held_out in fit.splits()]
         ridge = cross_validated_ridge(splits, cut, start)
         self.write(self.sub.readout, residual_refit(total, present, ridge).float())
-        logger.info("%s: ridge %.2g", self.sub.readout.module, ridge)
+        logger.debug("%s: ridge %.2g", self.sub.readout.module, ridge)
         return ridge
 
     def write(self, readout: Readout, fitted: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from gohsp.errors import DataError
 from gohsp.models.feeding import Example, image_key
@@ -147,6 +148,11 @@ def divided(batches: Sequence[Tensor], sizes: Sequence[int], holdout: int, *, mi
 
 def _checked(images: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     """What is given, as it comes, and the images ``[B, C, H, W]`` in it."""
+    if isinstance(images, Dataset) and not isinstance(images, Iterable):
+        raise DataError(
+            f"images are a {type(images).__name__}, a data set that gives them one by one; wrap it in a DataLoader: "
+            "DataLoader(dataset, batch_size=64, shuffle=True)"
+        )
     if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
         raise DataError(
             f"images must be an iterable of tensors, pairs or mappings, such as a DataLoader, got a "

@@ -216,8 +216,12 @@ def drawn(
     skip: int = 0,
     strict: bool = False,
     store: Callable[[], MutableSequence[Tensor]] = list,
+    advance: Callable[[], None] = lambda: None,
 ) -> MutableSequence[Tensor]:
-    """As :func:`calibration_images`, of a split that is open: what there is to be warned of is said once."""
+    """As :func:`calibration_images`, of a split that is open: what there is to be warned of is said once.
+
+    ``advance`` is called after each image, for progress.
+    """
     if count < 1 or batch_size < 1:
         raise DataError(f"count={count}, batch_size={batch_size}: both must be at least 1")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -233,6 +237,7 @@ def drawn(
                     raise
                 continue  # logged by the split
             found += 1
+            advance()
             if len(pending) == batch_size:
                 batches.append(torch.stack(pending))
                 pending = []

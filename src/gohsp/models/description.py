@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gohsp.core.capture import evaluating, observe_inputs, replaced_forward, taken
-from gohsp.errors import NonFiniteError, PlanError, UnsupportedModelError, nearest
+from gohsp.errors import NonFiniteError, PlanError, UnsupportedModelError, nearest, one_line
 from gohsp.models import families
 from gohsp.models.checks import require_plain
 from gohsp.models.families import SUPPORTED, Family, Reading, class_name
-from gohsp.models.feeding import Example, fed, feed, images_in, is_fed, unfeed
+from gohsp.models.feeding import Example, fed, feed, images_in, is_fed, takes_more, unfeed
 from gohsp.structure import PARAMS, Attention, Network, Sublayer, Widths, count_macs, is_in
 
 logger = logging.getLogger(__name__)
@@ -334,10 +334,19 @@ def _pass(model: nn.Module, image: Tensor) -> None:
             model(image)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
-            f"the model cannot compute an image of {list(image.shape[1:])}: {error}; give images of the size that it "
-            "takes (or set model.image_size, where none are asked for), and of a model that takes more than images "
-            "mappings of all that it takes by name, such as {'images': ..., 'sizes': ...}"
+            f"the model cannot compute an image of {list(image.shape[1:])}: {one_line(error)}; {_how(model, image)}"
         ) from error
+
+
+def _how(model: nn.Module, image: Tensor) -> str:
+    """What to do where a model cannot compute an image."""
+    if takes_more(model):
+        return "give mappings of all that it takes by name, such as {'images': ..., 'sizes': ...}"
+    if told_size(model) is None:
+        return "give images of the size that it takes, or set model.image_size where none are asked for"
+    if (size := list(input_size(model))) == list(image.shape[1:]):
+        return "the model itself tells this size; mend its sizes or its parts"
+    return f"give images of the size that it takes, {size}"
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def open_model(
             tensors and plain values alone are read. Its table of tensors may lie deeper in it (``state_dict``,
             ``model``), its names may have a prefix (``module.``, ``backbone.``). Position embeddings for another image
             size are resampled as the model's library does, and for timm's models weights for RGB images are adapted to
-            other channels. The log says so.
+            other channels. A model by its name gets as many classes as the file's classifier tells apart, unless
+            ``arguments`` say how many. The log says so.
         pretrained: Whether to fetch the weights that timm, torchvision or the hub has.
         arguments: Arguments of the architecture, such as ``img_size``, for a name of timm's or torchvision's.
         new_classifier: Whether the classifier may be new, where its shape differs from that of the weights.

@@ -42,7 +42,13 @@ def from_name(
     outline = outline_of(lambda: _created(name, arguments), _label(name, arguments))
     if pretrained and not new_classifier:
         _require_pretrained_classes(name, outline)
-    state = _fitting(weights.read(file), outline, file, new_classifier) if file else {}
+    state: dict[str, Tensor] = {}
+    if file:
+        state = _named(weights.read(file), outline, file)
+        if not new_classifier and "num_classes" not in arguments:
+            arguments |= weights.classes_in(state, outline.pretrained_cfg.get("classifier"), file)  # type: ignore[operator]
+            outline = outline_of(lambda: _created(name, arguments), _label(name, arguments))
+        state = weights.fitting(state, outline, file, classifier=_CLASSIFIER, new_classifier=new_classifier)
     model = _created(name, arguments, pretrained)
     if file:
         model.load_state_dict({**model.state_dict(), **state})
@@ -75,7 +81,7 @@ def from_folder(folder: Path, content: Mapping[str, Any], file: Path | None) -> 
     kept = checkpoint.preprocessing_in(told, where)
     outline = outline_of(lambda: _created(name, arguments), _label(name, arguments))
     given, path = (weights.read(file), file) if file else (weights.read_folder(folder), folder)
-    state = _fitting(given, outline, path, new_classifier=False)
+    state = weights.fitting(_named(given, outline, path), outline, path, classifier=_CLASSIFIER, new_classifier=False)
     model = _created(name, arguments)
     model.load_state_dict(state)
     labels = content.get("label_names", told.get("label_names"))
@@ -155,7 +161,7 @@ def _require_pretrained_classes(name: str, outline: nn.Module) -> None:
         )
 
 
-def _fitting(given: Mapping[str, Tensor], outline: nn.Module, path: Path, new_classifier: bool) -> dict[str, Tensor]:
+def _named(given: Mapping[str, Tensor], outline: nn.Module, path: Path) -> dict[str, Tensor]:
     """Weights under the model's names and for its input."""
     state = _filtered(given, outline, path)
     if prefix := weights.prefix_in(state, _PATCHES, path):
@@ -164,7 +170,7 @@ def _fitting(given: Mapping[str, Tensor], outline: nn.Module, path: Path, new_cl
     if patches is not None and patches.ndim == 4 and patches.shape[1] == 3 != channels:
         logger.warning("weights '%s' are for 3 channels; they are adapted to %d as timm does", path, channels)
         state[_PATCHES] = adapt_input_conv(channels, patches)
-    return weights.fitting(state, outline, path, classifier=_CLASSIFIER, new_classifier=new_classifier)
+    return state
 
 
 def _filtered(given: Mapping[str, Tensor], outline: nn.Module, path: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def from_name(
     inner = name.removeprefix(MARK)
     sizes = library.arguments_of(inner, f"'{name}'", with_weights=pretrained)
     architecture = library.NAMES[inner]
-    spec = {"library": "torchvision", "architecture": architecture, "arguments": {**sizes, **arguments}}
+    spec: dict[str, Any] = {"library": "torchvision", "architecture": architecture, "arguments": {**sizes, **arguments}}
     models.check_specification(spec, f"arguments of '{name}'")
     outline = outline_of(lambda: models.build(spec), f"'{name}'")
     state: dict[str, Tensor] = {}
@@ -39,6 +39,9 @@ def from_name(
         known = library.ARCHITECTURES[architecture]
         given = _renamed(weights.without(weights.prefix_in(given, known.patches, path), given))
         given = _resampled(given, outline, spec["arguments"], path)
+        if file and not new_classifier and "num_classes" not in arguments:
+            spec["arguments"] |= weights.classes_in(given, known.classifier.removesuffix("."), path)
+            outline = outline_of(lambda: models.build(spec), f"'{name}'")
         state = weights.fitting(given, outline, path, classifier=(known.classifier,), new_classifier=new_classifier)
     model = models.build(spec, device="cpu")
     model.load_state_dict({**model.state_dict(), **state})

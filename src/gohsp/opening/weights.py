@@ -23,6 +23,12 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 INDEX = "model.safetensors.index.json"
 """What names the files of weights that lie in several."""
 
+_SET_CLASSES = (
+    '. The number of classes is set by num_classes: arguments={"num_classes": 10} of gohsp.open_model, '
+    "model_arguments.num_classes of a run. By default it is that of the file's classifier, where there is one; for a "
+    "timm model 0 leaves the classifier out"
+)
+
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -145,6 +151,27 @@ def without(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
+def classes_in(state: Mapping[str, Tensor], classifier: object, path: Path) -> dict[str, int]:
+    """The argument ``num_classes`` that fits the classifier in a file, which the log tells.
+
+    Args:
+        state: The file's tensors, under the model's names.
+        classifier: The module that the model's library calls its classifier, or several, of which the first counts.
+        path: The file, for the log.
+
+    Returns:
+        The argument alone; nothing where the file has no such classifier, or one that is not linear.
+    """
+    name = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
+    weight = state.get(f"{name}.weight")
+    if weight is None or weight.ndim != 2:
+        return {}
+    logger.info(
+        "weights '%s': their classifier '%s' tells %d classes apart, and so does the model", path, name, len(weight)
+    )
+    return {"num_classes": len(weight)}
+
+
 def fitting(
     state: Mapping[str, Tensor], outline: nn.Module, path: Path, *, classifier: tuple[str, ...], new_classifier: bool
 ) -> dict[str, Tensor]:
@@ -178,5 +205,8 @@ def fitting(
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
     needed = {name: tensor for name, tensor in expected.items() if name not in left_out}
     if problems := models.fit_problems(needed, kept):
-        raise CheckpointError(f"weights '{path}' do not fit the model: {models.listed(problems)}")
+        of_classes = all(problem.startswith(tuple(f"'{start}" for start in classifier)) for problem in problems)
+        raise CheckpointError(
+            f"weights '{path}' do not fit the model: {models.listed(problems)}{_SET_CLASSES if of_classes else ''}"
+        )
     return kept

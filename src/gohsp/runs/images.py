@@ -16,6 +16,7 @@ from gohsp.data.calibration import BATCH, CalibrationSet, divided
 from gohsp.data.resident import ResidentLoader, resident_images
 from gohsp.evaluation import evaluate
 from gohsp.runs.folder import RunFolder
+from gohsp.runtime import ProgressCallback, telling
 
 
 def class_names(model: nn.Module, train_split: data.Split) -> tuple[str, ...] | None:
@@ -23,20 +24,25 @@ def class_names(model: nn.Module, train_split: data.Split) -> tuple[str, ...] | 
     return models.class_names(model) or train_split.class_names
 
 
-def draw_images(model: nn.Module, config: Config, folder: RunFolder, split: data.Split) -> CalibrationSet:
+def draw_images(
+    model: nn.Module, config: Config, folder: RunFolder, split: data.Split, progress: ProgressCallback
+) -> CalibrationSet:
     """Draw calibration images from the training split; no label is read."""
     size, settings = len(split), config.calibration
     holdout = min(settings.holdout, -(-size // 20))  # a small set gives a twentieth of its images
     count = max(1, min(settings.images, size - holdout))
-    images = data.drawn(
-        split,
-        min(count + holdout, size),
-        transform=data.eval_transform(data.Preprocessing.from_model(model)),
-        seed=config.seed,
-        batch_size=BATCH,
-        strict=config.data.strict,
-        store=folder.spool,
-    )
+    total = min(count + holdout, size)
+    with telling(progress, "images", total) as advance:
+        images = data.drawn(
+            split,
+            total,
+            transform=data.eval_transform(data.Preprocessing.from_model(model)),
+            seed=config.seed,
+            batch_size=BATCH,
+            strict=config.data.strict,
+            store=folder.spool,
+            advance=advance,
+        )
     mirror = settings.mirror and split.mirrored_alike
     return divided(images, [len(batch) for batch in images], holdout, mirror=mirror)
 

@@ -121,7 +121,7 @@ def run(
         GohspError: One of its kinds, for bad input; before any work is begun wherever that can be known.
     """
     require_one_process()
-    config, goal = config or Config(), parse_budget(budget)
+    config, goal = configs.settled(config), parse_budget(budget)
     source = source if isinstance(source, data.DataSource) else data.DataSource(source=source)
     inputs = {
         "the model": None if isinstance(model, nn.Module) else model,
@@ -252,8 +252,9 @@ def _data_request(
 
 def _pruned(task: _Task, folder: RunFolder) -> RunResult:
     config, dense = task.config, task.dense
+    api.tell_budget(task.network, task.goal)
     kept_steps = KeptSteps(folder.timings(), folder)
-    images = draw_images(dense, config, folder, task.splits[0])
+    images = draw_images(dense, config, folder, task.splits[0], task.progress)
     session = api.open_session(dense, images, config=config, progress=task.progress)
     session = dataclasses.replace(session, steps=kept_steps, store=folder.spool)
     labelled, trained, scores = None, Trained(()), None

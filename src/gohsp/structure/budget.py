@@ -62,13 +62,13 @@ _TIMES = {"ms": 1.0, "s": 1e3}
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget such as ``params=4.0M``, ``params=-30%``, ``macs=0.9G``, ``macs=60%`` or ``latency=-25%``.
+    """Read a budget such as ``params=4.0M``, ``params=-30%``, ``macs=0.9G`` or ``latency=-25%``.
 
-    ``-30%`` takes 30 % off the given model; ``60%`` leaves 60 % of it. K, M and G are powers of 1000; times are given
-    in ms or s.
+    ``-30%`` takes 30 % off the given model. K, M and G are powers of 1000; times are given in ms or s.
 
     Raises:
-        BudgetError: Unreadable text, an unknown kind, or a bound that no plan can meet or that leaves nothing to cut.
+        BudgetError: Unreadable text, an unknown kind, a percentage without a minus, which could be what goes or what
+            stays, or a bound that no plan can meet or that leaves nothing to cut.
     """
     match = _BUDGET.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
@@ -81,6 +81,11 @@ def parse_budget(text: str) -> Budget:
         raise BudgetError(f"budget kind '{kind}' is unknown; {nearest(kind, UNITS)}")
     relative = unit == "%"
     units = _TIMES if kind == "latency" else _COUNTS
+    if relative and not match["sign"] and 0 < number < 100:
+        raise BudgetError(
+            f"budget '{text}' lacks a minus: {kind}=-{number:g}% removes {number:g} %; to keep {number:g} % write "
+            f"{kind}=-{100 - number:g}%"
+        )
     if relative:
         number = (100 - number if match["sign"] else number) / 100
     elif match["sign"]:
@@ -93,6 +98,12 @@ def parse_budget(text: str) -> Budget:
         raise BudgetError(
             f"budget '{text}' leaves {100 * number:g} % of the model; ask for more than 0 and less than 100 %, as in "
             f"{kind}=-30%"
+        )
+    if not relative and not unit and 0 < number < 1:
+        share = f"{100 * number:g}"
+        raise BudgetError(
+            f"budget '{text}' allows less than one of the {UNITS[kind]}; write a share as what goes, in percent: "
+            f"{kind}=-{share}% removes {share} %, {kind}=-{100 * (1 - number):g}% keeps {share} %"
         )
     if not 0 < number < float("inf"):
         raise BudgetError(f"budget '{text}' must be a finite number above 0, as in {_EXAMPLES[kind]}")

@@ -6,6 +6,7 @@ flat unit ``u = head * width + dimension``. A head goes by all of its units goin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -292,7 +293,7 @@ def excluding(network: Network, exclude: Iterable[str]) -> Network:
             names.append(entry)
         else:
             raise PlanError(
-                f"exclude names {entry!r}, which is no sub-layer and no kind here; {nearest(str(entry), known)}"
+                f"exclude names {entry!r}, which is no sub-layer and no kind here; {_there_are(str(entry), known)}"
             )
 
     def left(sub: Sublayer) -> Sublayer:
@@ -305,6 +306,13 @@ def excluding(network: Network, exclude: Iterable[str]) -> Network:
         )
 
     return replace(network, sublayers=tuple(left(sub) for sub in network.sublayers))
+
+
+def _there_are(name: str, known: Iterable[str]) -> str:
+    """A hint at names that are there: those that differ by their numbers alone, or else the nearest."""
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(name))
+    alike = [other for other in known if re.fullmatch(pattern, other)]
+    return f"there are '{alike[0]}' to '{alike[-1]}'" if len(alike) > 1 else nearest(name, known)
 
 
 def is_in(name: str, module: str) -> bool:
@@ -353,7 +361,7 @@ def _require_names(network: Network, given: Widths | Kept) -> None:
     names = network.widths.keys()
     for name in given:
         if name not in names:
-            raise PlanError(f"the plan has a sub-layer '{name}', the model has none; {nearest(str(name), names)}")
+            raise PlanError(f"the plan has a sub-layer '{name}', the model has none; {_there_are(str(name), names)}")
     if missing := [name for name in names if name not in given]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise PlanError(f"the plan lacks {missing[:3]}{more}; give the widths of all {len(names)} sub-layers")
