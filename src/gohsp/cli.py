@@ -678,13 +678,20 @@ class _Said(logging.Handler):
             console.say(record.getMessage())
 
 
-_SAID = _Said()
+@contextmanager
+def _saying() -> Iterator[None]:
+    """The command line says such things; a library call does not, in the same process either."""
+    said = _Said()
+    api.logger.addHandler(said)
+    try:
+        yield
+    finally:
+        api.logger.removeHandler(said)
 
 
 def _set_up() -> None:
     """Warnings and messages go to standard error, in any encoding."""
     console.tolerate_any_character()
-    api.logger.addHandler(_SAID)  # once, however often
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -709,7 +716,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         _set_up()
-        with _interruptible():
+        with _interruptible(), _saying():
             try:
                 require_one_process()
                 verb = tyro.cli(_verbs(_config_of(arguments)), prog="gohsp", description=ABOUT, args=arguments)

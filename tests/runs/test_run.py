@@ -320,7 +320,7 @@ def test_a_module_of_the_users_own_is_pruned_saved_and_resumed(tmp_path: Path, m
             r"given plan costs \d\d,\d{3} parameters, the budget allows",
         ),
         ({"widths": dict(list(WIDTHS.items())[:2])}, PlanError, r"the plan lacks \['blocks\.1\.attn'"),
-        ({"exclude": ["blocks.9"]}, PlanError, r"did you mean 'blocks\.\d'"),
+        ({"exclude": ["blocks.9"]}, PlanError, r"there are 'blocks\.0' to 'blocks\.1'"),
         ({"source": "no/such/folder"}, DataError, "no such folder"),
         ({"config": config_with(data={"train_split": "trian"})}, DataError, "did you mean 'train'"),
         ({"config": config_with(data={"validation_split": "train"})}, DataError, "same, 'digits' split 'train'"),
