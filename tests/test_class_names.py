@@ -222,6 +222,22 @@ def test_models_without_names_go_by_numbers_as_before(images: Path, score):
     assert isinstance(score(hub, images), str)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_it_is_told_where_libraries_number_folders_differently(
+    tmp_path: Path, score, named: bool, caplog: pytest.LogCaptureFixture
+):
+    """timm sorts without regard to case, torchvision by plain text."""
+    for split in ("train", "val"):
+        write_split(tmp_path / "data" / split, {"Zebra": 2, "bee": 1, "ant": 1})
+    model = constant(0, names=("Zebra", "ant", "bee") if named else None)
+    assert score(model, tmp_path / "data") == (50.0 if named else 25.0)
+    told = "class 0 is 'ant'; in that of torchvision's ImageFolder it is 'Zebra'"
+    assert caplog.text.count(told) == (not named)
+    caplog.clear()
+    prune(tmp_path / "run", tmp_path / "data", model, config={"finetune": {"epochs": 0}})
+    assert caplog.text.count(told) == (not named)
+
+
 @pytest.mark.parametrize("names", ["abc", ["ant", "bee"], ["ant", "ant", "bee"], ["ant", "bee", 3], {"ant": 1}, 7])
 def test_class_names_of_a_damaged_folder_are_refused(tmp_path: Path, names: Any):
     gohsp.save(constant(0), tmp_path / "model")

@@ -33,7 +33,8 @@ class CalibrationSettings:
 
     Attributes:
         images: Images for statistics and repairs. Four times as many as the model has channels, or more, are best.
-        holdout: Further ones, on which the result is compared with the dense model.
+        holdout: Further ones, on which the result is compared with the dense model; where there are fewer than both,
+            what is left, and a twentieth at least.
         mirror: Whether repairs see the mirror images of these, too; a run never does where mirroring changes a class.
     """
 

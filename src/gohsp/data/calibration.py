@@ -85,8 +85,7 @@ def calibration_set(
         images: Tensors ``[C, H, W]`` or ``[B, C, H, W]``, preprocessed; or pairs that begin with one; or mappings that
             hold one (:data:`gohsp.models.feeding.IMAGE_KEYS`). Labels are not read.
         count: Images to calibrate on, at most.
-        holdout: Further images, at most; of fewer than both a twentieth is held out, or what is more than ``count``. A
-            lone image is both.
+        holdout: Further images, at most; of fewer than both see :func:`held_out`. A lone image is both.
         mirror: Whether mirror images are as good.
         store: Where they are kept.
 
@@ -100,7 +99,12 @@ def calibration_set(
     total = sum(sizes)
     if total == 0:
         raise DataError(NO_IMAGES)
-    return divided(taken, sizes, max(min(holdout, -(-total // 20)), total - count), mirror=mirror)
+    return divided(taken, sizes, held_out(total, count, holdout), mirror=mirror)
+
+
+def held_out(total: int, count: int, holdout: int) -> int:
+    """How many of ``total`` images are held out: what ``count`` leaves, up to ``holdout``, but a twentieth at least."""
+    return min(holdout, max(-(-total // 20), total - count))
 
 
 def peeked(images: Iterable[Any]) -> tuple[Example, Iterable[Any]]:

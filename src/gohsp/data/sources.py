@@ -83,9 +83,11 @@ class Split(ABC):
     Attributes:
         name: The source and the split, as messages name them.
         mirrored_alike: Whether an image keeps its class when mirrored; False for digits.
+        sorts_names: Whether classes are numbered in the order of their names, and not by the source.
     """
 
     mirrored_alike = True
+    sorts_names = False
 
     def __init__(self, name: str, size: int) -> None:
         if size == 0:
@@ -194,6 +196,8 @@ class Split(ABC):
             DataError: A label is missing, not an integer, out of range, or of a class that ``class_names`` lacks.
         """
         own = self.class_names
+        if class_names is None:
+            self.warn_of_order()
         if own is None or class_names is None:
             return self._checked(self.raw_labels, self.num_classes if num_classes is None else num_classes)
         labels = self._checked(self.raw_labels, len(own))
@@ -205,6 +209,20 @@ class Split(ABC):
                 "data that the model was trained for"
             )
         return self._checked([place[own[label]] for label in labels], num_classes)
+
+    def warn_of_order(self) -> None:
+        """Say that a model without names may number these classes otherwise: libraries sort names in two ways."""
+        names = self.class_names or ()
+        pairs = enumerate(zip(names, sorted(names), strict=True))
+        first = next(((number, ours, theirs) for number, (ours, theirs) in pairs if ours != theirs), None)
+        if self.sorts_names and first:
+            logger.warning(
+                "%s: the model does not name its classes. In timm's order, which counts here, class %d is '%s'; in "
+                "that of torchvision's ImageFolder it is '%s'. If scores look like chance, name them in the order that "
+                "the model was trained with, gohsp.models.set_class_names(model, names), and save it",
+                self.name,
+                *first,
+            )
 
     def _class_order(self, first: set[str], own: set[str]) -> tuple[str, ...]:
         """The classes of the source's first split, and those that only this one has after them.
@@ -276,6 +294,8 @@ def open_split(source: DataSource, split: str) -> Split:
 
 class _FolderSplit(Split):
     """Class folders of image files."""
+
+    sorts_names = True
 
     def __init__(self, root: Path, split: str) -> None:
         _require_folder(root)
@@ -459,6 +479,8 @@ class _WdsSplit(Split):
     The tar headers are read once, which makes the samples countable and shufflable as a whole: every epoch
     sees each image once, with any number of workers, and labels are checked before any work.
     """
+
+    sorts_names = True
 
     IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 

@@ -12,7 +12,7 @@ from torch import nn
 from gohsp import data, models
 from gohsp.api import Labelled
 from gohsp.config import Config
-from gohsp.data.calibration import BATCH, CalibrationSet, divided
+from gohsp.data.calibration import BATCH, CalibrationSet, divided, held_out
 from gohsp.data.resident import ResidentLoader, resident_images
 from gohsp.evaluation import evaluate
 from gohsp.runs.folder import RunFolder
@@ -29,7 +29,7 @@ def draw_images(
 ) -> CalibrationSet:
     """Draw calibration images from the training split; no label is read."""
     size, settings = len(split), config.calibration
-    holdout = min(settings.holdout, -(-size // 20))  # a small set gives a twentieth of its images
+    holdout = held_out(size, settings.images, settings.holdout)
     count = max(1, min(settings.images, size - holdout))
     total = min(count + holdout, size)
     with telling(progress, "images", total) as advance:

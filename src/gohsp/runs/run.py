@@ -223,8 +223,11 @@ def _labels(dense: nn.Module, splits: Sequence[data.Split], config: Config) -> l
     training.require_optimizer(config.training.optimizer)
     train, validation = splits
     trains = config.dense.epochs + config.finetune.epochs > 0 or config.method == "gohsp"
-    if trains and models.class_names(dense) is None and train.num_classes == models.num_classes(dense):
-        models.set_class_names(dense, train.class_names)
+    if models.class_names(dense) is None:
+        if config.dense.epochs == 0:
+            train.warn_of_order()
+        if trains and train.num_classes == models.num_classes(dense):
+            models.set_class_names(dense, train.class_names)
     names = class_names(dense, train)
     labels = [split.labels(models.num_classes(dense), names) for split in splits]
     if (train.class_names is None) != (validation.class_names is None):
