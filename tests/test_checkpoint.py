@@ -609,3 +609,10 @@ def test_a_damaged_folder_of_the_first_edition_is_refused(tmp_path: Path, change
     edit(tmp_path / "model", **changes)
     with pytest.raises(CheckpointError, match=message):
         gohsp.load(tmp_path / "model")
+
+
+def test_a_folder_is_readable_by_others_as_the_umask_says(tmp_path: Path):
+    (tmp_path / "plain").touch()
+    gohsp.save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "model")
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}

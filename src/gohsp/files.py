@@ -138,7 +138,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensor.detach().cpu().contiguous()
         plain[name] = tensor.clone() if tensor.data_ptr() in taken else tensor
         taken.add(tensor.data_ptr())
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; safetensors keeps its files from others
     save_file(plain, path)
+    path.chmod(mode)
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
