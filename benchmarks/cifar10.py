@@ -3,7 +3,7 @@
     pip install 'gohsp[hf,bench]'
     python benchmarks/cifar10.py --data hfds/cifar10                                            # one GPU
 
-On two CPU cores, with DeiT-Tiny's weights: an hour for the dense model, a quarter of an hour for every row after it.
+On two CPU cores, with DeiT-Tiny's weights, many hours:
 
     python benchmarks/cifar10.py --data hfds/cifar10 --recipe recipes/cifar10_deit_tiny.toml \
         --model deit_tiny_patch16_224 --weights deit_tiny_patch16_224.safetensors --methods start

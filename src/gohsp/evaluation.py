@@ -60,10 +60,10 @@ def evaluate(
         for images, labels in map(_pair, batches):
             if not len(labels):  # none of its images could be read
                 continue
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast(device, precision):
-                logits = tensor_in(model(images)).float()
-            _require_classes(labels, logits.shape[1])
+                logits = tensor_in(model(images.to(device, non_blocking=True))).float()
+            _require_classes(labels, logits.shape[1])  # where they come from: on a GPU this would wait for it
+            labels = labels.to(device, non_blocking=True)
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts += torch.stack([top[:, 0].sum(), top.any(1).sum(), loss, loss.new_tensor(len(labels))]).double()

@@ -16,7 +16,7 @@ Sources (`DataSource.source`):
 
 from __future__ import annotations
 
-from gohsp.data.loading import calibration_images, drawn, loader
+from gohsp.data.loading import calibration_images, loader
 from gohsp.data.preprocessing import Augment, Preprocessing, Transform, eval_transform, train_transform
 from gohsp.data.resident import ResidentImages, ResidentLoader, resident_images
 from gohsp.data.sources import DataSource, Split, UnreadableImageError, open_split
@@ -33,7 +33,6 @@ __all__ = [
     "Transform",
     "UnreadableImageError",
     "calibration_images",
-    "drawn",
     "eval_transform",
     "loader",
     "open_split",

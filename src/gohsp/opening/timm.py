@@ -45,8 +45,10 @@ def from_name(
     state: dict[str, Tensor] = {}
     if file:
         state = _named(weights.read(file), outline, file)
-        if not new_classifier and "num_classes" not in arguments:
-            arguments |= weights.classes_in(state, outline.pretrained_cfg.get("classifier"), file)  # type: ignore[operator]
+        classifier = outline.pretrained_cfg.get("classifier")  # type: ignore[operator]
+        asked = new_classifier or "num_classes" in arguments
+        if not asked and (told := weights.classes_in(state, outline, classifier, file)):
+            arguments |= told
             outline = outline_of(lambda: _created(name, arguments), _label(name, arguments))
         state = weights.fitting(state, outline, file, classifier=_CLASSIFIER, new_classifier=new_classifier)
     model = _created(name, arguments, pretrained)

@@ -39,8 +39,9 @@ def from_name(
         known = library.ARCHITECTURES[architecture]
         given = _renamed(weights.without(weights.prefix_in(given, known.patches, path), given))
         given = _resampled(given, outline, spec["arguments"], path)
-        if file and not new_classifier and "num_classes" not in arguments:
-            spec["arguments"] |= weights.classes_in(given, known.classifier.removesuffix("."), path)
+        asked = not file or new_classifier or "num_classes" in arguments
+        if not asked and (told := weights.classes_in(given, outline, known.classifier.removesuffix("."), path)):
+            spec["arguments"] |= told
             outline = outline_of(lambda: models.build(spec), f"'{name}'")
         state = weights.fitting(given, outline, path, classifier=(known.classifier,), new_classifier=new_classifier)
     model = models.build(spec, device="cpu")

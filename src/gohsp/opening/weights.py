@@ -151,20 +151,22 @@ def without(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def classes_in(state: Mapping[str, Tensor], classifier: object, path: Path) -> dict[str, int]:
-    """The argument ``num_classes`` that fits the classifier in a file, which the log tells.
+def classes_in(state: Mapping[str, Tensor], outline: nn.Module, classifier: object, path: Path) -> dict[str, int]:
+    """The argument ``num_classes`` by which a model gets the classifier in a file, which the log tells.
 
     Args:
         state: The file's tensors, under the model's names.
+        outline: The model as it would be without that argument.
         classifier: The module that the model's library calls its classifier, or several, of which the first counts.
         path: The file, for the log.
 
     Returns:
-        The argument alone; nothing where the file has no such classifier, or one that is not linear.
+        The argument alone; nothing where the model has as many classes already, or the file has no such classifier, or
+        one that is not linear.
     """
     name = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
-    weight = state.get(f"{name}.weight")
-    if weight is None or weight.ndim != 2:
+    weight, own = state.get(f"{name}.weight"), outline.state_dict().get(f"{name}.weight")
+    if weight is None or weight.ndim != 2 or (own is not None and len(own) == len(weight)):
         return {}
     logger.info(
         "weights '%s': their classifier '%s' tells %d classes apart, and so does the model", path, name, len(weight)

@@ -13,6 +13,7 @@ from gohsp import data, models
 from gohsp.api import Labelled
 from gohsp.config import Config
 from gohsp.data.calibration import BATCH, CalibrationSet, divided, held_out
+from gohsp.data.loading import drawn
 from gohsp.data.resident import ResidentLoader, resident_images
 from gohsp.evaluation import evaluate
 from gohsp.runs.folder import RunFolder
@@ -33,7 +34,7 @@ def draw_images(
     count = max(1, min(settings.images, size - holdout))
     total = min(count + holdout, size)
     with telling(progress, "images", total) as advance:
-        images = data.drawn(
+        images = drawn(
             split,
             total,
             transform=data.eval_transform(data.Preprocessing.from_model(model)),
