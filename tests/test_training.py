@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -383,12 +384,40 @@ def test_a_given_precision_stands(given: Any, dtype: torch.dtype, device: torch.
     assert runtime.resolve_precision(given, device) == dtype
 
 
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A processor with some units for bf16, slow in some data type; what was found of this one is forgotten."""
+    linear = nn.functional.linear
+
+    def made(*, amx: bool, avx512: bool, slow: torch.dtype | None = None) -> None:
+        def slowed(values: Tensor, layer: Tensor) -> Tensor:
+            time.sleep(0.02 * (values.dtype == slow))
+            return linear(values, layer)
+
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+        monkeypatch.setattr(nn.functional, "linear", slowed)
+        runtime._cpu_gains_by_bf16.cache_clear()
+
+    yield made
+    runtime._cpu_gains_by_bf16.cache_clear()
+
+
 @pytest.mark.parametrize("amx", [True, False])
-@pytest.mark.parametrize("avx512", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_units_for_it(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    assert runtime.resolve_precision("auto", CPU) == (torch.bfloat16 if amx or avx512 else torch.float32)
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_auto_takes_bf16_where_the_processor_has_tiles_for_it(processor: Any, amx: bool, slow: torch.dtype):
+    processor(amx=amx, avx512=False, slow=slow)
+    assert runtime.resolve_precision("auto", CPU) == (torch.bfloat16 if amx else torch.float32)
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_with_vector_units_alone_auto_takes_what_is_faster(processor: Any, slow: torch.dtype):
+    processor(amx=False, avx512=True, slow=slow)
+    assert runtime.resolve_precision("auto", CPU) != slow
+
+
+def test_auto_is_float32_where_torch_does_not_tell_of_units(processor: Any, monkeypatch: pytest.MonkeyPatch):
+    processor(amx=True, avx512=True)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert runtime.resolve_precision("auto", CPU) == torch.float32

@@ -225,7 +225,7 @@ class Config:
             that the library makes the pruned model without gohsp; what they cannot say is not cut.
         seed: Of everything that is drawn; 0 to 4,294,967,295.
         device: Of a run; ``cpu`` to stay off an accelerator that is there.
-        precision: Mixed precision of passes; auto takes bf16 where the device has units for it.
+        precision: Mixed precision of passes; auto takes bf16 where the device is faster in it.
         model_arguments: Arguments of ``timm.create_model`` for a model that a run is given by name.
         compare_dense: Whether a run trains the dense model for as many epochs, for an honest comparison.
         calibration: Unlabelled images.
