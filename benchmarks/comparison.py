@@ -145,7 +145,7 @@ def variant(config: Config, method: str) -> Config:
     if at_random:
         config = replace(config, ranking=replace(config.ranking, method="random"))
     if method == "oneshot":
-        return replace(config, method="oneshot")
+        return replace(config, method="oneshot", dense=replace(config.dense, epochs=0))
     if name.startswith("no-ADMM"):
         epochs = config.admm.epochs + config.finetune.epochs
         return replace(config, method="finetune", finetune=replace(config.finetune, epochs=epochs))
