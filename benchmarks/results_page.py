@@ -411,7 +411,7 @@ def methods_table(methods: dict[str, dict[str, list[Json]]]) -> str:
 
 COMPARISONS = {
     "cifar10_vit_small": "CIFAR-10, ViT-Small",
-    "cifar10_short": "CIFAR-10 at 96 px, DeiT-Tiny, half of the training images behind the dense model",
+    "cifar10_short": "CIFAR-10 at 112 px, DeiT-Tiny, half of the training images behind the dense model",
     "cifar10_cpu": "CIFAR-10, a ViT of 0.7 million parameters and 8,000 training images",
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
@@ -839,6 +839,35 @@ def head_steps() -> str | None:
     )
 
 
+def trajectory() -> str | None:
+    """Ways to a deep cut, with long training."""
+    if (found := read("cifar10_deep")) is None or len(found["runs"]) == 1:
+        return None
+    recipe, start, tuned = found["recipe"], found["runs"]["start"], found["held_out_top1_by_rate"]
+    columns: dict[str, dict[str, Json]] = {}
+    for key, run in found["runs"].items():
+        if " params=" in key:
+            way, _, column = key.partition(" params=")
+            columns.setdefault(column.replace(" seed=", " %, seed ").replace("% %", " %"), {})[way] = run
+    rates = sorted({rate for of in tuned.values() for rate in of}, key=float)
+    epochs = f"{admm_epochs(recipe)} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
+    rows = [[way, *(f"{of[way]['top1']:.2f} %" if way in of else "" for of in columns.values())] for way in tuned]
+    rate_rows = [[way, *(f"{of[rate]:.2f} %" if rate in of else "" for rate in rates)] for way, of in tuned.items()]
+    script = "    python benchmarks/trajectory.py --data hfds/cifar10 --weights deit_tiny_patch16_224.safetensors"
+    return "\n\n".join(
+        [
+            "## Ways to a deep cut, with long training",
+            f"{script} --tune\n{script}",
+            f"DeiT-Tiny at 64 px, trained on 4,000 images of CIFAR-10 to {start['top1']:.2f} % on the {start['n']:,} "
+            f"test images (standard error {standard_error(start['top1'], start['n']):.1f}). Epochs behind it, with it as "
+            f"teacher: {epochs}, or as many without ADMM; {found['machine']}. The script says what the ways are.",
+            table(["", *columns], rows),
+            "By learning rate, -75 %, on 5,000 held-out images, which chose the rates above:",
+            table(["", *rates], rate_rows),
+        ]
+    )
+
+
 def describing() -> str | None:
     """What looking into a model costs."""
     if (found := read("describing")) is None:
@@ -1071,6 +1100,7 @@ GPU_PARTS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
 
 
 SECTIONS: tuple[Callable[[], str | None], ...] = (
+    trajectory,
     editions,
     saliency,
     depth,
