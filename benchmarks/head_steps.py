@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from shared import (
 )
 
 SHARES = (0.25, 0.5, 0.75)
+TRAINED = 0.5
 STEPS = (1, 12)
 REPAIRED_ON, OTHERS = 500, 250
 """Training images; the first 256 rank."""
@@ -102,58 +103,82 @@ def predictions(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
     return torch.cat([model.eval()(batch).log_softmax(-1) for batch in images])
 
 
-def row(
-    dense: nn.Module, settings: RankingSettings, seed: int, train: Mapping[str, Any], sets: Mapping[str, Iterable[Any]]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """A model without some of its heads, and what it is measured by.
+
+    Attributes:
+        dense: The model.
+        images: Training images, of which the first 256 rank and all repair.
+        others: Other training images, for the distance from the dense model's predictions.
+        top1: Accuracy in percent.
+        trained: Trains a repaired model for an epoch, in place; None where there are too few images for one.
+    """
+
+    dense: nn.Module
+    images: Sequence[Tensor]
+    others: Sequence[Tensor]
+    top1: Callable[[nn.Module], float]
+    trained: Callable[[nn.Module], nn.Module] | None = None
+
+
+def row(case: Case, settings: RankingSettings, seed: int) -> dict[str, Any]:
     """Rank once, and take heads out to every share."""
-    network, config = gohsp.describe(dense), Config(ranking=settings, seed=seed)
+    network, config = gohsp.describe(case.dense), Config(ranking=settings, seed=seed)
     held = -(-REPAIRED_ON // 20)
     config = replace(config, calibration=replace(config.calibration, images=REPAIRED_ON - held, holdout=held))
     began = time.process_time()
-    ranking = gohsp.rank(dense, train["images"], config=config)
+    ranking = gohsp.rank(case.dense, case.images, config=config)
     found: dict[str, Any] = {"processor_seconds": round(time.process_time() - began, 1)}
-    expected = predictions(dense, train["others"])
+    expected = predictions(case.dense, case.others)
     for share in SHARES:
         heads = gone(ranking, share)
-        models = {
-            "zeroed": zeroed(dense, network, heads),
-            "repaired": repaired(dense, widths_without(network, heads), train["images"], config),
-        }
+        small = repaired(case.dense, widths_without(network, heads), case.images, config)
+        models = {"zeroed": zeroed(case.dense, network, heads), "repaired": small}
         for how, model in models.items():
-            other = predictions(model, train["others"])
-            distance = functional.kl_div(other, expected, log_target=True, reduction="batchmean")
-            found[f"{how} {share}"] = {
-                "distance": round(float(distance), 4),
-                "top1": scores_on_both(model, sets)["both"],
-            }
+            found[f"{how} {share}"] = measured(case, model, expected)
+        if case.trained and share == TRAINED:
+            found[f"trained {share}"] = measured(case, case.trained(small), expected)
     return found
 
 
+def measured(case: Case, model: nn.Module, expected: Tensor) -> dict[str, float]:
+    """Distance from the dense model's predictions, and accuracy."""
+    other = predictions(model, case.others)
+    distance = functional.kl_div(other, expected, log_target=True, reduction="batchmean")
+    return {"distance": round(float(distance), 4), "top1": case.top1(model)}
+
+
+def make_rows(case: Case, names: Sequence[str], file: Path, header: Mapping[str, Any]) -> None:
+    """Make the rows that are not in the results yet, writing them after each; other settings are refused."""
+    results = read_results(file, {**header, "runs": {}})
+    if {name: results[name] for name in header} != header:
+        sys.exit(f"{file} is of other settings, another machine or version; give another file with --results")
+    results.setdefault("dense", case.top1(case.dense))
+    for name in names:
+        if name not in results["runs"]:
+            seed = int(name.rpartition(" ")[2]) if name.startswith("random") else 0
+            results["runs"][name] = row(case, rankings()[name], seed)
+            write_results(file, results)
+            say(f"{name}: {results['runs'][name]}")
+
+
 def main() -> None:
-    """Make all rows, writing the results after each."""
+    """Make all rows."""
     arguments = parser(__doc__)
     arguments.add_argument("--rankings", nargs="+", choices=tuple(rankings()), default=tuple(rankings()))
     arguments.add_argument("--results", type=Path, default=RESULTS / "head_steps.json")
     options = arguments.parse_args()
     dense = gohsp.open_model("deit_tiny_patch16_224", weights=asset("models/deit_tiny_patch16_224.safetensors"))
-    header = {"machine": machine(), "versions": versions()}
-    results = read_results(options.results, {**header, "runs": {}})
-    if {name: results[name] for name in header} != header:
-        sys.exit(f"{options.results} is of another machine or version; give another file with --results")
     source, transform = f"hfds/{asset('data/imagenet-1k-mini')}", transform_of(dense)
-    train = {
-        "images": drawn(source, REPAIRED_ON, transform),
-        "others": drawn(source, OTHERS, transform, skip=REPAIRED_ON),
-    }
     sets = {name: list(batches) for name, batches in sets_of_both(dense).items()}
-    results.setdefault("dense", scores_on_both(dense, sets)["both"])
-    for name in options.rankings:
-        if name in results["runs"]:
-            continue
-        seed = int(name.rpartition(" ")[2]) if name.startswith("random") else 0
-        results["runs"][name] = row(dense, rankings()[name], seed, train, sets)
-        write_results(options.results, results)
-        say(f"{name}: {results['runs'][name]}")
+    case = Case(
+        dense,
+        images=drawn(source, REPAIRED_ON, transform),
+        others=drawn(source, OTHERS, transform, skip=REPAIRED_ON),
+        top1=lambda model: scores_on_both(model, sets)["both"],
+    )
+    make_rows(case, options.rankings, options.results, {"machine": machine(), "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -819,24 +819,38 @@ def layouts() -> str | None:
 
 def head_steps() -> str | None:
     """Heads taken out in the order of rankings made once and in steps."""
-    if (found := read("head_steps")) is None:
+    of_imagenet, of_cifar10 = read("head_steps"), read("head_steps_cifar10")
+    if of_imagenet is None:
         return None
-    columns = [f"{how} {share}" for how in ("zeroed", "repaired") for share in (0.25, 0.5, 0.75)]
-    rows = [
-        [name, *(f"{run[column]['top1']:.1f} ({run[column]['distance']:.2f})" for column in columns)]
-        for name, run in found["runs"].items()
+    text = [
+        "## DeiT-Tiny without some of its heads",
+        "    GOHSP_ASSETS=../shared python benchmarks/head_steps.py",
+        f"Top-1 in percent on 2,278 validation images of ImageNet (the dense model: {of_imagenet['dense']:.1f}), with the "
+        "weakest heads gone, and in brackets the distance from its predictions on 250 training images that neither "
+        "rank nor repair, in nats. *Zeroed*: nothing is repaired. *Repaired*: the others are refitted on 475 images. "
+        "Nothing is trained.",
+        heads_table(of_imagenet["runs"]),
     ]
-    header = ["ranking", *(f"{column.split()[0]}, {100 * float(column.split()[1]):.0f} %" for column in columns)]
-    return "\n\n".join(
-        [
-            "## DeiT-Tiny without some of its heads",
-            "    GOHSP_ASSETS=../shared python benchmarks/head_steps.py",
-            f"Top-1 in percent on 2,278 validation images (the dense model: {found['dense']:.1f}), with the weakest "
-            "heads gone, and in brackets the distance from its predictions on 250 other training images, in nats. "
-            "*Zeroed*: nothing is repaired. *Repaired*: the others are refitted on 475 images. Nothing is trained.",
-            table(header, rows),
+    if of_cifar10:
+        text += [
+            "    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/cifar10_deit_tiny/dense",
+            f"The same on CIFAR-10 at 112 px, on 2,500 held-out images (the dense model: {of_cifar10['dense']:.1f}); "
+            "*trained*: repaired, then an epoch of 10,000 images with the dense model as teacher.",
+            heads_table(of_cifar10["runs"]),
         ]
-    )
+    return "\n\n".join(text)
+
+
+def heads_table(runs: Json) -> str:
+    """Top-1 and distance by ranking, for every share of the heads."""
+    columns = dict.fromkeys(name for run in runs.values() for name in run if name != "processor_seconds")
+    order = sorted(columns, key=lambda name: ("zeroed", "repaired", "trained").index(name.split()[0]))
+    cells = {
+        name: [f"{run[column]['top1']:.1f} ({run[column]['distance']:.2f})" for column in order]
+        for name, run in runs.items()
+    }
+    header = [f"{column.split()[0]}, {100 * float(column.split()[1]):.0f} %" for column in order]
+    return table(["ranking", *header], [[name, *row] for name, row in cells.items()])
 
 
 def trajectory() -> str | None:
@@ -849,7 +863,7 @@ def trajectory() -> str | None:
         if " params=" in key:
             way, _, column = key.partition(" params=")
             columns.setdefault(column.replace(" seed=", " %, seed ").replace("% %", " %"), {})[way] = run
-    rates = sorted({rate for of in tuned.values() for rate in of}, key=float)
+    rates: list[str] = sorted({rate for of in tuned.values() for rate in of}, key=float)
     epochs = f"{admm_epochs(recipe)} of ADMM and {recipe['finetune']['epochs']} of fine-tuning"
     rows = [[way, *(f"{of[way]['top1']:.2f} %" if way in of else "" for of in columns.values())] for way in tuned]
     rate_rows = [[way, *(f"{of[rate]:.2f} %" if rate in of else "" for rate in rates)] for way, of in tuned.items()]
