@@ -825,8 +825,8 @@ def head_steps() -> str | None:
     text = [
         "## DeiT-Tiny without some of its heads",
         "    GOHSP_ASSETS=../shared python benchmarks/head_steps.py",
-        f"Top-1 in percent on 2,278 validation images of ImageNet (the dense model: {of_imagenet['dense']:.1f}), with the "
-        "weakest heads gone, and in brackets the distance from its predictions on 250 training images that neither "
+        f"Top-1 in percent on 2,278 validation images of ImageNet (the dense model: {of_imagenet['dense']:.1f}), with "
+        "the weakest heads gone, and in brackets the distance from its predictions on 250 training images that neither "
         "rank nor repair, in nats. *Zeroed*: nothing is repaired. *Repaired*: the others are refitted on 475 images. "
         "Nothing is trained.",
         heads_table(of_imagenet["runs"]),
