@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,16 @@ def test_where_no_bar_can_be_drawn_lines_say_how_far_a_step_is(
             tell(gohsp.Progress("heal", done, 4))
     lines = ["heal: begins, 4 to do", "heal: 2 of 4 after 0:30", "heal: 4 of 4 after 1:30"]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_warning_in_a_log_file_is_a_line_however_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    cli._set_up()
+    logging.getLogger("gohsp").info("not for a log file")
+    logging.getLogger("gohsp").warning("%s images are too few", "many " * 50)
+    assert capsys.readouterr().err == f"WARNING {'many ' * 50} images are too few\n"
 
 
 # Failing

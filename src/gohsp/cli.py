@@ -669,6 +669,14 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+class _Plain(logging.Handler):
+    """Warnings where no terminal shows them: a line each, however long."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print level and message."""
+        console.say(f"{record.levelname} {record.getMessage()}")
+
+
 class _Said(logging.Handler):
     """What the log tells of a pruning before its steps, such as the budget, as plain lines on standard error."""
 
@@ -692,11 +700,10 @@ def _saying() -> Iterator[None]:
 def _set_up() -> None:
     """Warnings and messages go to standard error, in any encoding."""
     console.tolerate_any_character()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(level=logging.WARNING, console=console.notes, show_path=False)],
-    )
+    terminal = console.notes.is_terminal
+    shown = RichHandler(console=console.notes, show_path=False) if terminal else _Plain()
+    shown.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[shown])
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
