@@ -4,7 +4,7 @@
 
 Each ranking reads 256 training images of imagenet-1k-mini, without labels. The weakest heads of the whole model go.
 ``zeroed``: what readouts take of them is 0, and nothing is repaired; ``repaired``: they are cut and the others refitted
-on 500 images (``gohsp.cut``). A row tells the distance from the dense model's predictions on 250 other training images,
+on 500 images (``gohsp.cut``), once the ranking is done or, in one row, after each of its steps. A row tells the distance from the dense model's predictions on 250 other training images,
 by which settings are chosen, and top-1 on the validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278
 together. A row that stands in the results is not made again.
 """
@@ -45,6 +45,7 @@ from shared import (
 SHARES = (0.25, 0.5, 0.75)
 TRAINED = 0.5
 STEPS = (1, 12)
+REPAIRED_BETWEEN = "graph, d = 0.3, in 12 steps, repaired after each"
 REPAIRED_ON, OTHERS = 500, 250
 """Training images; the first 256 rank."""
 
@@ -53,7 +54,7 @@ Head = tuple[str, int]
 
 def rankings() -> dict[str, RankingSettings]:
     """Rankings by name; what is drawn at random is drawn anew with every seed."""
-    made = {}
+    made = {REPAIRED_BETWEEN: RankingSettings()}
     for steps in STEPS:
         how = "once" if steps == 1 else f"in {steps} steps"
         for damping in (0.0, 0.3, 0.5, 0.85):
@@ -122,11 +123,15 @@ class Case:
     trained: Callable[[nn.Module], nn.Module] | None = None
 
 
+def config_of(settings: RankingSettings, seed: int) -> Config:
+    """Ranking by some settings, repair on all images."""
+    config, held = Config(ranking=settings, seed=seed), -(-REPAIRED_ON // 20)
+    return replace(config, calibration=replace(config.calibration, images=REPAIRED_ON - held, holdout=held))
+
+
 def row(case: Case, settings: RankingSettings, seed: int) -> dict[str, Any]:
     """Rank once, and take heads out to every share."""
-    network, config = gohsp.describe(case.dense), Config(ranking=settings, seed=seed)
-    held = -(-REPAIRED_ON // 20)
-    config = replace(config, calibration=replace(config.calibration, images=REPAIRED_ON - held, holdout=held))
+    network, config = gohsp.describe(case.dense), config_of(settings, seed)
     began = time.process_time()
     ranking = gohsp.rank(case.dense, case.images, config=config)
     found: dict[str, Any] = {"processor_seconds": round(time.process_time() - began, 1)}
@@ -139,6 +144,20 @@ def row(case: Case, settings: RankingSettings, seed: int) -> dict[str, Any]:
             found[f"{how} {share}"] = measured(case, model, expected)
         if case.trained and share == TRAINED:
             found[f"trained {share}"] = measured(case, case.trained(small), expected)
+    return found
+
+
+def repaired_between(case: Case, settings: RankingSettings) -> dict[str, Any]:
+    """Take a twelfth of the heads out at a time, refit the others, and rank those anew."""
+    config, model, expected = config_of(settings, 0), case.dense, predictions(case.dense, case.others)
+    steps, total = max(STEPS), sum(sub.widths.heads for sub in gohsp.describe(case.dense).attentions)
+    found: dict[str, Any] = {}
+    for step in range(1, round(max(SHARES) * steps) + 1):
+        ranking = gohsp.rank(model, case.images, config=config)
+        going = gone(ranking, (total // steps) / sum(map(len, ranking.scores.values())))
+        model = repaired(model, widths_without(gohsp.describe(model), going), case.images, config)
+        if step / steps in SHARES:
+            found[f"repaired {step / steps}"] = measured(case, model, expected)
     return found
 
 
@@ -157,8 +176,9 @@ def make_rows(case: Case, names: Sequence[str], file: Path, header: Mapping[str,
     results.setdefault("dense", case.top1(case.dense))
     for name in names:
         if name not in results["runs"]:
-            seed = int(name.rpartition(" ")[2]) if name.startswith("random") else 0
-            results["runs"][name] = row(case, rankings()[name], seed)
+            settings, seed = rankings()[name], int(name.rpartition(" ")[2]) if name.startswith("random") else 0
+            between = name == REPAIRED_BETWEEN
+            results["runs"][name] = repaired_between(case, settings) if between else row(case, settings, seed)
             write_results(file, results)
             say(f"{name}: {results['runs'][name]}")
 

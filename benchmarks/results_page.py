@@ -846,7 +846,7 @@ def heads_table(runs: Json) -> str:
     columns = dict.fromkeys(name for run in runs.values() for name in run if name != "processor_seconds")
     order = sorted(columns, key=lambda name: ("zeroed", "repaired", "trained").index(name.split()[0]))
     cells = {
-        name: [f"{run[column]['top1']:.1f} ({run[column]['distance']:.2f})" for column in order]
+        name: [f"{run[c]['top1']:.1f} ({run[c]['distance']:.2f})" if c in run else "" for c in order]
         for name, run in runs.items()
     }
     header = [f"{column.split()[0]}, {100 * float(column.split()[1]):.0f} %" for column in order]
