@@ -4,9 +4,10 @@
 
 Each ranking reads 256 training images of imagenet-1k-mini, without labels. The weakest heads of the whole model go.
 ``zeroed``: what readouts take of them is 0, and nothing is repaired; ``repaired``: they are cut and the others refitted
-on 500 images (``gohsp.cut``), once the ranking is done or, in one row, after each of its steps. A row tells the distance from the dense model's predictions on 250 other training images,
-by which settings are chosen, and top-1 on the validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278
-together. A row that stands in the results is not made again.
+on 500 images (``gohsp.cut``), once the ranking is done or, in one row, after each of its steps. A row tells the
+distance from the dense model's predictions on 250 other training images, by which settings are chosen, and top-1 on the
+validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278 together. A row that stands in the results is not
+made again.
 """
 
 from __future__ import annotations
