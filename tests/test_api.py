@@ -247,6 +247,15 @@ def test_progress_counts_up_to_its_total(vit: nn.Module, data: Tensor):
     assert steps == {"ranking of heads", "damage curves", "cut and repair", "heal", "admm", "finetune"}
 
 
+def test_progress_of_an_allocation_in_stages_says_which_one_it_is_in(vit: nn.Module, data: Tensor):
+    heard: list[gohsp.Progress] = []
+    config = from_mapping({"precision": "no", "widths": {"stages": 2}})
+    gohsp.prune(vit, [data], BUDGET, config=config, progress=heard.append)
+    begun = [told.step for told in heard if told.done == 0]
+    stages = ["damage curves", "cut and repair, stage 1 of 2", "damage curves, stage 2 of 2", "cut and repair"]
+    assert begun == ["ranking of heads", *stages]
+
+
 def test_the_same_seed_gives_the_same_model(vit: nn.Module, data: Tensor, pruned: gohsp.Pruned):
     torch.manual_seed(123)
     assert same(gohsp.prune(vit, [data], BUDGET, config=PLAIN).model, pruned.model)

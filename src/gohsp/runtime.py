@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -65,6 +65,11 @@ def telling(progress: ProgressCallback, step: str, total: int) -> Iterator[Calla
     yield advance
 
 
+def staged(progress: ProgressCallback, stage: int, stages: int) -> ProgressCallback:
+    """Tell of the steps of one of several stages, which come again in the next, by names that say so."""
+    return lambda news: progress(replace(news, step=f"{news.step}, stage {stage} of {stages}"))
+
+
 def pick_device(device: Device) -> torch.device:
     """The accelerator that is there, or the CPU.
 
@@ -87,14 +92,11 @@ def pick_device(device: Device) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The data type of passes; ``auto`` is bf16 on a CPU that is faster in it and on a GPU that has it, else float32."""
+    """The data type of passes; ``auto`` is bf16 on a CPU that is faster in it, on a GPU that has it, else float32."""
     if precision != "auto":
         return PRECISIONS[precision]
-    if device.type == "cpu":
-        units = _cpu_gains_by_bf16()
-    else:
-        units = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if units else torch.float32
+    gains = {"cpu": _cpu_gains_by_bf16, "cuda": torch.cuda.is_bf16_supported}.get(device.type, bool)()
+    return torch.bfloat16 if gains else torch.float32
 
 
 @cache

@@ -21,7 +21,7 @@ from gohsp.core.moments import SublayerMoments
 from gohsp.core.objective import mean_distance
 from gohsp.core.ranking import HeadRanking, HeadStatistics, HeadStatisticsFitter, count_rankings, rank_in_steps
 from gohsp.errors import BudgetError, NonFiniteError, PlanError
-from gohsp.runtime import fast_attention, telling
+from gohsp.runtime import fast_attention, staged, telling
 from gohsp.session import Session
 from gohsp.structure import (
     PARAMS,
@@ -264,12 +264,13 @@ def _choice(
     whole = cost_of(network, network.widths, bound.cost)
     stages = settings.stages or _stages_to(network, choice.widths(bound))
     for stage in range(1, stages):
+        here, behind = (replace(session, progress=staged(session.progress, at, stages)) for at in (stage, stage + 1))
         widths = choice.widths(replace(bound, limit=whole * (bound.limit / whole) ** (stage / stages)))
-        small, left, so_far = _cut_so_far(session, dense, network, analysis, widths)
+        small, left, so_far = _cut_so_far(here, dense, network, analysis, widths)
         images = session.calibration.first(CURVE_IMAGES)
         distance = session.distance(dense, small, images)
         logger.info("allocation, stage %d of %d: distance %.4f so far", stage, stages, distance)
-        choice = _by_curves(session, left, measure_curves(session, small, left, so_far), bound.cost, distance)
+        choice = _by_curves(session, left, measure_curves(behind, small, left, so_far), bound.cost, distance)
     return replace(choice, stages=stages)
 
 
