@@ -3,8 +3,6 @@
     pip install 'gohsp[hf,bench]'
     python benchmarks/ablation.py --data hfds/cifar10                          # after cifar10.py, one GPU
     python benchmarks/ablation.py --data hfds/cifar10 --fewer-heads 2
-    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --budgets params=-85%
-    python benchmarks/ablation.py --data hfds/cifar10 --recipe recipes/cifar10_cpu.toml --fewer-heads 1
 
 ``ADMM`` is the recipe as it stands. ``no ADMM``, method ``finetune``, gives its epochs to fine-tuning; every other arm
 changes the settings that it is named after. Where the budget takes no whole head, rankings have no say; so

@@ -412,7 +412,6 @@ def methods_table(methods: dict[str, dict[str, list[Json]]]) -> str:
 COMPARISONS = {
     "cifar10_vit_small": "CIFAR-10, ViT-Small",
     "cifar10_short": "CIFAR-10 at 112 px, DeiT-Tiny, a third of the training images behind the dense model",
-    "cifar10_cpu": "CIFAR-10, a ViT of 0.7 million parameters and 8,000 training images",
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
 METHODS = {

@@ -468,7 +468,7 @@ def test_page_without_labels_shows_agreement_instead_of_accuracy(small: dict[str
     assert headers(report)[3:] == ("agreement (%)", "distance (nats)")
     assert [row.cells()[3:] for row in summary_table(report)] == [
         [("100.0", ""), ("0.000", "")],
-        [("79.6", ""), ("0.321", "")],
+        [("79.6 ± 3.6", ""), ("0.321", "")],  # of 128 images
     ]
     bare = without_labels(small) | {"fidelity": None, "command": []}
     text = Page(render_html(parse(edited(bare, "data/calibration_images", None)))).text

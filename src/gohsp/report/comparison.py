@@ -261,7 +261,7 @@ def _row(
     def scored(measure: Measure, value: float | None) -> tuple[str, str]:
         if value is None:
             return "–", ""
-        error = f" ± {standard_error(metrics):.1f}" if measure is _TOP1 else ""
+        error = f" ± {standard_error(metrics.top1, metrics.n):.1f}" if measure is _TOP1 else ""
         before = measure.of_dense(dense) if dense and measure is _TOP1 else None
         change = None if before is None else value - before
         return f"{measure.text(value)}{error}", signed(change, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gohsp.report.schema import Metrics, Report
+from gohsp.report.schema import Fidelity, Metrics, Report
 
 METHODS = {"oneshot": "one-shot", "finetune": "cut and fine-tuned", "gohsp": "ADMM, cut and fine-tuned"}
 UNITS = {"classification": "nats", "features": "of variance"}
@@ -25,6 +25,7 @@ class SummaryRow:
         top5: Top-5 accuracy in percent.
         loss: Mean cross-entropy in nats.
         agreement: Share of images with the dense model's first prediction, before fine-tuning, in percent.
+        agreement_error: Its standard error in percentage points.
         distance: Mean distance of the outputs from the dense model's, likewise.
         params_change: In percent.
         macs_change: In percent.
@@ -41,6 +42,7 @@ class SummaryRow:
     top5: float | None
     loss: float | None
     agreement: float | None
+    agreement_error: float | None
     distance: float | None
     params_change: float | None
     macs_change: float | None
@@ -62,7 +64,8 @@ class SummaryRow:
                 (f"{self.top5:.1f}", signed(self.top5_change, 1)),
                 (f"{self.loss:.3f}", signed(self.loss_change, 3)),
             ]
-        agreement = None if self.agreement is None else f"{self.agreement:.1f}"
+        error = f" ± {self.agreement_error:.1f}" if self.agreement_error else ""
+        agreement = None if self.agreement is None else f"{self.agreement:.1f}{error}"
         distance = None if self.distance is None else distance_text(self.distance)
         return [*sizes, *((text, "") for text in (agreement, distance) if text is not None)]
 
@@ -85,12 +88,13 @@ def headers(report: Report) -> tuple[str, ...]:
 def summary_table(report: Report) -> list[SummaryRow]:
     """The before/after table: dense, dense trained on (where there is one) and pruned."""
     fidelity = report.fidelity
-    agreement, distance = (fidelity.agreement, fidelity.distance) if fidelity else (None, None)
-    itself = (None if agreement is None else 100.0, None if distance is None else 0.0)
-    rows = [_row("dense", report.dense, None, *itself)]
+    agreement = None if fidelity is None else fidelity.agreement
+    same = {"distance": 0.0, "agreement": None if agreement is None else 100.0}
+    itself = None if fidelity is None else fidelity.model_copy(update=same)
+    rows = [_row("dense", report.dense, None, itself)]
     if report.dense_retrained is not None:
-        rows.append(_row("dense, trained longer", report.dense_retrained, report.dense, None, None))
-    return [*rows, _row("pruned", report.pruned, report.dense, agreement, distance)]
+        rows.append(_row("dense, trained longer", report.dense_retrained, report.dense, None))
+    return [*rows, _row("pruned", report.pruned, report.dense, fidelity)]
 
 
 def relative(value: float, reference: float) -> float:
@@ -123,9 +127,7 @@ def signed(value: float | None, digits: int, unit: str = "") -> str:
     return text.replace("-", "−") + unit
 
 
-def _row(
-    model: str, metrics: Metrics, dense: Metrics | None, agreement: float | None, distance: float | None
-) -> SummaryRow:
+def _row(model: str, metrics: Metrics, dense: Metrics | None, fidelity: Fidelity | None) -> SummaryRow:
     def change(score: str) -> float | None:
         now, before = getattr(metrics, score), getattr(dense, score, None)
         return None if now is None or before is None else now - before
@@ -135,11 +137,12 @@ def _row(
         params=metrics.params,
         macs=metrics.macs,
         top1=metrics.top1,
-        top1_error=standard_error(metrics),
+        top1_error=standard_error(metrics.top1, metrics.n),
         top5=metrics.top5,
         loss=metrics.loss,
-        agreement=agreement,
-        distance=distance,
+        agreement=None if fidelity is None else fidelity.agreement,
+        agreement_error=None if fidelity is None else standard_error(fidelity.agreement, fidelity.images),
+        distance=None if fidelity is None else fidelity.distance,
         params_change=relative(metrics.params, dense.params) if dense else None,
         macs_change=relative(metrics.macs, dense.macs) if dense else None,
         top1_change=change("top1"),
@@ -148,9 +151,8 @@ def _row(
     )
 
 
-def standard_error(metrics: Metrics) -> float | None:
-    """Of top-1 accuracy, in percentage points."""
-    if metrics.top1 is None or metrics.n is None:
+def standard_error(percent: float | None, images: int | None) -> float | None:
+    """Of a share of so many images, in percentage points."""
+    if percent is None or images is None:
         return None
-    share = metrics.top1 / 100
-    return 100 * math.sqrt(share * (1 - share) / metrics.n)
+    return math.sqrt(percent * (100 - percent) / images)
