@@ -1285,8 +1285,8 @@ def behind_the_readme() -> str | None:
             "tenths of the training images for three epochs, and is scored on 2,000 validation images; standard error "
             f"0.8, one seed. The other tenth was for choices, such as that among {variants} variants of Torch-Pruning "
             "at -60 % ([table](#imagewoof-160-at-112-px-deit-tiny-nine-tenths-of-the-training-images)).",
-            "- **CIFAR-10**: likewise, two epochs of 15,000 training images, 10,000 test images, standard error 0.3, one "
-            "seed ([table](#cifar-10-at-112-px-deit-tiny)).",
+            "- **CIFAR-10**: likewise, two epochs of 15,000 training images, 10,000 test images, standard error 0.3, "
+            "one seed ([table](#cifar-10-at-112-px-deit-tiny)).",
             "- **Saliency**: nothing trained, 200 photographs, overlap with the dense model's maps on 200 others, one "
             "seed ([table](#a-module-of-somebodys-own-saliency-maps)).",
             "- **Speed**: [throughput](#throughput) of random weights, in turns.",
