@@ -92,10 +92,12 @@ def widths_without(network: Network, heads: set[Head]) -> Widths:
     return widths
 
 
-def repaired(dense: nn.Module, widths: Widths, images: Sequence[Tensor], config: Config) -> nn.Module:
+def repaired(
+    dense: nn.Module, widths: Widths, images: Sequence[Tensor], config: Config, ranking: gohsp.HeadRanking
+) -> nn.Module:
     """Those heads cut that the ranking names, and the others refitted."""
     alone = replace(config, repair=replace(config.repair, guidance=1.0))
-    made = gohsp.cut(dense, images, widths, config=alone)
+    made = gohsp.cut(dense, images, widths, ranking=ranking, config=alone)
     return gohsp.compact(made.model, made.kept, images[0][:2]).model
 
 
@@ -139,7 +141,7 @@ def row(case: Case, settings: RankingSettings, seed: int) -> dict[str, Any]:
     expected = predictions(case.dense, case.others)
     for share in SHARES:
         heads = gone(ranking, share)
-        small = repaired(case.dense, widths_without(network, heads), case.images, config)
+        small = repaired(case.dense, widths_without(network, heads), case.images, config, ranking)
         models = {"zeroed": zeroed(case.dense, network, heads), "repaired": small}
         for how, model in models.items():
             found[f"{how} {share}"] = measured(case, model, expected)
@@ -156,7 +158,7 @@ def repaired_between(case: Case, settings: RankingSettings) -> dict[str, Any]:
     for step in range(1, round(max(SHARES) * steps) + 1):
         ranking = gohsp.rank(model, case.images, config=config)
         going = gone(ranking, (total // steps) / sum(map(len, ranking.scores.values())))
-        model = repaired(model, widths_without(gohsp.describe(model), going), case.images, config)
+        model = repaired(model, widths_without(gohsp.describe(model), going), case.images, config, ranking)
         if step / steps in SHARES:
             found[f"repaired {step / steps}"] = measured(case, model, expected)
     return found

@@ -7,6 +7,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,26 @@ def test_parts_together_are_the_whole(vit: nn.Module, data: Tensor, pruned: gohs
     assert isinstance(compaction, gohsp.Compaction)
     assert compaction.max_relative_difference <= 1e-5
     assert same(compaction.model, pruned.model)
+
+
+def test_a_given_ranking_chooses_the_heads(vit: nn.Module, data: Tensor):
+    ranking = gohsp.rank(vit, [data], config=PLAIN)
+    turned = {name: tuple(reversed(scores)) for name, scores in ranking.scores.items()}
+    alone = replace(PLAIN, repair=replace(PLAIN.repair, guidance=1.0))
+    widths = dict(gohsp.describe(vit).widths)
+    widths["blocks.0.attn"] = replace(widths["blocks.0.attn"], heads=1)  # type: ignore[type-var]
+    made = gohsp.cut(vit, [data], widths, config=alone)
+    again = gohsp.cut(vit, [data], widths, ranking=ranking, config=alone)
+    other = gohsp.cut(vit, [data], widths, ranking=replace(ranking, scores=turned), config=alone)
+    assert again.kept == made.kept != other.kept
+    assert same(again.model, made.model)
+
+
+def test_rankings_of_other_models_are_refused(vit: nn.Module, data: Tensor):
+    ranking = gohsp.rank(vit, [data], config=PLAIN)
+    scores = {**ranking.scores, "blocks.1.attn": (0.5,)}
+    with pytest.raises(PlanError, match=r"1 heads in 'blocks\.1\.attn', where this one has"):
+        gohsp.cut(vit, Unread(), gohsp.describe(vit).widths, ranking=replace(ranking, scores=scores))  # type: ignore[arg-type]
 
 
 def test_healing_brings_the_cut_model_closer(vit: nn.Module, data: Tensor, pruned: gohsp.Pruned):

@@ -582,7 +582,7 @@ def rank(
     config: Config | None = None,
     progress: ProgressCallback | None = None,
 ) -> HeadRanking:
-    """Rank all heads of a model on images, without labels, in one pass over them.
+    """Rank all heads of a model on images, without labels, in one pass over them for each of ``ranking.steps``.
 
     Args:
         model: The model; left as it is.
@@ -686,6 +686,7 @@ def cut(
     images: Iterable[Any],
     widths: Widths,
     *,
+    ranking: HeadRanking | None = None,
     objective: ObjectiveLike = None,
     config: Config | None = None,
     progress: ProgressCallback | None = None,
@@ -696,21 +697,37 @@ def cut(
         model: The model; left as it is.
         images: As of :func:`prune`.
         widths: Widths of all its sub-layers.
+        ranking: A ranking of the model's heads (:func:`rank`); None makes one.
         objective: As of :func:`prune`.
         config: Of which ``at``, ``repair``, ``ranking``, ``calibration``, ``seed`` and ``precision`` count.
         progress: Is told how far it is.
 
     Raises:
-        PlanError: ``widths`` do not fit the model.
+        PlanError: ``widths`` or ``ranking`` do not fit the model.
     """
     config, model = settled(config), models.unwrapped(model)
     example, images = _example(model, images, config.at)
-    check_widths(models.describe(model, example, config.at), widths)
+    described = models.describe(model, example, config.at)
+    check_widths(described, widths)
+    if ranking is not None:
+        _check_ranking(described, ranking)
     session, dense, network = _open(model, images, (), objective, config, progress)
     work = copy.deepcopy(dense)
-    kept = steps.cut(session, dense, work, network, steps.analyse(session, dense, network), widths)
+    kept = steps.cut(session, dense, work, network, steps.analyse(session, dense, network, ranking), widths)
     models.unfeed(work)
     return CutModel(work, kept)
+
+
+def _check_ranking(network: Network, ranking: HeadRanking) -> None:
+    """Check that every head has its score."""
+    heads = {sub.name: sub.widths.heads for sub in network.attentions}
+    ranked = {name: len(scores) for name, scores in ranking.scores.items()}
+    if ranked != heads:
+        wrong = sorted(name for name in heads | ranked if heads.get(name) != ranked.get(name))
+        raise PlanError(
+            f"'ranking' is of another model: it has {ranked.get(wrong[0], 0)} heads in '{wrong[0]}', where this one "
+            f"has {heads.get(wrong[0], 0)}; rank this model with gohsp.rank, or leave 'ranking' out"
+        )
 
 
 def heal(

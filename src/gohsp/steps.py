@@ -86,8 +86,10 @@ class Analysis:
         return blended({name: torch.tensor(of) for name, of in self.fisher.items()}, share)
 
 
-def analyse(session: Session, model: nn.Module, network: Network) -> Analysis:
-    """Rank heads and weigh tokens; the first ranking's pass serves both."""
+def analyse(session: Session, model: nn.Module, network: Network, ranking: HeadRanking | None = None) -> Analysis:
+    """Rank heads, unless a ranking is given, and weigh tokens; the first ranking's pass serves both."""
+    if ranking is not None:
+        return _token_analysis(session, model, network, ranking)
     settings, tokens = session.config.ranking, TokenWeightFitter()
     # A later ranking asks how sure a silenced model is of what the dense one predicts.
     outputs: list[Tensor] = []
@@ -144,8 +146,8 @@ def _passes(
         )
 
 
-def token_analysis(session: Session, model: nn.Module, network: Network, ranking: HeadRanking) -> Analysis:
-    """The analysis of a network that was cut already, whose heads keep their scores."""
+def _token_analysis(session: Session, model: nn.Module, network: Network, ranking: HeadRanking) -> Analysis:
+    """Tokens weighed alone, for heads that have their scores already."""
     tokens = TokenWeightFitter()
     for gradients in _passes(session, model, network):
         tokens.update(gradients)
@@ -299,7 +301,7 @@ def _cut_so_far(
     small = compact(session, trial, kept).model
     left = _with_limits(models.describe(small, session.probe, session.config.at), network, session)
     ranking = replace(analysis.ranking, scores=_scores_left(analysis.ranking, kept))
-    return small, left, token_analysis(session, small, left, ranking)
+    return small, left, analyse(session, small, left, ranking)
 
 
 def _with_limits(left: Network, before: Network, session: Session) -> Network:
