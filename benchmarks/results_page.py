@@ -871,7 +871,7 @@ def trajectory() -> str | None:
         [
             "## Ways to a deep cut, with long training",
             f"{script} --tune\n{script}",
-            f"DeiT-Tiny at 64 px, trained on 4,000 images of CIFAR-10 to {start['top1']:.2f} % on the {start['n']:,} "
+            f"DeiT-Tiny at 64 px, trained on 2,000 images of CIFAR-10 to {start['top1']:.2f} % on the {start['n']:,} "
             f"test images (standard error {standard_error(start['top1'], start['n']):.1f}). Epochs behind it, with it "
             f"as teacher: {epochs}, or as many without ADMM; {found['machine']}. The script says what the ways are.",
             table(["", *columns], rows),
