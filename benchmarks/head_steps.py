@@ -58,7 +58,7 @@ def rankings() -> dict[str, RankingSettings]:
     made = {REPAIRED_BETWEEN: RankingSettings()}
     for steps in STEPS:
         how = "once" if steps == 1 else f"in {steps} steps"
-        for damping in (0.0, 0.3, 0.5, 0.85):
+        for damping in (0.0, 0.1, 0.3, 0.85):
             name = f"graph, d = {damping}" if damping else "gradients"
             made[f"{name}, {how}"] = RankingSettings(steps=steps, damping=damping)
         for edge in ("kl", "similarity", "cosine"):
