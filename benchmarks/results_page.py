@@ -1286,7 +1286,7 @@ def behind_the_readme() -> str | None:
             f"0.8, one seed. The other tenth was for choices, such as that among {variants} variants of Torch-Pruning "
             "at -60 % ([table](#imagewoof-160-at-112-px-deit-tiny-nine-tenths-of-the-training-images)).",
             "- **CIFAR-10**: likewise, two epochs of 15,000 training images, 10,000 test images, standard error 0.3, "
-            "one seed ([table](#cifar-10-at-112-px-deit-tiny)).",
+            "one seed where no more are named ([table](#cifar-10-at-112-px-deit-tiny)).",
             "- **Saliency**: nothing trained, 200 photographs, overlap with the dense model's maps on 200 others, one "
             "seed ([table](#a-module-of-somebodys-own-saliency-maps)).",
             "- **Speed**: [throughput](#throughput) of random weights, in turns.",
