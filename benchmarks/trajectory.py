@@ -5,10 +5,11 @@
     python benchmarks/trajectory.py --data hfds/cifar10 --weights deit_tiny_patch16_224.safetensors
     python benchmarks/trajectory.py --data hfds/cifar10 --weights deit_tiny_patch16_224.safetensors --seed 1
 
-Every way gets as many epochs as the recipe's ADMM and fine-tuning together, with the dense model as teacher:
+Every way ends at the widths that method ``oneshot`` chooses, and gets as many epochs as the recipe's ADMM and
+fine-tuning together, with the dense model as teacher:
 
 - ``at once``: cut and repaired, then trained;
-- ``in steps``: a fourth of the cut at a time, each with a fourth of the epochs behind it, in which the rate falls;
+- ``in steps``: a fourth of every cut at a time, each with a fourth of the epochs behind it, in which the rate falls;
 - ``ADMM``: the recipe, method ``gohsp``;
 - ``ADMM, weak heads harder``: the pull on a head's weights depends on its rank in the whole model. On the weakest it is
   four times as strong and grows four times as fast, on the strongest it is as in ``ADMM``.
@@ -28,6 +29,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+import gohsp
 from comparison import (
     Bench,
     gohsp_model,
@@ -40,7 +42,7 @@ from comparison import (
     variant,
 )
 from gohsp.core import admm
-from gohsp.structure import parse_budget
+from gohsp.structure import FIELDS, SublayerWidths, Widths
 from shared import parameters, say, write_results
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -57,26 +59,45 @@ def with_rate(bench: Bench, rate: float) -> Bench:
     return replace(bench, config=replace(bench.config, **stages))
 
 
+def widths_at(bench: Bench, dense: nn.Module, budget: str) -> Widths:
+    """What every way cuts to."""
+    return gohsp.describe(gohsp_model(bench, dense, "one-shot", variant(bench.config, "oneshot"), budget)).widths
+
+
 def at_once(bench: Bench, dense: nn.Module, name: str, budget: str) -> nn.Module:
     """Cut and repaired, then trained."""
-    return gohsp_model(bench, dense, name, variant(bench.config, "no-ADMM"), budget)
+    widths = widths_at(bench, dense, budget)
+    return gohsp_model(bench, dense, name, variant(bench.config, "no-ADMM"), budget, widths)
 
 
 def by_admm(bench: Bench, dense: nn.Module, name: str, budget: str) -> nn.Module:
     """Method ``gohsp``."""
-    return gohsp_model(bench, dense, name, bench.config, budget)
+    return gohsp_model(bench, dense, name, bench.config, budget, widths_at(bench, dense, budget))
 
 
 def in_steps(bench: Bench, dense: nn.Module, name: str, budget: str) -> nn.Module:
-    """A part of the cut at a time, each followed by its part of the epochs."""
-    full, limit = parameters(dense), int(parse_budget(budget).limit(parameters(dense)))
+    """A part of every cut at a time, each followed by its part of the epochs."""
+    full, least = gohsp.describe(dense).widths, widths_at(bench, dense, budget)
     stage = replace(bench.config.finetune, epochs=bench.extra().epochs // CUTS)
     model = dense
     for number in range(1, CUTS + 1):
-        step, target = f"{name}, step {number}", full - (full - limit) * number // CUTS
-        model = gohsp_model(bench, model, step, variant(bench.config, "oneshot"), f"params={target}")
-        bench.fit(f"{step} {budget} seed={bench.seed}", model, stage, dense, bench.seed + number)
+        widths = {of: part_of_the_way(full[of], least[of], number / CUTS) for of in full}
+        step = f"{name}, step {number}, {budget}"
+        cut = variant(bench.config, "oneshot")
+        model = gohsp_model(bench, model, step, cut, f"params={parameters(model) - 1}", widths)
+        bench.fit(f"{step} seed={bench.seed}", model, stage, dense, bench.seed + number)
     return model
+
+
+def part_of_the_way(full: SublayerWidths, least: SublayerWidths, part: float) -> SublayerWidths:
+    """Widths between two; what is to be absent is so at the end alone."""
+    if part == 1:
+        return least
+    between = {
+        field: max(1, round(getattr(full, field) - part * (getattr(full, field) - getattr(least, field))))
+        for field in (FIELDS[kind] for kind in full.kinds)
+    }
+    return replace(full, **between)
 
 
 def weak_heads_harder(bench: Bench, dense: nn.Module, name: str, budget: str) -> nn.Module:
