@@ -14,7 +14,7 @@ fine-tuning together, with the dense model as teacher:
 - ``ADMM, weak heads harder``: the pull on a head's weights depends on its rank in the whole model. On the weakest it is
   four times as strong and grows four times as fast, on the strongest it is as in ``ADMM``.
 
-``--tune`` tries three learning rates for each at the first budget and reads the held-out images alone. Without it, the
+``--tune`` tries two learning rates for each at the first budget and reads the held-out images alone. Without it, the
 rate that they chose trains each to every budget, and the test split is read at the end.
 """
 
@@ -45,7 +45,7 @@ from gohsp.core import admm
 from gohsp.structure import FIELDS, SublayerWidths, Widths
 from shared import parameters, say, write_results
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4)
 CUTS = 4
 HARDER = 4.0
 
