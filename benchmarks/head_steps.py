@@ -3,8 +3,8 @@
     GOHSP_ASSETS=../shared python benchmarks/head_steps.py
 
 Each ranking reads 256 training images of imagenet-1k-mini, without labels. The weakest heads of the whole model go.
-``zeroed``: what readouts take of them is 0, and nothing is repaired; ``repaired``: they are cut and the others refitted
-on 500 images (``gohsp.cut``), half of the heads gone, or, in one row, after each step of its ranking. A row tells the
+``zeroed``: what readouts take of them is 0, and nothing is repaired; ``repaired``: half of the heads are cut and the
+others refitted on 500 images (``gohsp.cut``), once or, in one row, after each step of its ranking. A row tells the
 distance from the dense model's predictions on 250 other training images, by which settings are chosen, and top-1 on the
 validation images of imagenet-1k-mini and imagenet-1k-broad, 2,278 together. A row that stands in the results is not
 made again.
@@ -44,9 +44,9 @@ from shared import (
 )
 
 SHARES = (0.25, 0.5, 0.75)
-TRAINED = 0.5
+REPAIRED_AT = 0.5
 STEPS = (1, 12)
-REPAIRED_BETWEEN = "graph, d = 0.3, in 12 steps, repaired after each"
+REPAIRED_BETWEEN = "gradients, in 12 steps, repaired after each"
 REPAIRED_ON, OTHERS = 500, 250
 """Training images; the first 256 rank."""
 
@@ -55,7 +55,7 @@ Head = tuple[str, int]
 
 def rankings() -> dict[str, RankingSettings]:
     """Rankings by name; what is drawn at random is drawn anew with every seed."""
-    made = {REPAIRED_BETWEEN: RankingSettings()}
+    made = {REPAIRED_BETWEEN: RankingSettings(damping=0.0)}
     for steps in STEPS:
         how = "once" if steps == 1 else f"in {steps} steps"
         for damping in (0.0, 0.1, 0.3, 0.85):
@@ -116,7 +116,6 @@ class Case:
         images: Training images, of which the first 256 rank and all repair.
         others: Other training images, for the distance from the dense model's predictions.
         top1: Accuracy in percent.
-        repaired_at: Shares of the heads at which the others are refitted, too.
         trained: Trains a repaired model for an epoch, in place; None where there are too few images for one.
     """
 
@@ -124,7 +123,6 @@ class Case:
     images: Sequence[Tensor]
     others: Sequence[Tensor]
     top1: Callable[[nn.Module], float]
-    repaired_at: Sequence[float] = SHARES
     trained: Callable[[nn.Module], nn.Module] | None = None
 
 
@@ -141,28 +139,29 @@ def row(case: Case, settings: RankingSettings, seed: int) -> dict[str, Any]:
     ranking = gohsp.rank(case.dense, case.images, config=config)
     found: dict[str, Any] = {"processor_seconds": round(time.process_time() - began, 1)}
     expected = predictions(case.dense, case.others)
-    for share in SHARES:
-        heads = gone(ranking, share)
+    without = {share: gone(ranking, share) for share in SHARES}
+    for share, heads in without.items():
         found[f"zeroed {share}"] = measured(case, zeroed(case.dense, network, heads), expected)
-        if share in case.repaired_at:
-            small = repaired(case.dense, widths_without(network, heads), case.images, config, ranking)
-            found[f"repaired {share}"] = measured(case, small, expected)
-            if case.trained and share == TRAINED:
-                found[f"trained {share}"] = measured(case, case.trained(small), expected)
-    return found
+    small = repaired(case.dense, widths_without(network, without[REPAIRED_AT]), case.images, config, ranking)
+    return found | measured_repaired(case, small, expected)
 
 
 def repaired_between(case: Case, settings: RankingSettings) -> dict[str, Any]:
     """Take a twelfth of the heads out at a time, refit the others, and rank those anew."""
     config, model, expected = config_of(settings, 0), case.dense, predictions(case.dense, case.others)
     steps, total = max(STEPS), sum(sub.widths.heads for sub in gohsp.describe(case.dense).attentions)
-    found: dict[str, Any] = {}
-    for step in range(1, round(max(SHARES) * steps) + 1):
+    for _ in range(round(REPAIRED_AT * steps)):
         ranking = gohsp.rank(model, case.images, config=config)
         going = gone(ranking, (total // steps) / sum(map(len, ranking.scores.values())))
         model = repaired(model, widths_without(gohsp.describe(model), going), case.images, config, ranking)
-        if step / steps in SHARES:
-            found[f"repaired {step / steps}"] = measured(case, model, expected)
+    return measured_repaired(case, model, expected)
+
+
+def measured_repaired(case: Case, model: nn.Module, expected: Tensor) -> dict[str, Any]:
+    """A repaired model, as it is and trained."""
+    found = {f"repaired {REPAIRED_AT}": measured(case, model, expected)}
+    if case.trained:
+        found[f"trained {REPAIRED_AT}"] = measured(case, case.trained(model), expected)
     return found
 
 
@@ -202,7 +201,6 @@ def main() -> None:
         images=drawn(source, REPAIRED_ON, transform),
         others=drawn(source, OTHERS, transform, skip=REPAIRED_ON),
         top1=lambda model: scores_on_both(model, sets)["both"],
-        repaired_at=[0.5],
     )
     make_rows(case, options.rankings, options.results, {"machine": machine(), "versions": versions()})
 

@@ -833,8 +833,8 @@ def head_steps() -> str | None:
     if of_cifar10:
         text += [
             "    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/cifar10_deit_tiny/dense",
-            f"The same on CIFAR-10 at 112 px, on 2,500 held-out images (the dense model: {of_cifar10['dense']:.1f}); "
-            "*trained*: repaired, then an epoch of 10,000 images with the dense model as teacher.",
+            f"The same on CIFAR-10 at 112 px, on 2,000 held-out images (the dense model: {of_cifar10['dense']:.1f}); "
+            "*trained*: repaired, then an epoch of 5,000 images with the dense model as teacher.",
             heads_table(of_cifar10["runs"]),
         ]
     return "\n\n".join(text)
