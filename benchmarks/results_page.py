@@ -1275,7 +1275,7 @@ def behind_the_readme() -> str | None:
         [
             "## What stands behind the README's table",
             "All of it is top-1 accuracy or overlap on images that nothing was chosen by. Rows of DeiT-Tiny are of the "
-            "first edition's code; [this edition stands beside it](#this-edition-and-the-first-deit-tiny). "
+            "first edition's code, but for CIFAR-10; [this edition stands beside it](#this-edition-and-the-first-deit-tiny). "
             "Torch-Pruning is shown at the best of all variants tried, variant by variant "
             "below.",
             "- **ImageNet**: 1,000 training images without labels, nothing trained, 1,000 validation images, standard "
