@@ -1170,7 +1170,8 @@ def written(sections: Sequence[Callable[[], str | None]]) -> list[str]:
 
 
 FIRST = (
-    "## Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by gradients.\n"
+    "## Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by "
+    "gradients, but for CIFAR-10 at 112 px.\n"
     "Run today, the same commands may give other figures, and flags that are gone are named as they were.\n\nWhere a "
     "table does not say otherwise, damage curves were measured on 256 images, which was the default before 128 "
     "(`--data.allocation-images 256`), and ranking compared attention rows of all images instead of every fourth: "
@@ -1275,7 +1276,8 @@ def behind_the_readme() -> str | None:
         [
             "## What stands behind the README's table",
             "All of it is top-1 accuracy or overlap on images that nothing was chosen by. Rows of DeiT-Tiny are of the "
-            "first edition's code, but for CIFAR-10; [this edition stands beside it](#this-edition-and-the-first-deit-tiny). "
+            "first edition's code, but for CIFAR-10; "
+            "[this edition stands beside it](#this-edition-and-the-first-deit-tiny). "
             "Torch-Pruning is shown at the best of all variants tried, variant by variant "
             "below.",
             "- **ImageNet**: 1,000 training images without labels, nothing trained, 1,000 validation images, standard "
