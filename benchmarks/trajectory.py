@@ -79,11 +79,10 @@ def in_steps(bench: Bench, dense: nn.Module, name: str, budget: str) -> nn.Modul
     """A part of every cut at a time, each followed by its part of the epochs."""
     full, least = gohsp.describe(dense).widths, widths_at(bench, dense, budget)
     stage = replace(bench.config.finetune, epochs=bench.extra().epochs // CUTS)
-    model = dense
+    model, cut = dense, variant(bench.config, "oneshot")
     for number in range(1, CUTS + 1):
         widths = {of: part_of_the_way(full[of], least[of], number / CUTS) for of in full}
         step = f"{name}, step {number}, {budget}"
-        cut = variant(bench.config, "oneshot")
         model = gohsp_model(bench, model, step, cut, f"params={parameters(model) - 1}", widths)
         bench.fit(f"{step} seed={bench.seed}", model, stage, dense, bench.seed + number)
     return model

@@ -697,7 +697,7 @@ def cut(
         model: The model; left as it is.
         images: As of :func:`prune`.
         widths: Widths of all its sub-layers.
-        ranking: A ranking of the model's heads (:func:`rank`); None makes one.
+        ranking: A ranking of the model's heads (:func:`rank`); None makes one, as ``config.ranking`` says.
         objective: As of :func:`prune`.
         config: Of which ``at``, ``repair``, ``ranking``, ``calibration``, ``seed`` and ``precision`` count.
         progress: Is told how far it is.
