@@ -173,16 +173,19 @@ def measured(case: Case, model: nn.Module, expected: Tensor) -> dict[str, float]
 
 
 def make_rows(case: Case, names: Sequence[str], file: Path, header: Mapping[str, Any]) -> None:
-    """Make the rows that are not in the results yet, writing them after each; other settings are refused."""
+    """Make the rows that are not in the results yet, writing them after each; other settings are refused.
+
+    Every row names its machine: without bf16 units all is in float32.
+    """
     results = read_results(file, {**header, "runs": {}})
     if {name: results[name] for name in header} != header:
-        sys.exit(f"{file} is of other settings, another machine or version; give another file with --results")
+        sys.exit(f"{file} is of other settings or another version; give another file with --results")
     results.setdefault("dense", case.top1(case.dense))
     for name in names:
         if name not in results["runs"]:
             settings, seed = rankings()[name], int(name.rpartition(" ")[2]) if name.startswith("random") else 0
-            between = name == REPAIRED_BETWEEN
-            results["runs"][name] = repaired_between(case, settings) if between else row(case, settings, seed)
+            made = repaired_between(case, settings) if name == REPAIRED_BETWEEN else row(case, settings, seed)
+            results["runs"][name] = made | {"machine": machine()}
             write_results(file, results)
             say(f"{name}: {results['runs'][name]}")
 
@@ -202,7 +205,7 @@ def main() -> None:
         others=drawn(source, OTHERS, transform, skip=REPAIRED_ON),
         top1=lambda model: scores_on_both(model, sets)["both"],
     )
-    make_rows(case, options.rankings, options.results, {"machine": machine(), "versions": versions()})
+    make_rows(case, options.rankings, options.results, {"versions": versions()})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 
 from comparison import Bench, first_images, opened, parser_of, settings_of
 from head_steps import REPAIRED_ON, Case, make_rows, rankings
-from shared import RESULTS, machine, versions
+from shared import RESULTS, versions
 
 OTHERS, SCORED, TRAINED_ON = 500, 2000, 5000
 
@@ -45,7 +45,7 @@ def main() -> None:
     options = arguments.parse_args()
     bench, dense = opened(options)
     settings = settings_of(options, bench.config)
-    header = {"machine": machine(), "versions": versions(), **{name: settings[name] for name in ("data", "recipe")}}
+    header = {"versions": versions(), **{name: settings[name] for name in ("data", "recipe")}}
     make_rows(case_of(bench, dense), options.rankings, options.results, header)
 
 

@@ -369,7 +369,7 @@ def comparison_row(method: str, runs: dict[str, list[Json]], budgets: Sequence[s
     return [f"{mark}{cell}{mark}" if cell else "" for cell in (label_of(method), *found)]
 
 
-def comparison(name: str, title: str) -> list[str]:
+def comparison(name: str) -> list[str]:
     """All methods with the same epochs on one data set."""
     if (found := read(name)) is None or "dense" not in (methods := by_method(found["runs"])):
         return []
@@ -382,11 +382,11 @@ def comparison(name: str, title: str) -> list[str]:
     )
     n = dense[0]["n"]
     return [
-        f"## {title}",
+        f"## {COMPARISONS[name]}",
         f"    {found['command']}",
         f"Epochs behind the dense model ({dense[0]['params']:,} parameters): {epochs}, or without ADMM as many of "
         f"fine-tuning alone; top-1 on {n:,} images that nothing was chosen by (standard error "
-        f"{standard_error(mean_top1(dense), n):.1f}); {found['machine']}.",
+        f"{standard_error(mean_top1(dense), n):.1f}); {where(found)}.",
         methods_table(methods),
         *([from_scratch] if "scratch" in methods else []),
         *notes(found),
@@ -394,6 +394,11 @@ def comparison(name: str, title: str) -> list[str]:
         "Where little is left that is near chance; rows that name their choice had it set.",
         f"![Top-1 against parameters and MACs]({name}.svg)",
     ]
+
+
+def where(found: Json) -> str:
+    """What a comparison ran on."""
+    return "on two CPU cores" if found["machine"] == "cpu" else f"on one {found['machine']}"
 
 
 def standard_error(top1: float, n: int) -> float:
@@ -412,6 +417,7 @@ def methods_table(methods: dict[str, dict[str, list[Json]]]) -> str:
 COMPARISONS = {
     "cifar10_vit_small": "CIFAR-10, ViT-Small",
     "cifar10_short": "CIFAR-10 at 112 px, DeiT-Tiny",
+    "cifar10_short_64px": "CIFAR-10 at 64 px, DeiT-Tiny",
     "own_data": "imagewoof-160 at 112 px, DeiT-Tiny, nine tenths of the training images",
 }
 METHODS = {
@@ -444,10 +450,15 @@ def label_of(method: str) -> str:
     return ", ".join(["Torch-Pruning", importance, scope, *(WIDTHS[w] for w in width)])
 
 
-def comparisons() -> str | None:
-    """Every method side by side, by data set."""
-    text = [part for name, title in COMPARISONS.items() for part in comparison(name, title)]
+def cifar() -> str | None:
+    """Every method side by side on CIFAR-10."""
+    text = [part for name in COMPARISONS if name.startswith("cifar10") for part in comparison(name)]
     return "\n\n".join(text) or None
+
+
+def own_data() -> str | None:
+    """Every method side by side on a user's own images."""
+    return "\n\n".join(comparison("own_data")) or None
 
 
 def ablations() -> str | None:
@@ -842,7 +853,8 @@ def head_steps() -> str | None:
 
 def heads_table(runs: Json) -> str:
     """Top-1 and distance by ranking, for every share of the heads."""
-    columns = dict.fromkeys(name for run in runs.values() for name in run if name != "processor_seconds")
+    shares = (name for run in runs.values() for name in run)
+    columns = dict.fromkeys(name for name in shares if name not in ("processor_seconds", "machine"))
     order = sorted(columns, key=lambda name: ("zeroed", "repaired", "trained").index(name.split()[0]))
     cells = {
         name: [f"{run[c]['top1']:.1f} ({run[c]['distance']:.2f})" if c in run else "" for c in order]
@@ -873,7 +885,7 @@ def trajectory() -> str | None:
             f"{script} --tune\n{script}",
             f"DeiT-Tiny at 64 px, trained on 2,000 images of CIFAR-10 to {start['top1']:.2f} % on the {start['n']:,} "
             f"test images (standard error {standard_error(start['top1'], start['n']):.1f}). Epochs behind it, with it "
-            f"as teacher: {epochs}, or as many without ADMM; {found['machine']}. The script says what the ways are.",
+            f"as teacher: {epochs}, or as many without ADMM; {where(found)}. The script says what the ways are.",
             table(["", *columns], rows),
             "By learning rate, -75 %, on 5,000 held-out images, which chose the rates above:",
             table(["", *rates], rate_rows),
@@ -1113,13 +1125,14 @@ GPU_PARTS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
 
 
 SECTIONS: tuple[Callable[[], str | None], ...] = (
-    trajectory,
     editions,
+    cifar,
     saliency,
     depth,
     uniform,
     layouts,
     head_steps,
+    trajectory,
     describing,
     export,
     int8,
@@ -1129,7 +1142,7 @@ FIRST_SECTIONS: tuple[Callable[[], str | None], ...] = (
     oneshot,
     polish,
     peers,
-    comparisons,
+    own_data,
     deep,
     ablations,
     imagewoof,
@@ -1170,8 +1183,7 @@ def written(sections: Sequence[Callable[[], str | None]]) -> list[str]:
 
 
 FIRST = (
-    "## Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by "
-    "gradients, but for CIFAR-10 at 112 px.\n"
+    "## Measured with the first edition\n\nAll that follows is of the code before sub-layers and curves by gradients.\n"
     "Run today, the same commands may give other figures, and flags that are gone are named as they were.\n\nWhere a "
     "table does not say otherwise, damage curves were measured on 256 images, which was the default before 128 "
     "(`--data.allocation-images 256`), and ranking compared attention rows of all images instead of every fourth: "
@@ -1278,8 +1290,7 @@ def behind_the_readme() -> str | None:
             "All of it is top-1 accuracy or overlap on images that nothing was chosen by. Rows of DeiT-Tiny are of the "
             "first edition's code, but for CIFAR-10; "
             "[this edition stands beside it](#this-edition-and-the-first-deit-tiny). "
-            "Torch-Pruning is shown at the best of all variants tried, variant by variant "
-            "below.",
+            "Torch-Pruning is shown at the best of all variants tried, variant by variant below.",
             "- **ImageNet**: 1,000 training images without labels, nothing trained, 1,000 validation images, standard "
             f"error 1.5, seed 0. Other draws of images at -30 %: {draws} ([table](#one-shot-deit-tiny), "
             "[Torch-Pruning](#beside-torch-pruning-one-shot-deit-tiny)). Torch-Pruning reads the labels.",

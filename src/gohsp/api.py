@@ -725,8 +725,8 @@ def _check_ranking(network: Network, ranking: HeadRanking) -> None:
     if ranked != heads:
         wrong = sorted(name for name in heads | ranked if heads.get(name) != ranked.get(name))
         raise PlanError(
-            f"'ranking' is of another model: it has {ranked.get(wrong[0], 0)} heads in '{wrong[0]}', where this one "
-            f"has {heads.get(wrong[0], 0)}; rank this model with gohsp.rank, or leave 'ranking' out"
+            f"'ranking' is of another model: heads of '{wrong[0]}' in the ranking: {ranked.get(wrong[0], 0)}, in this "
+            f"model: {heads.get(wrong[0], 0)}; rank this model with gohsp.rank, or leave 'ranking' out"
         )
 
 

@@ -84,8 +84,8 @@ def test_runs_without_labels_are_compared_by_fidelity(first: dict[str, Any]) -> 
     measures = comparison.measures_of(mixed)
     assert [measure.name for measure in measures] == ["top-1 (%)", *names, "distance (of variance)"]
     cells = {row.mark or row.name: [value for value, _ in row.cells[3:]] for row in comparison.rows_of(mixed, measures)}
-    assert cells["1"] == ["81.7 ± 0.9", "79.6", "0.321", "–", "16"]
-    assert cells["2"] == ["–", "79.6", "0.321", "–", "16"]
+    assert cells["1"] == ["81.7 ± 0.9", "79.6 ± 3.6", "0.321", "–", "16"]
+    assert cells["2"] == ["–", "79.6 ± 3.6", "0.321", "–", "16"]
     assert cells["3"] == ["–", "–", "–", "0.00012", "16"]
     assert cells["dense deit_tiny_patch16_224"][:2] == ["83.8 ± 0.8", "100.0"]
 

@@ -36,6 +36,7 @@ class Measure:
         text: How a value is written.
         of_dense: Its value for a dense model.
         of_run: Its value for what a run made; None where it has none.
+        images: How many images a run's value is a share of; None where it is no share, and has no standard error.
         drawn: Whether it has pictures, too; not where another one tells the same more plainly.
     """
 
@@ -43,6 +44,7 @@ class Measure:
     text: Callable[[float], str]
     of_dense: Callable[[Metrics], float | None]
     of_run: Callable[[Report], float | None]
+    images: Callable[[Report], int | None] = lambda _: None
     drawn: bool = True
 
 
@@ -139,12 +141,14 @@ _TOP1 = Measure(
     text="{:.1f}".format,
     of_dense=lambda metrics: metrics.top1,
     of_run=lambda report: report.pruned.top1,
+    images=lambda report: report.pruned.n,
 )
 _AGREEMENT = Measure(
     name="agreement (%)",
     text="{:.1f}".format,
     of_dense=lambda _: 100.0,
     of_run=lambda report: report.fidelity.agreement if report.fidelity else None,
+    images=lambda report: report.fidelity.images if report.fidelity else None,
 )
 
 
@@ -234,14 +238,15 @@ def rows_of(reports: Mapping[str, Report], measures: Sequence[Measure]) -> Itera
     """Each dense model with the runs that pruned it below."""
     marks = marks_of(reports)
     for origin in origins_of(reports):
-        yield _row("", f"dense {origin.name}", origin.dense, [of.of_dense(origin.dense) for of in measures], measures)
+        scores = [(of.of_dense(origin.dense), origin.dense.n if of is _TOP1 else None) for of in measures]
+        yield _row("", f"dense {origin.name}", origin.dense, scores, measures)
         for name, run in origin.runs.items():
             made = (run.budget.requested, METHODS[run.method])
-            values = [measure.of_run(run) for measure in measures]
-            yield _row(marks[name], name, run.pruned, values, measures, origin.dense, made, _time(run))
+            scores = [(measure.of_run(run), measure.images(run)) for measure in measures]
+            yield _row(marks[name], name, run.pruned, scores, measures, origin.dense, made, _time(run))
             if run.dense_retrained is not None:
                 again, longer = run.dense_retrained, f"dense, trained as long as {marks[name]}"
-                scores = [again.top1 if measure is _TOP1 else None for measure in measures]
+                scores = [(again.top1, again.n) if measure is _TOP1 else (None, None) for measure in measures]
                 yield _row("", longer, again, scores, measures, origin.dense)
 
 
@@ -249,27 +254,29 @@ def _row(
     mark: str,
     name: str,
     metrics: Metrics,
-    values: Sequence[float | None],
+    scores: Sequence[tuple[float | None, int | None]],
     measures: Sequence[Measure],
     dense: Metrics | None = None,
     made: tuple[str, str] = ("", ""),
     time: tuple[str, str] = ("", ""),
 ) -> Row:
+    """A row of scores, each with the number of images that it is a share of."""
+
     def sized(count: int, before: int | None) -> tuple[str, str]:
         return quantity(count), signed(relative(count, before), 1, " %") if before else ""
 
-    def scored(measure: Measure, value: float | None) -> tuple[str, str]:
+    def scored(measure: Measure, value: float | None, images: int | None) -> tuple[str, str]:
         if value is None:
             return "–", ""
-        error = f" ± {standard_error(metrics.top1, metrics.n):.1f}" if measure is _TOP1 else ""
+        error = f" ± {standard_error(value, images):.1f}" if images else ""
         before = measure.of_dense(dense) if dense and measure is _TOP1 else None
         change = None if before is None else value - before
         return f"{measure.text(value)}{error}", signed(change, 1)
 
     params, macs = (dense.params, dense.macs) if dense else (None, None)
-    scores = [scored(measure, value) for measure, value in zip(measures, values, strict=True)]
+    scored_cells = [scored(measure, *score) for measure, score in zip(measures, scores, strict=True)]
     sizes = (sized(metrics.params, params), sized(metrics.macs, macs))
-    return Row(mark=mark, name=name, cells=[made, *sizes, *scores, time])
+    return Row(mark=mark, name=name, cells=[made, *sizes, *scored_cells, time])
 
 
 def _time(run: Report) -> tuple[str, str]:
