@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gohsp.core import gradients
 from gohsp.core.capture import behind
-from gohsp.core.gradients import Gradients, differentiated
+from gohsp.core.gradients import Gradients, differentiated, images_at_once
 from gohsp.core.objective import Objective, classification, features
 from gohsp.errors import NonFiniteError
 from gohsp.models import describe, resize
@@ -71,6 +71,20 @@ def test_draws_and_confidence_are_differentiated_at_what_readouts_write(
     for expected, given in ((dense, [dense]), (found.output, None)):
         sure = one_pass(model, network, objective, images, draws=0, confidence=True, dense=given)
         assert_same(sure.confidence, by_probes(model, network, images, lambda out, of=expected: sureness(out, of)))
+
+
+def test_a_pass_takes_fewer_images_of_a_larger_model(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    for block in model.blocks:  # type: ignore[union-attr]
+        for sub in (block.attn, block.mlp):
+            sub.register_forward_hook(lambda _module, _args, out: written.append(out.numel()))
+    model(images[:1])
+    network = describe(model)
+    for room, expected in ((100 * sum(written), 32), (5 * sum(written), 5), (5 * sum(written) - 1, 4), (1, 1)):
+        monkeypatch.setattr(gradients, "ROOM", room)
+        assert images_at_once(network) == expected
 
 
 @pytest.mark.parametrize("of", OBJECTIVES)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gohsp.core.allocation import Curves, DamageCurve, WidthSettings, allowed_widths
 from gohsp.core.capture import autocast, device_of, evaluating, in_stream, read_by, readout_gain, require_finite, units
-from gohsp.core.gradients import IMAGES, Gradients, differentiated
+from gohsp.core.gradients import Gradients, differentiated, images_at_once
 from gohsp.core.moments import Moments, SublayerMoments
 from gohsp.core.objective import Objective, mean_distance, outputs
 from gohsp.core.projection import (
@@ -104,7 +104,8 @@ def measure_curves(
 
 def count_steps(network: Network, widths: WidthSettings, batches: Sequence[int]) -> int:
     """How often :func:`measure_curves` reports progress on batches of so many images."""
-    passes = sum(-(-images // IMAGES) for images in batches)
+    at_once = images_at_once(network)
+    passes = sum(-(-images // at_once) for images in batches)
     points = [_points(sub, widths) for sub in network.present]
     checked = [of for of in points if sum(kind == "ffn" and width > 0 for kind, width in of) > CHECKED]
     return passes + sum(map(len, points)) + len(checked)

@@ -25,7 +25,19 @@ from gohsp.core.objective import Objective
 from gohsp.structure import Attention, Network
 
 IMAGES = 32
-"""Images of one backward pass. What it needs of the forward pass is kept for all of them."""
+"""Most images of one backward pass."""
+
+ROOM = 1 << 25
+"""Most numbers that sub-layers write in one backward pass, which keeps some thirty times as many.
+
+So memory hardly depends on the model: DeiT-Tiny's 32 images, 18 of DeiT-Small's and 9 of a ViT-Base's need as much.
+"""
+
+
+def images_at_once(network: Network) -> int:
+    """Images of one backward pass: what it needs of the forward pass is kept for all of them."""
+    written = sum(sub.tokens * sub.readout.size for sub in network.present)
+    return max(1, min(IMAGES, ROOM // max(1, written)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,8 @@ def differentiated(
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    few = (few for batch in batches for few in batch.split(IMAGES))
+    count = images_at_once(network)
+    few = (few for batch in batches for few in batch.split(count))
     for images, expected in ((images, None) for images in few) if dense is None else zip(few, dense, strict=True):
         yield _pass(model, network, objective, images.to(device), draws, confidence, expected, generator, precision)
 

@@ -250,6 +250,19 @@ def test_fisher_residual_weighs_what_is_left_by_the_squared_gradient(model: Any,
     torch.testing.assert_close(found[:HEADS], expected, rtol=1e-3, atol=0)
 
 
+def test_heads_that_send_a_constant_vary_by_nothing(model: nn.Module, images: Tensor) -> None:
+    qkv = model.get_submodule("blocks.1.attn.qkv")
+    with torch.no_grad():
+        qkv.weight.zero_()  # type: ignore[operator]
+        qkv.bias.copy_(10 * torch.rand(len(qkv.bias), generator=torch.Generator().manual_seed(0)))  # type: ignore[arg-type, operator]
+    found = collect(model, images.split(5), edge="cosine", scope="layer")
+    assert found.contribution is not None
+    assert found.fisher_residual is not None
+    assert not found.contribution[HEADS:].any()
+    assert found.fisher_residual[HEADS:].abs().max() < 1e-30
+    assert (found.contribution[:HEADS] > 0).all()
+
+
 def test_fisher_residual_vanishes_for_a_head_that_another_copies(model: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         for rows in (model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.bias):

@@ -36,6 +36,9 @@ _OUTPUT_EDGES = ("cosine", "cka")  # read from the heads' outputs; the others fr
 # Relative to the mean variance of a block's units: units that are dead or copies of each other make the
 # covariance singular, and must not turn the residuals into noise.
 _RIDGE = 1e-6
+# Relative to a unit's mean square: a unit that varies less is constant, but for rounding. Left in, that noise could be
+# negative variances, which no ridge relative to them can mend.
+_ROUNDING = 1e-12
 # Entries of one attention map that are compared at a time: few enough to stay in a core's cache.
 _CHUNK = 1 << 14
 # Rows that are compared: those of a few queries in every fourth image. All pairs of heads are, which is what
@@ -358,8 +361,10 @@ class _Moments:
 
     @property
     def covariance(self) -> Tensor:
-        mean = self._sum / self._count
-        return self._products / self._count - torch.outer(mean, mean)
+        mean, products = self._sum / self._count, self._products / self._count
+        covariance = products - torch.outer(mean, mean)
+        varies = (covariance.diagonal() > _ROUNDING * products.diagonal()).double()
+        return covariance * torch.outer(varies, varies)
 
 
 def _readout_weights(model: nn.Module, sub: Attention) -> list[Tensor]:
