@@ -354,7 +354,7 @@ def test_a_given_ranking_chooses_the_heads(vit: nn.Module, data: Tensor):
 def test_rankings_of_other_models_are_refused(vit: nn.Module, data: Tensor):
     ranking = gohsp.rank(vit, [data], config=PLAIN)
     scores = {**ranking.scores, "blocks.1.attn": (0.5,)}
-    with pytest.raises(PlanError, match=r"1 heads in 'blocks\.1\.attn', where this one has"):
+    with pytest.raises(PlanError, match=r"heads of 'blocks\.1\.attn' in the ranking: 1, in this model: 4"):
         gohsp.cut(vit, Unread(), gohsp.describe(vit).widths, ranking=replace(ranking, scores=scores))  # type: ignore[arg-type]
 
 

@@ -264,6 +264,21 @@ def test_what_is_given_is_taken(model: nn.Module, images: Tensor) -> None:
     assert (tokens.name, tokens.output(model(images)).shape) == ("features", (32, 2))
 
 
+@pytest.mark.parametrize(
+    "given", ["features", "classification", lambda returned: returned[:, 0]], ids=["features", "classes", "function"]
+)
+def test_an_output_that_is_the_same_for_all_images_is_told(
+    given: Any, model: Any, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve_objective(given, model, images)
+    assert not caplog.messages
+    resolve_objective(given, model, images[:1])  # one image is no sign
+    assert not caplog.messages
+    resolve_objective(given, model, torch.zeros_like(images))
+    (message,) = caplog.messages
+    assert message.startswith("the model's output is the same for each of 32 images")
+
+
 def test_a_constant_output_still_has_an_objective(model: Any, images: Tensor) -> None:
     with torch.no_grad():
         model.head.weight.zero_()

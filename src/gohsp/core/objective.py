@@ -5,6 +5,7 @@ Nothing else in the algorithm looks at an output, so nothing else takes it for c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from gohsp.core.capture import autocast, device_of, evaluating, require_finite
 from gohsp.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,7 @@ def resolve_objective(
         return given
     take = given if callable(given) else tensor_in
     found, returned_by = _observed(model, take, images)
+    _warn_of_one_output(found)
     if given == "classification":
         if found.ndim != 2 or found.shape[1] < 2:
             raise UnsupportedModelError(
@@ -193,6 +197,18 @@ def resolve_objective(
     # One image does not tell how outputs differ from image to image, but how large they are.
     variance = found.float().var(dim=0, correction=0).mean() if len(found) > 1 else found.float().square().mean()
     return features(take, scale=float(variance.clamp_min(torch.finfo(torch.float32).tiny)))
+
+
+def _warn_of_one_output(found: Tensor) -> None:
+    """Say so where images make no difference: widths would be chosen by nothing."""
+    if found.ndim == 0 or len(found) < 2:
+        return
+    if not ((found - found[:1]).abs() > 1e-6 * found.abs()).any():
+        logger.warning(
+            "the model's output is the same for each of %d images, so nothing tells which of its parts matter; check "
+            "the images, their preprocessing and the objective",
+            len(found),
+        )
 
 
 @torch.no_grad()
