@@ -829,8 +829,7 @@ def layouts() -> str | None:
 
 def head_steps() -> str | None:
     """Heads taken out in the order of rankings made once and in steps."""
-    of_imagenet, of_cifar10 = read("head_steps"), read("head_steps_cifar10")
-    if of_imagenet is None:
+    if (of_imagenet := read("head_steps")) is None:
         return None
     text = [
         "## DeiT-Tiny without some of its heads",
@@ -840,14 +839,21 @@ def head_steps() -> str | None:
         "rank nor repair, in nats. *Zeroed*: nothing is repaired. *Repaired*: the others are refitted on 475 images. "
         "Nothing is trained.",
         heads_table(of_imagenet["runs"]),
+        *notes(of_imagenet),
     ]
-    if of_cifar10:
-        text += [
-            "    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/cifar10_deit_tiny/dense",
-            f"The same on CIFAR-10 at 112 px, on 2,000 held-out images (the dense model: {of_cifar10['dense']:.1f}); "
-            "*trained*: repaired, then an epoch of 5,000 images with the dense model as teacher.",
-            heads_table(of_cifar10["runs"]),
-        ]
+    for name, pixels, dense in (
+        ("head_steps_cifar10", 112, "cifar10_deit_tiny"),
+        ("head_steps_cifar10_64px", 64, "cifar10_64px"),
+    ):
+        if found := read(name):
+            text += [
+                f"    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/{dense}/dense",
+                f"The same on CIFAR-10 at {pixels} px, on 2,000 held-out images (the dense model: "
+                f"{found['dense']:.1f}); *trained*: repaired, then an epoch of 5,000 images with the dense model as "
+                "teacher.",
+                heads_table(found["runs"]),
+                *notes(found),
+            ]
     return "\n\n".join(text)
 
 
