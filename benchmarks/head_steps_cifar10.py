@@ -2,6 +2,10 @@
 
     pip install 'gohsp[hf,bench]'
     python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/cifar10_deit_tiny/dense
+    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/cifar10_64px/dense \
+        --out runs/head_steps_cifar10_64px --results benchmarks/results/head_steps_cifar10_64px.json
+
+Each dense model has a folder and a results file of its own.
 
 Training images rank, repair and tell the distance; top-1 is on 2,000 of the held-out images, by which nothing is chosen
 here. With half of the heads gone the repaired model is trained for an epoch of 5,000 images as well, as ``cifar10.py``

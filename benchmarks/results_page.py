@@ -847,7 +847,8 @@ def head_steps() -> str | None:
     ):
         if found := read(name):
             text += [
-                f"    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/{dense}/dense",
+                f"    python benchmarks/head_steps_cifar10.py --data hfds/cifar10 --dense runs/{dense}/dense "
+                f"--out runs/{name} --results benchmarks/results/{name}.json",
                 f"The same on CIFAR-10 at {pixels} px, on 2,000 held-out images (the dense model: "
                 f"{found['dense']:.1f}); *trained*: repaired, then an epoch of 5,000 images with the dense model as "
                 "teacher.",
